@@ -1,0 +1,62 @@
+# make demo   set up, convert the small checkpoint that ships with the repository, generate text
+# make test   set up, run the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check -q
+NATIVE := $(shell find native -type f)
+C_CODE := $(filter %.c %.h,$(NATIVE))
+DEMO   := build/demo
+
+.PHONY: setup demo test test-asan lint format bench clean
+
+setup: $(VENV)/.installed
+
+# llama-cpp-python is compiled once for this CPU and compiler and its wheel kept for other checkouts.
+COMPAT := $(CURDIR)/native/compat/amx_tile_config.h
+WHEEL_KEY := $(shell (c++ --version; grep -m1 flags /proc/cpuinfo; cat $(COMPAT)) 2>/dev/null | sha256sum | cut -c1-12)
+WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tsconv/wheels-$(WHEEL_KEY)
+LLAMA := llama-cpp-python==0.3.36
+
+# The build tools and llama-cpp-python come first: the native library is compiled against the very ggml it will run in.
+$(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
+	ls $(WHEELS)/llama_cpp_python-*.whl >/dev/null 2>&1 || { \
+	    echo "compiling $(LLAMA): this takes some minutes, once" && \
+	    CXXFLAGS="-include $(COMPAT)" $(PIP) wheel --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) $(LLAMA); }
+	$(PIP) install -c constraints.txt --find-links $(WHEELS) --only-binary llama-cpp-python "llama-cpp-python[server]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	mkdir -p $(DEMO)
+	$(BIN)/tsconv convert checkpoints/tiny-turbosparse-mistral --outtype q4_0 --outfile $(DEMO)/tiny-turbosparse-mistral-q4_0.gguf --force
+	$(BIN)/tsconv run -m $(DEMO)/tiny-turbosparse-mistral-q4_0.gguf -p "And it came to pass" -n 96 --temp 0.7 --seed 1
+
+test: setup
+	$(BIN)/python -m pytest
+
+# The native library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-asan: setup
+	native/tests/run_sanitized $(BIN)/python build/asan
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_CODE)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_CODE)
+
+bench: setup
+	$(BIN)/python -m tsconv.bench.convert
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .ruff_cache

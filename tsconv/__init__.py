@@ -1,0 +1,25 @@
+"""tsconv: TurboSparse dReLU checkpoints to GGUF, run sparsely inside unmodified llama.cpp.
+
+`convert` and `load` are imported on first use, so that `import tsconv` stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tsconv.conversion import convert
+    from tsconv.runtime.model import SparseLlama, load
+
+__version__ = "0.1.0"
+__all__ = ["SparseLlama", "__version__", "convert", "load"]
+
+_LAZY = {"convert": "tsconv.conversion", "load": "tsconv.runtime.model", "SparseLlama": "tsconv.runtime.model"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'tsconv' has no attribute {name!r}")

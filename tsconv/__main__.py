@@ -1,0 +1,5 @@
+"""`python -m tsconv` is `tsconv`."""
+
+from tsconv.cli import main
+
+main()

@@ -1,0 +1,60 @@
+"""The `tsconv` command: one thin file per subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from tsconv import __version__
+from tsconv.errors import TsconvError
+
+# subcommand -> (module, one-line help). The help stands here so that `tsconv --help` imports no subcommand.
+COMMANDS = {
+    "convert": ("tsconv.cli.convert", "Convert a TurboSparse checkpoint to GGUF and a predictor sidecar."),
+    "run": ("tsconv.cli.run", "Generate text or chat."),
+    "serve": ("tsconv.cli.serve", "Serve an OpenAI-compatible HTTP API."),
+    "inspect": ("tsconv.cli.inspect", "Show what is in a converted model or sidecar."),
+    "doctor": ("tsconv.cli.doctor", "Check this installation and say how to mend it."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are called: `tsconv --help` must not pay for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        return importlib.import_module(module).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tsconv")
+def cli() -> None:
+    """TurboSparse dReLU models to GGUF, run with neuron-level sparsity inside unmodified llama.cpp."""
+
+
+def main() -> None:
+    """Entry point: a `TsconvError` becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
+    try:
+        sys.exit(cli(standalone_mode=False) or 0)
+    except TsconvError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
