@@ -1,0 +1,411 @@
+// The ggml side: buffer type, buffer, backend, device, registration, in this order. Every entry of a vtable is written
+// out.
+#include "../cpu/kernels.h"
+#include "gguf_file.h"
+#include "graph.h"
+#include "row_types.h"
+
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGNMENT = 64 };
+
+// ---- buffer
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    struct tsffn_buffer * context = buffer->context;
+    tsffn_model_close(context->model);
+    if (context->owned) {
+        free(context->base);
+    }
+    free(context);
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return ((const struct tsffn_buffer *)buffer->context)->base;
+}
+
+static void buffer_memset_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, uint8_t value, size_t offset,
+                                 size_t size) {
+    (void)buffer;
+    memset((char *)tensor->data + offset, value, size);
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, const void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy((char *)tensor->data + offset, data, size);
+}
+
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * tensor, void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy(data, (const char *)tensor->data + offset, size);
+}
+
+static bool buffer_cpy_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * src, tsffn_tensor * dst) {
+    (void)buffer;
+    if (src->buffer == NULL || !ggml_backend_buffer_is_host(src->buffer)) {
+        return false;
+    }
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    memset(buffer_get_base(buffer), value, buffer->size);
+}
+
+static const struct ggml_backend_buffer_i buffer_interface = {
+    .free_buffer = buffer_free,
+    .get_base = buffer_get_base,
+    .init_tensor = NULL,
+    .memset_tensor = buffer_memset_tensor,
+    .set_tensor = buffer_set_tensor,
+    .get_tensor = buffer_get_tensor,
+    .set_tensor_2d = NULL,
+    .get_tensor_2d = NULL,
+    .cpy_tensor = buffer_cpy_tensor,
+    .clear = buffer_clear,
+    .reset = NULL,
+};
+
+// Takes `base` over when `owned`. Buffers made while a model is armed hold that model's weights.
+static ggml_backend_buffer_t new_buffer(void * base, size_t size, bool owned) {
+    struct tsffn_buffer * context = malloc(sizeof(*context));
+    if (context == NULL) {
+        return NULL;
+    }
+    *context = (struct tsffn_buffer){.base = base, .owned = owned, .model = tsffn_model_retain(tsffn_model_armed())};
+    return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
+}
+
+// ---- buffer type
+
+static const char * buffer_type_get_name(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return "TSFFN";
+}
+
+static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    (void)type;
+    void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    if (base == NULL) {
+        fprintf(stderr, "tsffn: cannot allocate a buffer of %zu bytes\n", size);
+        return NULL;
+    }
+    ggml_backend_buffer_t buffer = new_buffer(base, size, true);
+    if (buffer == NULL) {
+        free(base);
+    }
+    return buffer;
+}
+
+static size_t buffer_type_get_alignment(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return ALIGNMENT;
+}
+
+static bool buffer_type_is_host(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return true;
+}
+
+static struct ggml_backend_device device;
+
+ggml_backend_buffer_type_t tsffn_buffer_type(void) {
+    static struct ggml_backend_buffer_type type = {
+        .iface =
+            {
+                .get_name = buffer_type_get_name,
+                .alloc_buffer = buffer_type_alloc_buffer,
+                .get_alignment = buffer_type_get_alignment,
+                .get_max_size = NULL,
+                .get_alloc_size = NULL,
+                .is_host = buffer_type_is_host,
+            },
+        .device = &device,
+        .context = NULL,
+    };
+    return &type;
+}
+
+// ---- backend
+
+static const char * backend_get_name(ggml_backend_t backend) {
+    (void)backend;
+    return "TSFFN";
+}
+
+static void backend_free(ggml_backend_t backend) {
+    struct tsffn_stream * stream = backend->context;
+    tsffn_workspace_free(stream->workspace);
+    free(stream->ffns);
+    free(stream->rows);
+    free(stream);
+    free(backend);
+}
+
+static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph * graph) {
+    return tsffn_compute_graph(backend->context, graph);
+}
+
+static const struct ggml_backend_i backend_interface = {
+    .get_name = backend_get_name,
+    .free = backend_free,
+    .set_tensor_async = NULL,
+    .get_tensor_async = NULL,
+    .set_tensor_2d_async = NULL,
+    .get_tensor_2d_async = NULL,
+    .cpy_tensor_async = NULL,
+    .synchronize = NULL,
+    .graph_plan_create = NULL,
+    .graph_plan_free = NULL,
+    .graph_plan_update = NULL,
+    .graph_plan_compute = NULL,
+    .graph_compute = backend_graph_compute,
+    .event_record = NULL,
+    .event_wait = NULL,
+    .graph_optimize = NULL,
+};
+
+static void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
+    ((struct tsffn_stream *)backend->context)->n_threads = n_threads > 0 ? n_threads : 1;
+}
+
+// ---- device
+
+static const char * device_get_name(ggml_backend_dev_t dev) {
+    (void)dev;
+    return "TSFFN";
+}
+
+static const char * device_get_description(ggml_backend_dev_t dev) {
+    (void)dev;
+    return "sparse dReLU FFN";
+}
+
+static void device_get_memory(ggml_backend_dev_t dev, size_t * free_bytes, size_t * total_bytes) {
+    (void)dev;
+    *free_bytes = 0; // none of its own
+    *total_bytes = 0;
+}
+
+static enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t dev) {
+    (void)dev;
+    return GGML_BACKEND_DEVICE_TYPE_ACCEL;
+}
+
+static void device_get_props(ggml_backend_dev_t dev, struct ggml_backend_dev_props * props) {
+    memset(props, 0, sizeof(*props));
+    props->name = device_get_name(dev);
+    props->description = device_get_description(dev);
+    props->type = device_get_type(dev);
+    device_get_memory(dev, &props->memory_free, &props->memory_total);
+    props->caps.buffer_from_host_ptr = true; // weights stay mapped
+    props->caps.mmap_support = true;
+}
+
+static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * params) {
+    (void)params;
+    static ggml_guid guid = {0x74, 0x73, 0x66, 0x66, 0x6e, 0x2d, 0x64, 0x72,
+                             0x65, 0x6c, 0x75, 0x2d, 0x63, 0x70, 0x75, 0x31};
+    struct ggml_backend * backend = malloc(sizeof(*backend));
+    struct tsffn_stream * stream = calloc(1, sizeof(*stream));
+    struct tsffn_workspace * workspace = tsffn_workspace_new();
+    if (backend == NULL || stream == NULL || workspace == NULL) {
+        free(backend);
+        free(stream);
+        tsffn_workspace_free(workspace);
+        return NULL;
+    }
+    stream->n_threads = omp_get_max_threads();
+    stream->workspace = workspace;
+    *backend = (struct ggml_backend){
+        .guid = &guid,
+        .iface = backend_interface,
+        .device = dev,
+        .context = stream,
+    };
+    return backend;
+}
+
+static ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t dev) {
+    (void)dev;
+    return tsffn_buffer_type();
+}
+
+static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev, void * ptr, size_t size,
+                                                         size_t max_tensor_size) {
+    (void)dev;
+    (void)max_tensor_size;
+    return new_buffer(ptr, size, false);
+}
+
+static bool device_supports_op(ggml_backend_dev_t dev, const tsffn_tensor * op) {
+    (void)dev;
+    return tsffn_supports_op(op);
+}
+
+static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t type) {
+    (void)dev;
+    return ggml_backend_buft_is_host(type);
+}
+
+static const struct ggml_backend_device_i device_interface = {
+    .get_name = device_get_name,
+    .get_description = device_get_description,
+    .get_memory = device_get_memory,
+    .get_type = device_get_type,
+    .get_props = device_get_props,
+    .init_backend = device_init_backend,
+    .get_buffer_type = device_get_buffer_type,
+    .get_host_buffer_type = NULL,
+    .buffer_from_host_ptr = device_buffer_from_host_ptr,
+    .supports_op = device_supports_op,
+    .supports_buft = device_supports_buft,
+    .offload_op = NULL,
+    .event_new = NULL,
+    .event_free = NULL,
+    .event_synchronize = NULL,
+};
+
+// ---- registration
+
+static const char * reg_get_name(ggml_backend_reg_t reg) {
+    (void)reg;
+    return "TSFFN";
+}
+
+static size_t reg_get_device_count(ggml_backend_reg_t reg) {
+    (void)reg;
+    return 1;
+}
+
+static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t reg, size_t index) {
+    (void)reg;
+    return index == 0 ? &device : NULL;
+}
+
+static struct ggml_backend_feature * get_features(ggml_backend_reg_t reg) {
+    (void)reg;
+    static struct ggml_backend_feature features[4];
+    features[0] = (struct ggml_backend_feature){"ISA", tsffn_isa_name()};
+    features[1] = (struct ggml_backend_feature){"OPENMP", "1"};
+    features[2] = (struct ggml_backend_feature){"GGML", tsffn_ggml_version()};
+    features[3] = (struct ggml_backend_feature){NULL, NULL};
+    return features;
+}
+
+static void * reg_get_proc_address(ggml_backend_reg_t reg, const char * name) {
+    (void)reg;
+    static const ggml_backend_set_n_threads_t set_n_threads = backend_set_n_threads;
+    static const ggml_backend_get_features_t features = get_features;
+    if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
+        return *(void * const *)&set_n_threads;
+    }
+    if (strcmp(name, "ggml_backend_get_features") == 0) {
+        return *(void * const *)&features;
+    }
+    return NULL;
+}
+
+static struct ggml_backend_reg registration = {
+    .api_version = TSFFN_GGML_BACKEND_API_VERSION,
+    .iface =
+        {
+            .get_name = reg_get_name,
+            .get_device_count = reg_get_device_count,
+            .get_device = reg_get_device,
+            .get_proc_address = reg_get_proc_address,
+        },
+    .context = NULL,
+};
+
+static struct ggml_backend_device device = {
+    .iface = device_interface,
+    .reg = &registration,
+    .context = NULL,
+};
+
+// ---- versions
+
+const char * tsffn_isa_name(void) {
+    return tsffn_kernels_best()->name;
+}
+
+const char * tsffn_ggml_version(void) {
+    return TSFFN_GGML_VERSION;
+}
+
+bool tsffn_check_abi(char * error, size_t error_size) {
+    static const char remedy[] = "install llama-cpp-python==" TSFFN_LLAMA_CPP_PYTHON " or rebuild tsconv for this ggml";
+    if (strcmp(ggml_version(), TSFFN_GGML_VERSION) != 0) {
+        return tsffn_fail(error, error_size, "libggml-tsffn.so: built for another ggml: expected ggml %s, found %s; %s",
+                          TSFFN_GGML_VERSION, ggml_version(), remedy);
+    }
+    // ggml_tensor_overhead counts the tensor and its struct ggml_object: two sizes, a pointer, an enum and padding
+    // (ggml.c).
+    const size_t tensor_size = ggml_tensor_overhead() - 4 * sizeof(void *);
+    if (tensor_size != sizeof(tsffn_tensor)) {
+        return tsffn_fail(error, error_size,
+                          "libggml-tsffn.so: struct ggml_tensor differs: expected %zu bytes, found %zu; %s",
+                          sizeof(tsffn_tensor), tensor_size, remedy);
+    }
+    static const struct {
+        enum ggml_op op;
+        const char * name;
+    } ops[] = {
+        {GGML_OP_MUL_MAT, "MUL_MAT"}, {GGML_OP_MUL_MAT_ID, "MUL_MAT_ID"}, {GGML_OP_GLU, "GLU"}, {GGML_OP_ADD, "ADD"}};
+    for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); ++i) {
+        if (strcmp(ggml_op_name(ops[i].op), ops[i].name) != 0) {
+            return tsffn_fail(error, error_size,
+                              "libggml-tsffn.so: operation numbers differ: expected %s as number %d, found %s; %s",
+                              ops[i].name, (int)ops[i].op, ggml_op_name(ops[i].op), remedy);
+        }
+    }
+    return true;
+}
+
+// ---- entry point of ggml_backend_load
+
+// A program that cannot call tsffn_model_open names the model in the environment; it stays armed.
+static bool open_from_environment(char * error, size_t error_size) {
+    const char * path = getenv("TSFFN_MODEL");
+    if (path == NULL || path[0] == '\0') {
+        return true;
+    }
+    const char * sparsity = getenv("TSFFN_SPARSITY");
+    enum tsffn_sparsity mode = TSFFN_SPARSITY_DEFAULT;
+    if (sparsity != NULL && strcmp(sparsity, "predictor") == 0) {
+        mode = TSFFN_SPARSITY_PREDICTOR;
+    } else if (sparsity != NULL && strcmp(sparsity, "exact") == 0) {
+        mode = TSFFN_SPARSITY_EXACT;
+    } else if (sparsity != NULL) {
+        return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor' or 'exact', found '%s'", sparsity);
+    }
+    struct tsffn_model * model = tsffn_model_open(path, getenv("TSFFN_PREDICTOR"), mode, error, error_size);
+    if (model == NULL) {
+        return false;
+    }
+    tsffn_model_arm(model);
+    tsffn_model_close(model);
+    return true;
+}
+
+TSFFN_API ggml_backend_reg_t ggml_backend_init(void);
+
+ggml_backend_reg_t ggml_backend_init(void) {
+    char error[1024];
+    bool ok = tsffn_check_abi(error, sizeof(error));
+    if (ok && !tsffn_row_types_init()) {
+        ok = tsffn_fail(error, sizeof(error), "libggml-tsffn.so: this ggml has no CPU backend: load it first");
+    }
+    if (!ok || !open_from_environment(error, sizeof(error))) {
+        fprintf(stderr, "%s\n", error);
+        return NULL;
+    }
+    return &registration;
+}

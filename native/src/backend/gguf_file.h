@@ -1,0 +1,48 @@
+// Checked reading of a GGUF file's metadata: every getter verifies presence, type and size, and the first failure
+// writes one line that names file, key or tensor, expected and found, and the remedy.
+#ifndef TSFFN_GGUF_FILE_H
+#define TSFFN_GGUF_FILE_H
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct tsffn_gguf {
+    struct gguf_context * ctx;
+    const char * path;
+    uint64_t file_size;
+    char * error; // the caller's
+    size_t error_size;
+};
+
+struct tsffn_gguf_tensor {
+    enum ggml_type type;
+    uint64_t offset; // of its data, from the start of the file
+    uint64_t size;
+};
+
+// Writes one line to the caller's error buffer and returns false.
+bool tsffn_fail(char * error, size_t error_size, const char * format, ...) __attribute__((format(printf, 3, 4)));
+
+// Opens `path` and checks that the data of every tensor lies inside the file. `path` must outlive `file`.
+bool tsffn_gguf_open(struct tsffn_gguf * file, const char * path, char * error, size_t error_size);
+void tsffn_gguf_close(struct tsffn_gguf * file);
+
+bool tsffn_gguf_string(const struct tsffn_gguf * file, const char * key, const char ** value);
+bool tsffn_gguf_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value);
+// A u32 that may be absent, 0 then.
+bool tsffn_gguf_optional_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value);
+// An array of exactly `n` elements of `type` (4 bytes each).
+bool tsffn_gguf_array(const struct tsffn_gguf * file, const char * key, enum gguf_type type, size_t n,
+                      const void ** data);
+// A string key that must have the given value.
+bool tsffn_gguf_expect(const struct tsffn_gguf * file, const char * key, const char * value);
+
+// A tensor of exactly this shape, fastest dimension first.
+bool tsffn_gguf_tensor(const struct tsffn_gguf * file, const char * name, int64_t ne0, int64_t ne1, int64_t ne2,
+                       struct tsffn_gguf_tensor * tensor);
+
+#endif

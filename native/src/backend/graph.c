@@ -1,0 +1,362 @@
+// llama.cpp builds an FFN as  gate = MUL_MAT(W_gate, x), up = MUL_MAT(W_up, x), h = SWIGLU(gate, up), y =
+// MUL_MAT(W_down, h) (MUL_MAT_ID with expert ids in src[2] for MoE). The four are computed as one sparse dReLU FFN when
+// they arrive in one graph; when the scheduler cuts between them (an evaluation callback), each is computed alone, with
+// the same result.
+#include "graph.h"
+
+#include "row_types.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum part {
+    PART_NONE,
+    PART_GATE,
+    PART_UP,
+    PART_DOWN,
+};
+
+// An FFN weight: which matrix of which layer of which model.
+struct weight {
+    struct tsffn_model * model;
+    int64_t layer;
+    enum part part;
+};
+
+// Parses "blk.N.ffn_{gate,up,down}.weight", with "_exps" before ".weight" for MoE.
+static bool parse_name(const char * name, int64_t * layer, enum part * part, bool * is_moe) {
+    static const struct {
+        const char * name;
+        enum part part;
+        bool is_moe;
+    } kinds[] = {
+        {"ffn_gate.weight", PART_GATE, false}, {"ffn_up.weight", PART_UP, false},
+        {"ffn_down.weight", PART_DOWN, false}, {"ffn_gate_exps.weight", PART_GATE, true},
+        {"ffn_up_exps.weight", PART_UP, true}, {"ffn_down_exps.weight", PART_DOWN, true},
+    };
+    if (strncmp(name, "blk.", 4) != 0) {
+        return false;
+    }
+    char * end;
+    *layer = strtoll(name + 4, &end, 10);
+    if (end == name + 4 || *end != '.') {
+        return false;
+    }
+    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); ++i) {
+        if (strcmp(end + 1, kinds[i].name) == 0) {
+            *part = kinds[i].part;
+            *is_moe = kinds[i].is_moe;
+            return true;
+        }
+    }
+    return false;
+}
+
+// The model of a weight tensor. While llama.cpp chooses buffer types it asks with a dummy buffer of size 0: then it is
+// the model that is being loaded.
+static struct tsffn_model * model_of(const tsffn_tensor * w) {
+    if (w->buffer == NULL || w->buffer->buft != tsffn_buffer_type()) {
+        return NULL;
+    }
+    const struct tsffn_buffer * buffer = w->buffer->context;
+    return buffer != NULL ? buffer->model : tsffn_model_armed();
+}
+
+static bool identify(const tsffn_tensor * w, struct weight * weight) {
+    bool is_moe;
+    weight->model = model_of(w);
+    if (weight->model == NULL || !parse_name(w->name, &weight->layer, &weight->part, &is_moe)) {
+        return false;
+    }
+    const struct tsffn_model * model = weight->model;
+    const bool is_down = weight->part == PART_DOWN;
+    return weight->layer >= 0 && weight->layer < model->n_layer && is_moe == (model->n_expert > 0) &&
+           w->ne[0] == (is_down ? model->n_ff : model->n_embd) && w->ne[1] == (is_down ? model->n_embd : model->n_ff) &&
+           w->ne[2] == tsffn_model_ffns_per_layer(model) && w->ne[3] == 1 && tsffn_row_type_for(w->type) != NULL;
+}
+
+static bool is_matmul(const tsffn_tensor * op) {
+    return op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID;
+}
+
+static bool is_swiglu(const tsffn_tensor * op) {
+    return op->op == GGML_OP_GLU && ggml_get_glu_op(op) == GGML_GLU_OP_SWIGLU && op->src[1] != NULL;
+}
+
+// Whether `t` is a gate product of ours, or is made of one by adding to it or scaling it (as LoRA adapters do). Such a
+// SWIGLU must never fall to a backend that would really compute SiLU.
+static bool comes_from_gate(const tsffn_tensor * t, struct weight * weight) {
+    while (t != NULL && (t->op == GGML_OP_ADD || t->op == GGML_OP_MUL || t->op == GGML_OP_SCALE ||
+                         t->op == GGML_OP_ADD_ID || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW)) {
+        t = t->src[0];
+    }
+    return t != NULL && is_matmul(t) && identify(t->src[0], weight) && weight->part == PART_GATE;
+}
+
+bool tsffn_supports_op(const tsffn_tensor * op) {
+    struct weight weight;
+    if (is_swiglu(op)) {
+        return comes_from_gate(op->src[0], &weight) && op->type == GGML_TYPE_F32;
+    }
+    if (!is_matmul(op) || !identify(op->src[0], &weight)) {
+        return false;
+    }
+    const tsffn_tensor * x = op->src[1];
+    const bool is_moe = op->op == GGML_OP_MUL_MAT_ID;
+    return is_moe == (weight.model->n_expert > 0) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           x->ne[3] == 1 && (is_moe || x->ne[2] == 1);
+}
+
+static bool reserve(void ** memory, int64_t * capacity, int64_t n, size_t element) {
+    if (n <= *capacity) {
+        return true;
+    }
+    void * larger = realloc(*memory, (size_t)n * element);
+    if (larger == NULL) {
+        return false;
+    }
+    *memory = larger;
+    *capacity = n;
+    return true;
+}
+
+// Expert e's matrix [n_ff][n_embd] of a weight tensor; ffn_down is neuron-major whatever its declared shape says.
+static struct tsffn_matrix matrix_of(const tsffn_tensor * w, const struct tsffn_model * model, int64_t e) {
+    return (struct tsffn_matrix){
+        .type = tsffn_row_type_for(w->type),
+        .data = (const uint8_t *)w->data + (size_t)e * w->nb[2],
+        .n_rows = model->n_ff,
+        .n_cols = model->n_embd,
+    };
+}
+
+// Describes the FFNs of a layer; `gate`, `up` and `down` are the weight tensors, NULL where the operation has none.
+static bool describe_ffns(struct tsffn_stream * stream, const struct weight * weight, const tsffn_tensor * gate,
+                          const tsffn_tensor * up, const tsffn_tensor * down) {
+    const struct tsffn_model * model = weight->model;
+    const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    if (!reserve((void **)&stream->ffns, &stream->n_ffns, n_ffns, sizeof(*stream->ffns))) {
+        return false;
+    }
+    for (int64_t e = 0; e < n_ffns; ++e) {
+        const struct tsffn_predictor * predictor = &model->predictors[weight->layer * n_ffns + e];
+        struct tsffn_ffn * ffn = &stream->ffns[e];
+        *ffn = (struct tsffn_ffn){
+            .n_embd = model->n_embd,
+            .n_ff = model->n_ff,
+            .fc1 = predictor->fc1,
+            .fc2 = predictor->fc2,
+            .pred_scale = model->pred_scale[weight->layer],
+            .threshold = model->threshold[weight->layer],
+            .on_when_equal = model->on_when_equal,
+        };
+        if (gate != NULL) {
+            ffn->gate = matrix_of(gate, model, e);
+        }
+        if (up != NULL) {
+            ffn->up = matrix_of(up, model, e);
+        }
+        if (down != NULL) {
+            ffn->down = matrix_of(down, model, e);
+        }
+    }
+    return true;
+}
+
+// Lists the output rows of `out` (the result of a matmul with activations `x` and, for MoE, expert ids) sorted by
+// expert.
+static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsffn_model * model,
+                                  const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * out,
+                                  int64_t * n_rows) {
+    const int64_t n_used = ids != NULL ? ids->ne[0] : 1;
+    const int64_t n_tokens = ids != NULL ? ids->ne[1] : x->ne[1];
+    *n_rows = n_used * n_tokens;
+    if (!reserve((void **)&stream->rows, &stream->n_rows, *n_rows, sizeof(*stream->rows))) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (ids == NULL) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            stream->rows[t] = (struct tsffn_row){0, (int32_t)t, (float *)((char *)out->data + (size_t)t * out->nb[1])};
+        }
+        return GGML_STATUS_SUCCESS;
+    }
+    // Counting sort, stable in (token, slot). x has one row per token, or (down) one per token and slot.
+    int64_t start[TSFFN_MAX_EXPERTS + 1] = {0};
+    for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            for (int64_t slot = 0; slot < n_used; ++slot) {
+                const int32_t e =
+                    *(const int32_t *)((const char *)ids->data + (size_t)t * ids->nb[1] + (size_t)slot * ids->nb[0]);
+                if (e < 0 || e >= model->n_expert) {
+                    fprintf(stderr, "tsffn: expert id %d is out of range: expected 0 to %d\n", e,
+                            (int)model->n_expert - 1);
+                    return GGML_STATUS_FAILED;
+                }
+                if (pass == 0) {
+                    start[e + 1] += 1;
+                    continue;
+                }
+                const int64_t token = x->ne[1] == 1 ? t : t * n_used + slot;
+                char * y = (char *)out->data + (size_t)t * out->nb[2] + (size_t)slot * out->nb[1];
+                stream->rows[start[e]++] = (struct tsffn_row){e, (int32_t)token, (float *)y};
+            }
+        }
+        for (int64_t e = 0; pass == 0 && e < model->n_expert; ++e) {
+            start[e + 1] += start[e];
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// Computes the rows of `out` from activations `x` with the FFNs described in the stream.
+static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct weight * weight,
+                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * out) {
+    int64_t n_rows;
+    const enum ggml_status status = list_rows(stream, weight->model, x, ids, out, &n_rows);
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    // A token's activations: dense x is [n, n_tokens], MoE x is [n, 1 or n_used, n_tokens].
+    const bool row_per_slot = ids == NULL || x->ne[1] != 1;
+    if (ids != NULL && row_per_slot && x->nb[2] != (size_t)x->ne[1] * x->nb[1]) {
+        fprintf(stderr, "tsffn: %s: activations are not contiguous\n", out->name);
+        return GGML_STATUS_FAILED;
+    }
+    const struct tsffn_call call = {
+        .op = op,
+        .ffns = stream->ffns,
+        .n_ffns = tsffn_model_ffns_per_layer(weight->model),
+        .rows = stream->rows,
+        .n_rows = n_rows,
+        .x = x->data,
+        .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
+        .n_tokens = x->ne[1] * x->ne[2],
+        .n_threads = stream->n_threads,
+    };
+    struct tsffn_counts counts = {0};
+    if (!tsffn_compute(stream->workspace, &call, &counts)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (op == TSFFN_OP_FUSED) {
+        tsffn_model_count(weight->model, weight->layer, n_rows, &counts);
+    } else {
+        tsffn_model_count_single(weight->model, weight->layer);
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn_tensor * op) {
+    struct weight weight;
+    if (!identify(op->src[0], &weight)) {
+        fprintf(stderr, "tsffn: %s: not an FFN weight of an opened model\n", op->src[0]->name);
+        return GGML_STATUS_FAILED;
+    }
+    const tsffn_tensor * w = op->src[0];
+    const enum tsffn_op kind = weight.part == PART_GATE ? TSFFN_OP_GATE
+                               : weight.part == PART_UP ? TSFFN_OP_UP
+                                                        : TSFFN_OP_DOWN;
+    if (!describe_ffns(stream, &weight, kind == TSFFN_OP_GATE ? w : NULL, kind == TSFFN_OP_UP ? w : NULL,
+                       kind == TSFFN_OP_DOWN ? w : NULL)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    return compute(stream, kind, &weight, op->src[1], op->src[2], op);
+}
+
+// h = relu(gate) * relu(up); the predictor's mask is already in gate, as zeros.
+static enum ggml_status compute_glu(const tsffn_tensor * op) {
+    const tsffn_tensor * gate = op->src[0];
+    const tsffn_tensor * up = op->src[1];
+    struct weight weight;
+    if (!comes_from_gate(gate, &weight)) {
+        return GGML_STATUS_FAILED;
+    }
+    if (!is_matmul(gate) && weight.model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
+        fprintf(stderr,
+                "tsffn: %s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
+                "with exact sparsity\n",
+                op->name, (long long)weight.layer);
+        return GGML_STATUS_FAILED;
+    }
+    for (int64_t k = 0; k < op->ne[2]; ++k) {
+        for (int64_t j = 0; j < op->ne[1]; ++j) {
+            const float * g =
+                (const float *)((const char *)gate->data + (size_t)j * gate->nb[1] + (size_t)k * gate->nb[2]);
+            const float * u = (const float *)((const char *)up->data + (size_t)j * up->nb[1] + (size_t)k * up->nb[2]);
+            float * h = (float *)((char *)op->data + (size_t)j * op->nb[1] + (size_t)k * op->nb[2]);
+            for (int64_t i = 0; i < op->ne[0]; ++i) {
+                h[i] = g[i] > 0.0f && u[i] > 0.0f ? g[i] * u[i] : 0.0f;
+            }
+        }
+    }
+    tsffn_model_count_single(weight.model, weight.layer);
+    return GGML_STATUS_SUCCESS;
+}
+
+static bool is_computed(const tsffn_tensor * node) {
+    return node->op != GGML_OP_NONE && node->op != GGML_OP_RESHAPE && node->op != GGML_OP_VIEW &&
+           node->op != GGML_OP_PERMUTE && node->op != GGML_OP_TRANSPOSE &&
+           (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !ggml_is_empty(node);
+}
+
+// Whether the four operations are one FFN whose intermediate results nobody else asks for.
+static bool is_ffn(tsffn_tensor * const op[4], struct weight * weight) {
+    const tsffn_tensor * glu = op[2];
+    const tsffn_tensor * down = op[3];
+    if (!is_swiglu(glu) || !is_matmul(op[0]) || !is_matmul(op[1]) || !is_matmul(down) || down->src[1] != glu) {
+        return false;
+    }
+    const tsffn_tensor * gate = glu->src[0];
+    const tsffn_tensor * up = glu->src[1];
+    if (!((gate == op[0] && up == op[1]) || (gate == op[1] && up == op[0]))) {
+        return false;
+    }
+    struct weight w_up, w_down;
+    if (!identify(gate->src[0], weight) || !identify(up->src[0], &w_up) || !identify(down->src[0], &w_down)) {
+        return false;
+    }
+    const bool same_layer = weight->part == PART_GATE && w_up.part == PART_UP && w_down.part == PART_DOWN &&
+                            w_up.model == weight->model && w_down.model == weight->model &&
+                            w_up.layer == weight->layer && w_down.layer == weight->layer;
+    return same_layer && gate->src[1] == up->src[1] && gate->src[2] == up->src[2] && gate->src[2] == down->src[2] &&
+           ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT) == 0;
+}
+
+enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph) {
+    const int n_nodes = ggml_graph_n_nodes(graph);
+    int i = 0;
+    while (i < n_nodes) {
+        // The next four computed nodes, and where each ends.
+        tsffn_tensor * op[4];
+        int after[4];
+        int n_ops = 0;
+        for (int j = i; j < n_nodes && n_ops < 4; ++j) {
+            tsffn_tensor * node = ggml_graph_node(graph, j);
+            if (is_computed(node)) {
+                op[n_ops] = node;
+                after[n_ops] = j + 1;
+                ++n_ops;
+            }
+        }
+        if (n_ops == 0) {
+            break;
+        }
+        struct weight weight;
+        enum ggml_status status;
+        if (n_ops == 4 && is_ffn(op, &weight)) {
+            const tsffn_tensor * gate = op[2]->src[0];
+            const tsffn_tensor * up = op[2]->src[1];
+            status = describe_ffns(stream, &weight, gate->src[0], up->src[0], op[3]->src[0])
+                         ? compute(stream, TSFFN_OP_FUSED, &weight, gate->src[1], gate->src[2], op[3])
+                         : GGML_STATUS_ALLOC_FAILED;
+            i = after[3];
+        } else {
+            status = is_matmul(op[0]) ? compute_matmul(stream, op[0]) : compute_glu(op[0]);
+            i = after[0];
+        }
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}

@@ -1,0 +1,46 @@
+// An opened model: what its file promises, the mapped predictor sidecar, and the counters.
+#ifndef TSFFN_MODEL_H
+#define TSFFN_MODEL_H
+
+#include "../ffn/ffn.h"
+#include "tsffn.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+// The predictor of one layer, or of one expert of it; data NULL in exact mode.
+struct tsffn_predictor {
+    struct tsffn_matrix fc1; // [rank][n_embd]
+    struct tsffn_matrix fc2; // [n_ff][rank]
+};
+
+struct tsffn_model {
+    atomic_int references;
+    enum tsffn_sparsity sparsity;
+    int64_t n_layer, n_embd, n_ff;
+    int64_t n_expert; // 0 for a dense model
+    void * sidecar;   // the mapped file, NULL in exact mode
+    size_t sidecar_size;
+    struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
+    const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
+    float * threshold;                   // [n_layer]
+    bool on_when_equal;
+    pthread_mutex_t stats_mutex;
+    struct tsffn_layer_stats * stats; // [n_layer]
+};
+
+struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
+
+// The model armed by tsffn_model_arm, or NULL.
+struct tsffn_model * tsffn_model_armed(void);
+
+// Adds one fused computation of `rows` rows to the counters of `layer`.
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, const struct tsffn_counts * counts);
+// Adds one operation that was computed alone.
+void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
+
+static inline int64_t tsffn_model_ffns_per_layer(const struct tsffn_model * model) {
+    return model->n_expert > 0 ? model->n_expert : 1;
+}
+
+#endif

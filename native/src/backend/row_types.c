@@ -1,0 +1,100 @@
+#define _GNU_SOURCE // dladdr
+#include "row_types.h"
+
+#include "../cpu/kernels.h"
+#include "ggml-cpu.h"
+#include "ggml_iface.h"
+
+#include <dlfcn.h>
+#include <string.h>
+
+enum { X_FORMAT_F32 = -1 }; // x_format of own kernels; the others use the number of ggml's vec_dot_type
+
+static struct tsffn_row_type row_types[GGML_TYPE_COUNT];
+
+typedef const struct ggml_type_traits_cpu * (*traits_cpu_fn)(enum ggml_type);
+
+// ggml_get_type_traits_cpu lives in the CPU backend. That is libggml-cpu.so in some builds and one of several
+// libggml-cpu-<isa>.so, chosen at run time, in others: so it is looked up in the library that the registered CPU
+// backend's own functions come from, instead of being linked.
+static traits_cpu_fn find_traits_cpu(void) {
+    ggml_backend_reg_t cpu = ggml_backend_reg_by_name("CPU");
+    Dl_info info;
+    if (cpu == NULL || dladdr(*(void **)&cpu->iface.get_name, &info) == 0) {
+        return NULL;
+    }
+    void * library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == NULL) {
+        return NULL;
+    }
+    traits_cpu_fn function;
+    *(void **)&function = dlsym(library, "ggml_get_type_traits_cpu");
+    dlclose(library);
+    return function;
+}
+
+// The own format of a ggml type, or TSFFN_FORMAT_COUNT.
+static enum tsffn_format own_format(enum ggml_type type) {
+    switch (type) {
+    case GGML_TYPE_F32:
+        return TSFFN_FORMAT_F32;
+    case GGML_TYPE_F16:
+        return TSFFN_FORMAT_F16;
+    case GGML_TYPE_BF16:
+        return TSFFN_FORMAT_BF16;
+    case GGML_TYPE_Q8_0:
+        return TSFFN_FORMAT_Q8_0;
+    case GGML_TYPE_Q4_0:
+        return TSFFN_FORMAT_Q4_0;
+    default:
+        return TSFFN_FORMAT_COUNT;
+    }
+}
+
+static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct tsffn_kernels * kernels) {
+    const struct ggml_type_traits * traits = ggml_get_type_traits(type);
+    const struct ggml_type_traits_cpu * cpu = traits_cpu(type);
+    struct tsffn_row_type * row = &row_types[type];
+    const enum tsffn_format format = own_format(type);
+    if (format != TSFFN_FORMAT_COUNT) {
+        row->own_dot = kernels->dot[format];
+        row->own_axpy = kernels->axpy[format];
+    }
+    row->block_size = traits->blck_size;
+    row->block_bytes = traits->type_size;
+    if (row->own_dot != NULL) {
+        row->x_format = X_FORMAT_F32;
+        row->x_block_size = 1;
+        row->x_block_bytes = sizeof(float);
+    } else {
+        const struct ggml_type_traits * x = ggml_get_type_traits(cpu->vec_dot_type);
+        row->x_format = (int)cpu->vec_dot_type;
+        row->x_block_size = x->blck_size;
+        row->x_block_bytes = x->type_size;
+        row->host_dot = cpu->vec_dot;
+        row->host_convert_x = traits_cpu(cpu->vec_dot_type)->from_float;
+    }
+    row->host_to_float = traits->to_float;
+    const bool can_dot = row->own_dot != NULL || (row->host_dot != NULL && row->host_convert_x != NULL);
+    const bool can_axpy = row->own_axpy != NULL || row->host_to_float != NULL;
+    row->name = can_dot && can_axpy ? traits->type_name : NULL;
+}
+
+bool tsffn_row_types_init(void) {
+    const traits_cpu_fn traits_cpu = find_traits_cpu();
+    if (traits_cpu == NULL) {
+        return false;
+    }
+    const struct tsffn_kernels * kernels = tsffn_kernels_best();
+    memset(row_types, 0, sizeof(row_types));
+    for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
+        if (ggml_get_type_traits((enum ggml_type)type)->blck_size > 0) { // 0: a number that is no longer used
+            describe((enum ggml_type)type, traits_cpu, kernels);
+        }
+    }
+    return true;
+}
+
+const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type) {
+    return (unsigned)type < GGML_TYPE_COUNT && row_types[type].name != NULL ? &row_types[type] : NULL;
+}

@@ -1,0 +1,16 @@
+// The row type (src/ffn/row_type.h) of each ggml type: own kernels where there are some, ggml's type traits otherwise.
+#ifndef TSFFN_ROW_TYPES_H
+#define TSFFN_ROW_TYPES_H
+
+#include "../ffn/row_type.h"
+#include "ggml.h"
+
+#include <stdbool.h>
+
+// Builds the table. Needs the CPU backend of the running ggml, whose kernels it borrows; returns false without it.
+bool tsffn_row_types_init(void);
+
+// NULL for types that ggml-cpu cannot multiply with.
+const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type);
+
+#endif

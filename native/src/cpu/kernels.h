@@ -1,0 +1,59 @@
+// Row kernels of the CPU: a weight row times an activation vector (dot) and a scaled weight row added to an output
+// (axpy). Every kernel exists as plain C (`ref`) and for some ISA tiers; native/tests/test_kernels.c holds all tiers
+// against the plain C one. No ggml types here.
+#ifndef TSFFN_KERNELS_H
+#define TSFFN_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// s = sum_j row[j] * x[j] over n weights.
+typedef float (*tsffn_dot_fn)(int64_t n, const void * row, const float * x);
+// y[j] += a * row[j] over n weights.
+typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y);
+
+// Weight formats with kernels of our own. Block formats are ggml's: a block is 32 weights.
+//   Q8_0: f16 d; int8 q[32];            w_j = d * q_j                          34 bytes
+//   Q4_0: f16 d; uint8 q[16];           w_j = d * ((q_j & 15) - 8)   j < 16    18 bytes
+//                                       w_j = d * ((q_{j-16} >> 4) - 8)  j >= 16
+enum tsffn_format {
+    TSFFN_FORMAT_F32,
+    TSFFN_FORMAT_F16,
+    TSFFN_FORMAT_BF16,
+    TSFFN_FORMAT_Q8_0,
+    TSFFN_FORMAT_Q4_0,
+    TSFFN_FORMAT_COUNT,
+};
+
+#define TSFFN_BLOCK_SIZE 32
+#define TSFFN_Q8_0_BYTES 34
+#define TSFFN_Q4_0_BYTES 18
+
+enum tsffn_isa {
+    TSFFN_ISA_REF,
+    TSFFN_ISA_AVX2,   // AVX2, FMA, F16C
+    TSFFN_ISA_AVX512, // AVX-512 F, BW, DQ, VL
+    TSFFN_ISA_COUNT,
+};
+
+// The kernels of one tier. `dot` of the block formats is NULL: ggml's integer dot products are the better ones there.
+struct tsffn_kernels {
+    enum tsffn_isa isa;
+    const char * name;
+    tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
+    tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
+};
+
+// The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
+const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
+
+// The best tier of this machine. The environment variable TSFFN_ISA (ref, avx2, avx512) can only lower it.
+const struct tsffn_kernels * tsffn_kernels_best(void);
+
+extern const struct tsffn_kernels tsffn_kernels_ref;
+#if defined(TSFFN_HAVE_X86)
+extern const struct tsffn_kernels tsffn_kernels_avx2;
+extern const struct tsffn_kernels tsffn_kernels_avx512;
+#endif
+
+#endif

@@ -1,0 +1,106 @@
+// AVX-512 F, BW, DQ, VL. Tails are masked, so no scalar loop is needed for the float formats.
+#include "half.h"
+#include "kernels.h"
+
+#include <immintrin.h>
+
+static inline __m512 load16_f32(__mmask16 m, const float * w) {
+    return _mm512_maskz_loadu_ps(m, w);
+}
+static inline __m512 load16_f16(__mmask16 m, const uint16_t * w) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, w));
+}
+static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, w)), 16));
+}
+
+#define ALL ((__mmask16)0xffff)
+#define TAIL(count) ((__mmask16)((1u << (count)) - 1u))
+
+// One dot and one axpy per element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask.
+#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD16)                                                                     \
+    static float dot_##SUFFIX(int64_t n, const void * row, const float * x) {                                          \
+        const TYPE * w = row;                                                                                          \
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 64 <= n; j += 64) {                                                                                 \
+            s0 = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x + j), s0);                                      \
+            s1 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 16), _mm512_loadu_ps(x + j + 16), s1);                            \
+            s2 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 32), _mm512_loadu_ps(x + j + 32), s2);                            \
+            s3 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 48), _mm512_loadu_ps(x + j + 48), s3);                            \
+        }                                                                                                              \
+        for (; j + 16 <= n; j += 16) {                                                                                 \
+            s0 = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x + j), s0);                                      \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            const __mmask16 m = TAIL(n - j);                                                                           \
+            s1 = _mm512_fmadd_ps(LOAD16(m, w + j), _mm512_maskz_loadu_ps(m, x + j), s1);                               \
+        }                                                                                                              \
+        return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));                      \
+    }                                                                                                                  \
+    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
+        const TYPE * w = row;                                                                                          \
+        const __m512 va = _mm512_set1_ps(a);                                                                           \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 16 <= n; j += 16) {                                                                                 \
+            _mm512_storeu_ps(y + j, _mm512_fmadd_ps(va, LOAD16(ALL, w + j), _mm512_loadu_ps(y + j)));                  \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            const __mmask16 m = TAIL(n - j);                                                                           \
+            const __m512 sum = _mm512_fmadd_ps(va, LOAD16(m, w + j), _mm512_maskz_loadu_ps(m, y + j));                 \
+            _mm512_mask_storeu_ps(y + j, m, sum);                                                                      \
+        }                                                                                                              \
+    }
+
+DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
+DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
+DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
+
+static inline void axpy16_i8(__m512 d, __m128i q, float * y) {
+    const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(d, w, _mm512_loadu_ps(y)));
+}
+
+static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
+        const __m512 d = _mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block)));
+        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 2)), y + j);
+        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 18)), y + j + 16);
+    }
+}
+
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    const __m128i low_mask = _mm_set1_epi8(15);
+    const __m128i eight = _mm_set1_epi8(8);
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
+        const __m512 d = _mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block)));
+        const __m128i q = _mm_loadu_si128((const __m128i *)(block + 2));
+        const __m128i low = _mm_sub_epi8(_mm_and_si128(q, low_mask), eight);
+        const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), low_mask), eight);
+        axpy16_i8(d, low, y + j);
+        axpy16_i8(d, high, y + j + 16);
+    }
+}
+
+const struct tsffn_kernels tsffn_kernels_avx512 = {
+    .isa = TSFFN_ISA_AVX512,
+    .name = "avx512",
+    .dot =
+        {
+            [TSFFN_FORMAT_F32] = dot_f32,
+            [TSFFN_FORMAT_F16] = dot_f16,
+            [TSFFN_FORMAT_BF16] = dot_bf16,
+            [TSFFN_FORMAT_Q8_0] = NULL,
+            [TSFFN_FORMAT_Q4_0] = NULL,
+        },
+    .axpy =
+        {
+            [TSFFN_FORMAT_F32] = axpy_f32,
+            [TSFFN_FORMAT_F16] = axpy_f16,
+            [TSFFN_FORMAT_BF16] = axpy_bf16,
+            [TSFFN_FORMAT_Q8_0] = axpy_q8_0,
+            [TSFFN_FORMAT_Q4_0] = axpy_q4_0,
+        },
+};

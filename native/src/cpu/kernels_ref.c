@@ -1,0 +1,95 @@
+// Plain C kernels: the reference of every other tier, and what runs where no tier fits.
+#include "half.h"
+#include "kernels.h"
+
+static float dot_f32(int64_t n, const void * row, const float * x) {
+    const float * w = row;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < n; ++j) {
+        sum += w[j] * x[j];
+    }
+    return sum;
+}
+
+static void axpy_f32(int64_t n, float a, const void * row, float * y) {
+    const float * w = row;
+    for (int64_t j = 0; j < n; ++j) {
+        y[j] += a * w[j];
+    }
+}
+
+static float dot_f16(int64_t n, const void * row, const float * x) {
+    const uint16_t * w = row;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < n; ++j) {
+        sum += tsffn_f16_to_f32(w[j]) * x[j];
+    }
+    return sum;
+}
+
+static void axpy_f16(int64_t n, float a, const void * row, float * y) {
+    const uint16_t * w = row;
+    for (int64_t j = 0; j < n; ++j) {
+        y[j] += a * tsffn_f16_to_f32(w[j]);
+    }
+}
+
+static float dot_bf16(int64_t n, const void * row, const float * x) {
+    const uint16_t * w = row;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < n; ++j) {
+        sum += tsffn_bf16_to_f32(w[j]) * x[j];
+    }
+    return sum;
+}
+
+static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
+    const uint16_t * w = row;
+    for (int64_t j = 0; j < n; ++j) {
+        y[j] += a * tsffn_bf16_to_f32(w[j]);
+    }
+}
+
+static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
+        const float d = a * tsffn_f16_to_f32(tsffn_load_u16(block));
+        const int8_t * q = (const int8_t *)(block + 2);
+        for (int k = 0; k < TSFFN_BLOCK_SIZE; ++k) {
+            y[j + k] += d * (float)q[k];
+        }
+    }
+}
+
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
+        const float d = a * tsffn_f16_to_f32(tsffn_load_u16(block));
+        const uint8_t * q = block + 2;
+        for (int k = 0; k < TSFFN_BLOCK_SIZE / 2; ++k) {
+            y[j + k] += d * (float)((q[k] & 15) - 8);
+            y[j + k + 16] += d * (float)((q[k] >> 4) - 8);
+        }
+    }
+}
+
+const struct tsffn_kernels tsffn_kernels_ref = {
+    .isa = TSFFN_ISA_REF,
+    .name = "ref",
+    .dot =
+        {
+            [TSFFN_FORMAT_F32] = dot_f32,
+            [TSFFN_FORMAT_F16] = dot_f16,
+            [TSFFN_FORMAT_BF16] = dot_bf16,
+            [TSFFN_FORMAT_Q8_0] = NULL,
+            [TSFFN_FORMAT_Q4_0] = NULL,
+        },
+    .axpy =
+        {
+            [TSFFN_FORMAT_F32] = axpy_f32,
+            [TSFFN_FORMAT_F16] = axpy_f16,
+            [TSFFN_FORMAT_BF16] = axpy_bf16,
+            [TSFFN_FORMAT_Q8_0] = axpy_q8_0,
+            [TSFFN_FORMAT_Q4_0] = axpy_q4_0,
+        },
+};

@@ -1,0 +1,496 @@
+// One parallel region per call. Per tile of at most 64 rows, three phases with a barrier after each:
+//
+//   A  hidden   h1[r] = relu(fc1 . p_r)                            threads share the rows of fc1
+//   B  neurons  chunk by chunk: logits -> mask -> gate, up, down    threads take chunks of neurons in turn and add
+//                                                                   into accumulators of their own
+//   C  reduce   y[r] = sum over threads of acc[thread][r]           threads share rows and columns
+//
+// Weight rows are outer and activations inner, so a weight row is read from memory once per tile. Chunk c belongs to
+// thread c mod n_threads: the order of the sums depends on the thread count only.
+#include "ffn.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    TILE_ROWS = 64,     // one bit per row in a neuron's mask
+    CHUNK_NEURONS = 64, // neurons per unit of work: at least 8 KB of fc2, and a clock read costs under 1 % of it
+    CACHE_LINE = 64,
+    COLUMN_BLOCK = 256, // columns per unit of work in phase C: whole cache lines, no false sharing
+};
+
+struct tsffn_workspace {
+    char * memory;
+    size_t size;
+};
+
+struct tsffn_workspace * tsffn_workspace_new(void) {
+    return calloc(1, sizeof(struct tsffn_workspace));
+}
+
+void tsffn_workspace_free(struct tsffn_workspace * ws) {
+    if (ws != NULL) {
+        free(ws->memory);
+        free(ws);
+    }
+}
+
+// Everything the threads of one call share.
+struct shared {
+    const struct tsffn_call * call;
+    int64_t n_embd, n_ff, max_rank;
+
+    char * x_gate; // [n_tokens] x in the format of gate's dot; UP and DOWN calls use x_up
+    char * x_up;   // [n_tokens] likewise for up; the same memory when the formats are equal
+    char * x_pred; // [n_tokens] p = x * pred_scale in the format of fc1's dot
+    size_t x_gate_bytes, x_up_bytes, x_pred_bytes; // stride of a token
+    float * h1;                                    // [TILE_ROWS][max_rank]
+    char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot; h1 itself when that is f32
+    size_t h1_bytes;
+    float * acc;                  // [n_threads][TILE_ROWS][n_embd]
+    float * scratch;              // [n_threads][max(n_embd, max_rank)]
+    struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
+    size_t counts_stride;
+};
+
+static int64_t max_i64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static int64_t min_i64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static const uint8_t * matrix_row(const struct tsffn_matrix * m, int64_t i) {
+    return m->data + (size_t)i * tsffn_row_bytes(m->type, m->n_cols);
+}
+
+static float dot(const struct tsffn_matrix * m, int64_t i, const void * x) {
+    const struct tsffn_row_type * type = m->type;
+    if (type->own_dot != NULL) {
+        return type->own_dot(m->n_cols, matrix_row(m, i), x);
+    }
+    float sum;
+    type->host_dot((int)m->n_cols, &sum, 0, matrix_row(m, i), 0, x, 0, 1);
+    return sum;
+}
+
+// y += a * row i. The host's formats are widened to f32 first, into `scratch` [n_cols].
+static void axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch) {
+    const struct tsffn_row_type * type = m->type;
+    if (type->own_axpy != NULL) {
+        type->own_axpy(m->n_cols, a, matrix_row(m, i), y);
+        return;
+    }
+    type->host_to_float(matrix_row(m, i), scratch, m->n_cols);
+    for (int64_t j = 0; j < m->n_cols; ++j) {
+        y[j] += a * scratch[j];
+    }
+}
+
+static void convert_x(const struct tsffn_row_type * type, const float * x, void * converted, int64_t n) {
+    if (type->host_convert_x != NULL) {
+        type->host_convert_x(x, converted, n);
+    } else {
+        memcpy(converted, x, (size_t)n * sizeof(float));
+    }
+}
+
+static void prefetch_row(const struct tsffn_matrix * m, int64_t i) {
+    const uint8_t * row = matrix_row(m, i);
+    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
+    for (size_t offset = 0; offset < bytes; offset += CACHE_LINE) {
+        __builtin_prefetch(row + offset, 0, 3);
+    }
+}
+
+static bool needs_predictor(const struct tsffn_call * call) {
+    return (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) && call->ffns[0].fc1.data != NULL;
+}
+
+// The part of [0, n) that thread `ith` of `nth` takes.
+static void share(int64_t n, int ith, int nth, int64_t * begin, int64_t * end) {
+    *begin = n * ith / nth;
+    *end = n * (ith + 1) / nth;
+}
+
+// Before any output is written: every token's activations, converted for gate, up and the predictor.
+static void convert_inputs(const struct shared * s, int ith, int nth) {
+    const struct tsffn_call * call = s->call;
+    const struct tsffn_ffn * ffn = &call->ffns[0];
+    int64_t begin, end;
+    share(call->n_tokens, ith, nth, &begin, &end);
+    float * scaled = s->scratch + (size_t)ith * (size_t)max_i64(s->n_embd, s->max_rank);
+    for (int64_t t = begin; t < end; ++t) {
+        const float * x = (const float *)(call->x + (size_t)t * call->x_stride);
+        if (s->x_gate != NULL) {
+            convert_x(ffn->gate.type, x, s->x_gate + (size_t)t * s->x_gate_bytes, s->n_embd);
+        }
+        if (s->x_up != NULL && s->x_up != s->x_gate) {
+            convert_x(ffn->up.type, x, s->x_up + (size_t)t * s->x_up_bytes, s->n_embd);
+        }
+        if (s->x_pred != NULL) {
+            const float * p = x;
+            if (ffn->pred_scale != NULL) {
+                for (int64_t j = 0; j < s->n_embd; ++j) {
+                    scaled[j] = x[j] * ffn->pred_scale[j];
+                }
+                p = scaled;
+            }
+            convert_x(ffn->fc1.type, p, s->x_pred + (size_t)t * s->x_pred_bytes, s->n_embd);
+        }
+    }
+}
+
+// Phase A for the rows [r0, r1) of the tile that starts at row `tile`; they share one FFN.
+static void hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
+                         struct tsffn_counts * counts) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    const struct tsffn_matrix * fc1 = &s->call->ffns[rows[r0].ffn].fc1;
+    int64_t begin, end;
+    share(fc1->n_rows, ith, nth, &begin, &end);
+    for (int64_t k = begin; k < end; ++k) {
+        for (int64_t r = r0; r < r1; ++r) {
+            const float v = dot(fc1, k, s->x_pred + (size_t)rows[r].token * s->x_pred_bytes);
+            s->h1[r * s->max_rank + k] = v > 0.0f ? v : 0.0f;
+        }
+    }
+    counts->bytes_predictor += (uint64_t)(end - begin) * tsffn_row_bytes(fc1->type, fc1->n_cols);
+}
+
+static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    int64_t begin, end;
+    share(n_rows, ith, nth, &begin, &end);
+    for (int64_t r = begin; r < end; ++r) {
+        const struct tsffn_matrix * fc2 = &s->call->ffns[rows[r].ffn].fc2;
+        convert_x(fc2->type, s->h1 + r * s->max_rank, s->h1_converted + (size_t)r * s->h1_bytes, fc2->n_cols);
+    }
+}
+
+// The rows of one tile that share one FFN, as bits and as a range; and the thread that works on them.
+struct segment {
+    const struct shared * s;
+    const struct tsffn_row * rows; // of the tile
+    const struct tsffn_ffn * ffn;
+    int64_t r0, r1;
+    float * acc;     // [TILE_ROWS][n_embd], of this thread
+    float * scratch; // [n_embd], of this thread
+    struct tsffn_counts * counts;
+};
+
+// Which of the neurons [i0, i1) are on, for each row: bit r of mask[i - i0].
+static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
+    const struct tsffn_ffn * ffn = g->ffn;
+    for (int64_t i = i0; i < i1; ++i) {
+        uint64_t bits = 0;
+        for (int64_t r = g->r0; r < g->r1; ++r) {
+            const float logit = dot(&ffn->fc2, i, g->s->h1_converted + (size_t)r * g->s->h1_bytes);
+            const bool on = ffn->on_when_equal ? logit >= ffn->threshold : logit > ffn->threshold;
+            bits |= (uint64_t)on << r;
+        }
+        mask[i - i0] = bits;
+    }
+    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * tsffn_row_bytes(ffn->fc2.type, ffn->fc2.n_cols);
+}
+
+// The whole FFN of neuron i for the rows in `bits`.
+static void fused_neuron(const struct segment * g, int64_t i, uint64_t bits) {
+    const struct shared * s = g->s;
+    const struct tsffn_ffn * ffn = g->ffn;
+    float gate[TILE_ROWS];
+    uint64_t positive = 0;
+    for (uint64_t b = bits; b != 0; b &= b - 1) {
+        const int r = __builtin_ctzll(b);
+        gate[r] = dot(&ffn->gate, i, s->x_gate + (size_t)g->rows[r].token * s->x_gate_bytes);
+        positive |= (uint64_t)(gate[r] > 0.0f) << r;
+    }
+    g->counts->bytes_ffn += tsffn_row_bytes(ffn->gate.type, s->n_embd);
+    if (positive == 0) {
+        return;
+    }
+    uint64_t active = 0;
+    for (uint64_t b = positive; b != 0; b &= b - 1) {
+        const int r = __builtin_ctzll(b);
+        const float up = dot(&ffn->up, i, s->x_up + (size_t)g->rows[r].token * s->x_up_bytes);
+        if (up > 0.0f) {
+            active |= (uint64_t)1 << r;
+            axpy(&ffn->down, i, gate[r] * up, g->acc + r * s->n_embd, g->scratch);
+        }
+    }
+    g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
+    g->counts->active += (uint64_t)__builtin_popcountll(active);
+    g->counts->bytes_ffn += tsffn_row_bytes(ffn->up.type, s->n_embd);
+    if (active != 0) {
+        g->counts->bytes_ffn += tsffn_row_bytes(ffn->down.type, s->n_embd);
+    }
+}
+
+// Neuron i alone, for a graph that was cut between the operations.
+static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
+    const struct shared * s = g->s;
+    const struct tsffn_ffn * ffn = g->ffn;
+    const struct tsffn_call * call = s->call;
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        const size_t token = (size_t)g->rows[r].token;
+        switch (call->op) {
+        case TSFFN_OP_GATE:
+            g->rows[r].y[i] = (bits >> r & 1) != 0 ? dot(&ffn->gate, i, s->x_gate + token * s->x_gate_bytes) : 0.0f;
+            break;
+        case TSFFN_OP_UP:
+            g->rows[r].y[i] = dot(&ffn->up, i, s->x_up + token * s->x_up_bytes);
+            break;
+        case TSFFN_OP_DOWN: {
+            const float h = ((const float *)(call->x + token * call->x_stride))[i];
+            if (h != 0.0f) {
+                axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch);
+            }
+            break;
+        }
+        case TSFFN_OP_FUSED:
+            break;
+        }
+    }
+}
+
+static void chunk_of_neurons(const struct segment * g, int64_t i0, int64_t i1) {
+    const struct tsffn_ffn * ffn = g->ffn;
+    const uint64_t all = ((g->r1 - g->r0 == 64) ? ~(uint64_t)0 : (((uint64_t)1 << (g->r1 - g->r0)) - 1)) << g->r0;
+    uint64_t mask[CHUNK_NEURONS];
+    const uint64_t t0 = now_ns();
+    if (needs_predictor(g->s->call)) {
+        predict(g, i0, i1, mask);
+    } else {
+        for (int64_t i = i0; i < i1; ++i) {
+            mask[i - i0] = all;
+        }
+    }
+    const uint64_t t1 = now_ns();
+
+    if (g->s->call->op != TSFFN_OP_FUSED) {
+        for (int64_t i = i0; i < i1; ++i) {
+            single_neuron(g, i, mask[i - i0]);
+        }
+    } else {
+        int64_t on[CHUNK_NEURONS + 1];
+        int n_on = 0;
+        uint64_t predicted = 0;
+        for (int64_t i = i0; i < i1; ++i) {
+            if (mask[i - i0] != 0) {
+                on[n_on++] = i;
+                predicted += (uint64_t)__builtin_popcountll(mask[i - i0]);
+            }
+        }
+        for (int k = 0; k < n_on; ++k) {
+            if (k + 1 < n_on) {
+                // The list is known ahead: random rows reach the sequential bandwidth only when they are asked for
+                // early.
+                prefetch_row(&ffn->gate, on[k + 1]);
+                prefetch_row(&ffn->up, on[k + 1]);
+                prefetch_row(&ffn->down, on[k + 1]);
+            }
+            fused_neuron(g, on[k], mask[on[k] - i0]);
+        }
+        g->counts->neurons += (uint64_t)((i1 - i0) * (g->r1 - g->r0));
+        g->counts->predicted += predicted;
+        g->counts->bytes_dense += (uint64_t)(i1 - i0) * (tsffn_row_bytes(ffn->gate.type, g->s->n_embd) +
+                                                         tsffn_row_bytes(ffn->up.type, g->s->n_embd) +
+                                                         tsffn_row_bytes(ffn->down.type, g->s->n_embd));
+    }
+    g->counts->ns_predictor += t1 - t0;
+    g->counts->ns_ffn += now_ns() - t1;
+}
+
+// Phase C: the accumulators of all threads, summed in thread order.
+static void reduce(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
+    const int64_t n_blocks = (s->n_embd + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+    int64_t begin, end;
+    share(n_rows * n_blocks, ith, nth, &begin, &end);
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t r = unit / n_blocks;
+        const int64_t c0 = unit % n_blocks * COLUMN_BLOCK;
+        const int64_t c1 = min_i64(c0 + COLUMN_BLOCK, s->n_embd);
+        float * y = s->call->rows[tile + r].y;
+        memcpy(y + c0, s->acc + r * s->n_embd + c0, (size_t)(c1 - c0) * sizeof(float));
+        for (int thread = 1; thread < nth; ++thread) {
+            const float * acc = s->acc + ((int64_t)thread * TILE_ROWS + r) * s->n_embd;
+            for (int64_t c = c0; c < c1; ++c) {
+                y[c] += acc[c];
+            }
+        }
+    }
+}
+
+// The end of the rows that share the FFN of row r0, within [r0, n_rows).
+static int64_t segment_end(const struct tsffn_row * rows, int64_t r0, int64_t n_rows) {
+    int64_t r1 = r0 + 1;
+    while (r1 < n_rows && rows[r1].ffn == rows[r0].ffn) {
+        ++r1;
+    }
+    return r1;
+}
+
+static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth,
+                         struct tsffn_counts * counts) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    const bool writes_embd = s->call->op == TSFFN_OP_FUSED || s->call->op == TSFFN_OP_DOWN;
+    float * acc = s->acc + (int64_t)ith * TILE_ROWS * s->n_embd;
+    float * scratch = s->scratch + (int64_t)ith * max_i64(s->n_embd, s->max_rank);
+    const uint64_t t0 = now_ns();
+    if (needs_predictor(s->call)) {
+        for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
+            r1 = segment_end(rows, r0, n_rows);
+            hidden_layer(s, tile, r0, r1, ith, nth, counts);
+        }
+#pragma omp barrier
+        convert_hidden(s, tile, n_rows, ith, nth);
+#pragma omp barrier
+    }
+    const uint64_t t1 = now_ns();
+    counts->ns_predictor += t1 - t0;
+
+    if (writes_embd) {
+        memset(acc, 0, (size_t)(n_rows * s->n_embd) * sizeof(float));
+    }
+    for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
+        r1 = segment_end(rows, r0, n_rows);
+        const struct segment segment = {
+            .s = s,
+            .rows = rows,
+            .ffn = &s->call->ffns[rows[r0].ffn],
+            .r0 = r0,
+            .r1 = r1,
+            .acc = acc,
+            .scratch = scratch,
+            .counts = counts,
+        };
+        for (int64_t i0 = (int64_t)ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)nth * CHUNK_NEURONS) {
+            chunk_of_neurons(&segment, i0, min_i64(i0 + CHUNK_NEURONS, s->n_ff));
+        }
+    }
+    const uint64_t t2 = now_ns();
+#pragma omp barrier
+    if (writes_embd) {
+        reduce(s, tile, n_rows, ith, nth);
+#pragma omp barrier
+    }
+    counts->ns_ffn += now_ns() - t2;
+}
+
+// Carves the next `size` bytes out of the workspace; with base NULL it only measures.
+static char * carve(char * base, size_t * used, size_t size) {
+    char * p = base != NULL ? base + *used : NULL;
+    *used += (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    return p;
+}
+
+// Fills the pointers of `s` from `base`, and returns the bytes that takes.
+static size_t lay_out(struct shared * s, char * base) {
+    const struct tsffn_call * call = s->call;
+    const struct tsffn_ffn * ffn = &call->ffns[0];
+    const size_t nth = (size_t)call->n_threads;
+    const size_t n_tokens = (size_t)call->n_tokens;
+    size_t used = 0;
+    s->x_gate = s->x_up = s->x_pred = NULL;
+    if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) {
+        s->x_gate_bytes = tsffn_x_bytes(ffn->gate.type, s->n_embd);
+        s->x_gate = carve(base, &used, n_tokens * s->x_gate_bytes);
+    }
+    if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_UP) {
+        s->x_up_bytes = tsffn_x_bytes(ffn->up.type, s->n_embd);
+        const bool shared_x = call->op == TSFFN_OP_FUSED && ffn->up.type->x_format == ffn->gate.type->x_format;
+        s->x_up = shared_x ? s->x_gate : carve(base, &used, n_tokens * s->x_up_bytes);
+    }
+    if (needs_predictor(call)) {
+        s->x_pred_bytes = tsffn_x_bytes(ffn->fc1.type, s->n_embd);
+        s->x_pred = carve(base, &used, n_tokens * s->x_pred_bytes);
+        s->h1 = (float *)carve(base, &used, TILE_ROWS * (size_t)s->max_rank * sizeof(float));
+        s->h1_bytes = 0;
+        for (int64_t e = 0; e < call->n_ffns; ++e) {
+            const size_t bytes = tsffn_x_bytes(call->ffns[e].fc2.type, call->ffns[e].fc2.n_cols);
+            s->h1_bytes = bytes > s->h1_bytes ? bytes : s->h1_bytes;
+        }
+        s->h1_converted = carve(base, &used, TILE_ROWS * s->h1_bytes);
+    }
+    s->acc = (float *)carve(base, &used, nth * TILE_ROWS * (size_t)s->n_embd * sizeof(float));
+    s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
+    s->counts_stride = (sizeof(struct tsffn_counts) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    s->counts = (struct tsffn_counts *)carve(base, &used, nth * s->counts_stride);
+    return used;
+}
+
+static bool reserve(struct tsffn_workspace * ws, size_t size) {
+    if (size <= ws->size) {
+        return true;
+    }
+    free(ws->memory);
+    ws->memory = aligned_alloc(CACHE_LINE, size);
+    ws->size = ws->memory != NULL ? size : 0;
+    return ws->memory != NULL;
+}
+
+// Counters are summed over threads; times are those of the busiest thread, which is what the caller waited for.
+static void add_counts(struct tsffn_counts * total, const struct shared * s) {
+    uint64_t ns_predictor = 0, ns_ffn = 0;
+    for (int thread = 0; thread < s->call->n_threads; ++thread) {
+        const struct tsffn_counts * c =
+            (const struct tsffn_counts *)((const char *)s->counts + (size_t)thread * s->counts_stride);
+        total->neurons += c->neurons;
+        total->predicted += c->predicted;
+        total->gate_positive += c->gate_positive;
+        total->active += c->active;
+        total->bytes_predictor += c->bytes_predictor;
+        total->bytes_ffn += c->bytes_ffn;
+        total->bytes_dense += c->bytes_dense;
+        if (c->ns_predictor + c->ns_ffn > ns_predictor + ns_ffn) {
+            ns_predictor = c->ns_predictor;
+            ns_ffn = c->ns_ffn;
+        }
+    }
+    total->ns_predictor += ns_predictor;
+    total->ns_ffn += ns_ffn;
+}
+
+bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, struct tsffn_counts * counts) {
+    if (call->n_rows == 0) {
+        return true;
+    }
+    struct shared s = {
+        .call = call,
+        .n_embd = call->ffns[0].n_embd,
+        .n_ff = call->ffns[0].n_ff,
+    };
+    for (int64_t e = 0; e < call->n_ffns; ++e) {
+        s.max_rank = max_i64(s.max_rank, call->ffns[e].fc1.n_rows);
+    }
+    if (!reserve(ws, lay_out(&s, NULL))) {
+        return false;
+    }
+    lay_out(&s, ws->memory);
+    memset(s.counts, 0, (size_t)call->n_threads * s.counts_stride);
+
+// Always the caller's thread count, however small the layer: libgomp ends the threads that a smaller team leaves out,
+// and ggml-cpu, which shares the pool, would start them again for its next operation.
+#pragma omp parallel num_threads(call->n_threads)
+    {
+        // The runtime may grant fewer threads than asked for.
+        const int ith = omp_get_thread_num();
+        const int nth = omp_get_num_threads();
+        struct tsffn_counts * mine = (struct tsffn_counts *)((char *)s.counts + (size_t)ith * s.counts_stride);
+        convert_inputs(&s, ith, nth);
+#pragma omp barrier
+        for (int64_t tile = 0; tile < call->n_rows; tile += TILE_ROWS) {
+            compute_tile(&s, tile, min_i64(TILE_ROWS, call->n_rows - tile), ith, nth, mine);
+        }
+    }
+    add_counts(counts, &s);
+    return true;
+}

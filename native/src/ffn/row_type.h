@@ -1,0 +1,39 @@
+// How one weight row of some format is multiplied with an activation vector and added to an output.
+//
+// Two families fill this table: formats with kernels of our own keep the activations in f32, all others go through
+// function pointers that the host program brings (ggml's type traits), which want the activations converted first.
+#ifndef TSFFN_ROW_TYPE_H
+#define TSFFN_ROW_TYPE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct tsffn_row_type {
+    const char * name;
+    int64_t block_size; // weights per block; the length of a row is a multiple of it
+    size_t block_bytes; // bytes per block
+
+    // Layout of the activations that `dot` takes, likewise in blocks. Two types with the same x_format share them.
+    int x_format;
+    int64_t x_block_size;
+    size_t x_block_bytes;
+
+    // Own kernels; NULL selects the host's functions below.
+    float (*own_dot)(int64_t n, const void * row, const float * x);
+    void (*own_axpy)(int64_t n, float a, const void * row, float * y);
+
+    // The host's functions, with ggml's signatures.
+    void (*host_dot)(int n, float * s, size_t bs, const void * row, size_t bx, const void * x, size_t by, int nrc);
+    void (*host_convert_x)(const float * x, void * converted, int64_t n);
+    void (*host_to_float)(const void * row, float * w, int64_t n);
+};
+
+static inline size_t tsffn_row_bytes(const struct tsffn_row_type * type, int64_t n) {
+    return (size_t)(n / type->block_size) * type->block_bytes;
+}
+
+static inline size_t tsffn_x_bytes(const struct tsffn_row_type * type, int64_t n) {
+    return (size_t)(n / type->x_block_size) * type->x_block_bytes;
+}
+
+#endif
