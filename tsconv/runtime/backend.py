@@ -1,0 +1,212 @@
+"""Loading of `libggml-tsffn.so` into the llama.cpp that llama-cpp-python brings.
+
+The library is registered in llama.cpp's own backend registry, the one inside the libraries that `libllama` is linked
+with. (`llama_cpp._ggml.libggml` is a second copy of that registry in wheel installs: a backend loaded there is not seen.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sysconfig
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tsconv
+from tsconv.errors import BackendError, ModelFileError, TsconvError
+
+LIBRARY_NAME = "libggml-tsffn.so"
+ERROR_SIZE = 2048
+
+# enum tsffn_sparsity (native/include/tsffn.h)
+SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2}
+SPARSITY_NAMES = {1: "predictor", 2: "exact"}
+
+
+class LayerStats(ctypes.Structure):
+    """struct tsffn_layer_stats (native/include/tsffn.h)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "calls",
+            "rows",
+            "neurons",
+            "predicted",
+            "gate_positive",
+            "active",
+            "bytes_predictor",
+            "bytes_ffn",
+            "bytes_dense",
+            "ns_predictor",
+            "ns_ffn",
+            "single_ops",
+        )
+    )
+
+
+def library_path() -> Path:
+    """The native library: `$TSCONV_BACKEND`, or the one installed with the package.
+
+    Raises:
+        BackendError: when there is none.
+    """
+    override = os.environ.get("TSCONV_BACKEND")
+    # An editable install leaves the Python files in the checkout and puts the library into site-packages.
+    packages = [*map(Path, tsconv.__path__), Path(sysconfig.get_path("platlib")) / "tsconv"]
+    candidates = [Path(override)] if override else [package / "lib" / LIBRARY_NAME for package in packages]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise BackendError(
+        "the native backend is missing",
+        expected=" or ".join(map(str, candidates)),
+        fix="reinstall tsconv (from a source checkout: make setup)",
+    )
+
+
+class Backend:
+    """The loaded native library. Use `load_backend()`: there is one per process."""
+
+    def __init__(self, path: Path) -> None:
+        """Checks the ABI and registers the library with llama.cpp.
+
+        Raises:
+            BackendError: another ggml than the library was built for, or a library that cannot be loaded.
+        """
+        from llama_cpp import llama_cpp  # loads libllama and its ggml, which our library links to by name
+
+        from tsconv.runtime.log import quiet_unless
+
+        self.path = path
+        self._load_lock = threading.Lock()
+        try:
+            self._lib = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BackendError(
+                "cannot be loaded",
+                where=path,
+                found=error,
+                fix="install llama-cpp-python==0.3.36 and reinstall tsconv; `tsconv doctor` tells more",
+            ) from None
+        self._declare()
+        message = ctypes.create_string_buffer(ERROR_SIZE)
+        if not self._lib.tsffn_check_abi(message, ERROR_SIZE):
+            raise BackendError(message.value.decode(errors="replace"))
+        ggml_backend_load = llama_cpp._lib.ggml_backend_load
+        ggml_backend_load.argtypes = [ctypes.c_char_p]
+        ggml_backend_load.restype = ctypes.c_void_p
+        with quiet_unless(False) as errors:
+            registered = ggml_backend_load(os.fsencode(path))
+        if registered is None:
+            raise BackendError("llama.cpp refused the backend", where=path, found="; ".join(errors))
+
+    def _declare(self) -> None:
+        handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+        prototypes = {
+            "tsffn_check_abi": ([text, size], ctypes.c_bool),
+            "tsffn_model_open": ([text, text, ctypes.c_int, text, size], handle),
+            "tsffn_model_close": ([handle], None),
+            "tsffn_model_arm": ([handle], None),
+            "tsffn_model_sparsity": ([handle], ctypes.c_int),
+            "tsffn_model_n_layer": ([handle], ctypes.c_int32),
+            "tsffn_model_stats": ([handle, ctypes.c_int32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
+            "tsffn_model_reset_stats": ([handle], None),
+            "tsffn_isa_name": ([], text),
+            "tsffn_ggml_version": ([], text),
+        }
+        for name, (arguments, result) in prototypes.items():
+            function = getattr(self._lib, name)
+            function.argtypes = arguments
+            function.restype = result
+
+    @property
+    def isa(self) -> str:
+        """The ISA tier of the kernels in use: ref, avx2 or avx512."""
+        return self._lib.tsffn_isa_name().decode()
+
+    @property
+    def ggml_version(self) -> str:
+        """The ggml version the library was built for."""
+        return self._lib.tsffn_ggml_version().decode()
+
+    def open_model(self, path: Path, sidecar: Path | None, sparsity: str | None) -> NativeModel:
+        """Opens and checks a model and its sidecar (docs/format.md).
+
+        Args:
+            path: the model, `NAME.gguf`.
+            sidecar: None looks for `NAME.predictor.gguf` beside it.
+            sparsity: "predictor", "exact", or None for the model's own.
+
+        Raises:
+            ModelFileError: a file that is missing, damaged, or not its partner's.
+        """
+        if sparsity not in SPARSITY_VALUES:
+            raise TsconvError("sparsity", expected="'predictor' or 'exact'", found=repr(sparsity))
+        message = ctypes.create_string_buffer(ERROR_SIZE)
+        handle = self._lib.tsffn_model_open(
+            os.fsencode(path),
+            None if sidecar is None else os.fsencode(sidecar),
+            SPARSITY_VALUES[sparsity],
+            message,
+            ERROR_SIZE,
+        )
+        if handle is None:
+            raise ModelFileError(message.value.decode(errors="replace"))
+        return NativeModel(self._lib, handle, self._load_lock)
+
+
+class NativeModel:
+    """An opened `struct tsffn_model`: the sidecar's mapping and the counters."""
+
+    def __init__(self, lib: ctypes.CDLL, handle: int, load_lock: threading.Lock) -> None:
+        self._lib = lib
+        self._handle: int | None = handle
+        self._load_lock = load_lock
+        self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
+        self.n_layer = lib.tsffn_model_n_layer(handle)
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """While this holds, the backend claims the FFN weights that llama.cpp loads for this model."""
+        with self._load_lock:
+            self._lib.tsffn_model_arm(self._handle)
+            try:
+                yield
+            finally:
+                self._lib.tsffn_model_arm(None)
+
+    def stats(self, layer: int) -> LayerStats:
+        """The counters of one layer."""
+        stats = LayerStats()
+        self._lib.tsffn_model_stats(self._handle, layer, ctypes.byref(stats))
+        return stats
+
+    def reset_stats(self) -> None:
+        """Sets all counters to 0."""
+        self._lib.tsffn_model_reset_stats(self._handle)
+
+    def close(self) -> None:
+        """Drops this reference; llama.cpp's weight buffers hold their own."""
+        if self._handle is not None:
+            self._lib.tsffn_model_close(self._handle)
+            self._handle = None
+
+
+_backend: Backend | None = None
+_backend_lock = threading.Lock()
+
+
+def load_backend() -> Backend:
+    """The process's backend, loaded on the first call.
+
+    Raises:
+        BackendError: missing library, or another ggml than it was built for.
+    """
+    global _backend
+    with _backend_lock:
+        if _backend is None:
+            _backend = Backend(library_path())
+        return _backend

@@ -1,0 +1,21 @@
+"""The processors this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def physical_cores() -> int:
+    """Physical cores in this process's CPU affinity: hyper-threads of one core share the units that decoding is bound by.
+
+    Source: /sys/devices/system/cpu/cpuN/topology/thread_siblings_list (Linux ABI); counts CPUs where that is not readable.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

@@ -1,0 +1,154 @@
+"""A `llama_cpp.Llama` whose FFNs are computed sparsely by the native backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.runtime.backend import load_backend
+from tsconv.runtime.cpu import physical_cores
+from tsconv.runtime.log import quiet_unless
+
+
+class SparseLlama(llama_cpp.Llama):
+    """A converted model. Everything `llama_cpp.Llama` does works; the FFNs run in the sparse backend.
+
+    Args:
+        model_path: `NAME.gguf` written by `tsconv convert`.
+        sparsity: "predictor" (the checkpoint's own mask), "exact" (no predictor, unmasked dReLU), or None: predictor
+            when the model has one.
+        predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
+        n_threads: None for the physical cores this process may use.
+        verbose: llama.cpp's log on stderr.
+        **kwargs: as `llama_cpp.Llama`.
+
+    Raises:
+        ModelFileError: model or sidecar missing, damaged, or not a pair.
+        BackendError: the native library does not fit this llama.cpp.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        sparsity: str | None = None,
+        predictor_path: str | os.PathLike[str] | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        kv_overrides: dict[str, bool | int | float | str] | None = None,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        path = Path(model_path)
+        native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
+        self._native = native
+        self.sparsity: str = native.sparsity
+        n_threads = n_threads or physical_cores()
+        try:
+            with native.armed(), quiet_unless(verbose) as errors:
+                super().__init__(
+                    str(path),
+                    n_threads=n_threads,
+                    n_threads_batch=n_threads_batch or n_threads,
+                    kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
+                    verbose=verbose,
+                    **kwargs,
+                )
+        except ValueError as error:
+            native.close()
+            reason = next((line for line in errors if line), str(error))
+            raise ModelFileError(
+                "llama.cpp cannot load the model",
+                where=path,
+                found=reason,
+                fix="convert again, or run with -v for its log",
+            ) from None
+        except BaseException:
+            native.close()
+            raise
+        # Runs after llama.cpp has freed context and weights.
+        self._model._exit_stack.callback(native.close)
+
+    def token_logits(self, tokens: Sequence[int], n_batch: int | None = None) -> npt.NDArray[np.float32]:
+        """Logits of every position of one sequence, computed from a cleared context.
+
+        Args:
+            tokens: token ids, no more than `n_ctx()`.
+            n_batch: tokens per call of llama_decode, at most the model's `n_batch`; None for that.
+
+        Returns:
+            float32 [n_tokens, n_vocab]; row t predicts token t + 1.
+
+        Raises:
+            TsconvError: no tokens, or more than the context holds.
+        """
+        n_batch = n_batch or self.n_batch
+        if not 0 < len(tokens) <= self.n_ctx():
+            raise TsconvError("token_logits", expected=f"1 to {self.n_ctx()} tokens (n_ctx)", found=len(tokens))
+        if not 0 < n_batch <= self.n_batch:
+            raise TsconvError("token_logits: n_batch", expected=f"1 to {self.n_batch}", found=n_batch)
+        self.reset()
+        self._ctx.kv_cache_clear()
+        logits = np.empty((len(tokens), self._n_vocab), dtype=np.float32)
+        for start in range(0, len(tokens), n_batch):
+            piece = tokens[start : start + n_batch]
+            self._batch.set_batch(piece, n_past=start, logits_all=True)
+            self._decode()
+            rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(piece), self._n_vocab))
+            logits[start : start + len(piece)] = rows
+        self._ctx.kv_cache_clear()
+        return logits
+
+    def _decode(self) -> None:
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise BackendError("llama.cpp could not compute a batch", where=self.model_path, found=error) from None
+
+    def ffn_stats(self) -> list[dict[str, float]]:
+        """What the FFNs did since loading or `reset_ffn_stats()`, one dict per layer.
+
+        Keys: layer; calls (times computed); tokens (for MoE, tokens times routed experts); n_ff; predicted, gate_positive
+        and active (mean neurons per token: let through by the predictor, of these gate > 0, of these up > 0);
+        bytes_predictor, bytes_ffn, bytes_read (their sum) and bytes_dense (what a dense FFN would have read);
+        seconds_predictor, seconds_ffn; single_ops (operations computed alone because the graph was cut in between).
+        """
+        layers = []
+        for layer in range(self._native.n_layer):
+            s = self._native.stats(layer)
+            rows = max(1, s.rows)
+            layers.append(
+                {
+                    "layer": layer,
+                    "calls": s.calls,
+                    "tokens": s.rows,
+                    "n_ff": s.neurons // rows,
+                    "predicted": s.predicted / rows,
+                    "gate_positive": s.gate_positive / rows,
+                    "active": s.active / rows,
+                    "bytes_predictor": s.bytes_predictor,
+                    "bytes_ffn": s.bytes_ffn,
+                    "bytes_read": s.bytes_predictor + s.bytes_ffn,
+                    "bytes_dense": s.bytes_dense,
+                    "seconds_predictor": s.ns_predictor * 1e-9,
+                    "seconds_ffn": s.ns_ffn * 1e-9,
+                    "single_ops": s.single_ops,
+                }
+            )
+        return layers
+
+    def reset_ffn_stats(self) -> None:
+        """Sets the counters of `ffn_stats` to 0."""
+        self._native.reset_stats()
+
+
+def load(model_path: str | os.PathLike[str], **kwargs: Any) -> SparseLlama:
+    """Loads a converted model; see `SparseLlama` for the arguments and errors."""
+    return SparseLlama(model_path, **kwargs)
