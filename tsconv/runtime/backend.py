@@ -1,7 +1,7 @@
 """Loading of `libggml-tsffn.so` into the llama.cpp that llama-cpp-python brings.
 
 The library is registered in llama.cpp's own backend registry, the one inside the libraries that `libllama` is linked
-with. (`llama_cpp._ggml.libggml` is a second copy of that registry in wheel installs: a backend loaded there is not seen.)
+with. (`llama_cpp._ggml.libggml` is a second copy of that registry in wheel installs: what is loaded there is not seen.)
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class NativeModel:
             self._handle = None
 
 
-_backend: Backend | None = None
+_loaded: list[Backend] = []  # at most one
 _backend_lock = threading.Lock()
 
 
@@ -205,8 +205,7 @@ def load_backend() -> Backend:
     Raises:
         BackendError: missing library, or another ggml than it was built for.
     """
-    global _backend
     with _backend_lock:
-        if _backend is None:
-            _backend = Backend(library_path())
-        return _backend
+        if not _loaded:
+            _loaded.append(Backend(library_path()))
+        return _loaded[0]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def physical_cores() -> int:
-    """Physical cores in this process's CPU affinity: hyper-threads of one core share the units that decoding is bound by.
+    """Physical cores in this process's CPU affinity: the hyper-threads of a core share the units that decoding needs.
 
-    Source: /sys/devices/system/cpu/cpuN/topology/thread_siblings_list (Linux ABI); counts CPUs where that is not readable.
+    Source: /sys/devices/system/cpu/cpuN/topology/thread_siblings_list (Linux ABI); CPUs where it is not readable.
     """
     cores = set()
     for cpu in os.sched_getaffinity(0):

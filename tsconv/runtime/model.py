@@ -115,8 +115,9 @@ class SparseLlama(llama_cpp.Llama):
     def ffn_stats(self) -> list[dict[str, float]]:
         """What the FFNs did since loading or `reset_ffn_stats()`, one dict per layer.
 
-        Keys: layer; calls (times computed); tokens (for MoE, tokens times routed experts); n_ff; predicted, gate_positive
-        and active (mean neurons per token: let through by the predictor, of these gate > 0, of these up > 0);
+        Keys: layer; calls (times computed); tokens (for MoE, tokens times routed experts); n_ff; predicted,
+        gate_positive and active (mean neurons per token: let through by the predictor, of these gate > 0, of these
+        up > 0);
         bytes_predictor, bytes_ffn, bytes_read (their sum) and bytes_dense (what a dense FFN would have read);
         seconds_predictor, seconds_ffn; single_ops (operations computed alone because the graph was cut in between).
         """

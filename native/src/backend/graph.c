@@ -96,6 +96,9 @@ static bool comes_from_gate(const tsffn_tensor * t, struct weight * weight) {
 
 bool tsffn_supports_op(const tsffn_tensor * op) {
     struct weight weight;
+    if (op->op == GGML_OP_NONE) {
+        return identify(op, &weight); // the weight itself: it belongs here
+    }
     if (is_swiglu(op)) {
         return comes_from_gate(op->src[0], &weight) && op->type == GGML_TYPE_F32;
     }

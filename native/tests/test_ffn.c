@@ -1,0 +1,308 @@
+// The sparse FFN against doubles written from the formula  y = sum_i relu(gate_i x) relu(up_i x) m_i down_i :
+// fused and operation by operation, dense and with experts, with predictor and exact, any batch, any number of threads.
+#include "check.h"
+#include "cpu/kernels.h"
+#include "ffn/ffn.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { N_EMBD = 96, N_FF = 200, N_EXPERT = 3, MAX_TOKENS = 140, MAX_USED = 2 };
+
+static const int64_t ranks[N_EXPERT] = {32, 17, 40};
+
+struct expert {
+    float gate[N_FF * N_EMBD], up[N_FF * N_EMBD], down[N_FF * N_EMBD];
+    float fc1[40 * N_EMBD], fc2[N_FF * 40];
+};
+
+static struct expert experts[N_EXPERT];
+static float pred_scale[N_EMBD];
+static float x[MAX_TOKENS * N_EMBD];
+
+// The host's functions of a format without kernels of our own: f32 rows, activations stored as doubles.
+static void host_dot(int n, float * s, size_t bs, const void * row, size_t bx, const void * v, size_t by, int nrc) {
+    (void)bs;
+    (void)bx;
+    (void)by;
+    CHECK(nrc == 1, "one row at a time");
+    const float * w = row;
+    const double * converted = v;
+    double sum = 0.0;
+    for (int j = 0; j < n; ++j) {
+        sum += (double)w[j] * converted[j];
+    }
+    *s = (float)sum;
+}
+
+static void host_convert(const float * v, void * converted, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+        ((double *)converted)[j] = (double)v[j];
+    }
+}
+
+static void host_to_float(const void * row, float * w, int64_t n) {
+    memcpy(w, row, (size_t)n * sizeof(float));
+}
+
+static struct tsffn_row_type own_type, host_type;
+
+static void make_types(const struct tsffn_kernels * kernels) {
+    own_type = (struct tsffn_row_type){
+        .name = "own",
+        .block_size = 1,
+        .block_bytes = 4,
+        .x_format = -1,
+        .x_block_size = 1,
+        .x_block_bytes = 4,
+        .own_dot = kernels->dot[TSFFN_FORMAT_F32],
+        .own_axpy = kernels->axpy[TSFFN_FORMAT_F32],
+    };
+    host_type = (struct tsffn_row_type){
+        .name = "host",
+        .block_size = 1,
+        .block_bytes = 4,
+        .x_format = 7,
+        .x_block_size = 1,
+        .x_block_bytes = 8,
+        .host_dot = host_dot,
+        .host_convert_x = host_convert,
+        .host_to_float = host_to_float,
+    };
+}
+
+static struct tsffn_matrix matrix(const struct tsffn_row_type * type, const float * data, int64_t rows, int64_t cols) {
+    return (struct tsffn_matrix){.type = type, .data = (const uint8_t *)data, .n_rows = rows, .n_cols = cols};
+}
+
+static void describe(struct tsffn_ffn * ffns, const struct tsffn_row_type * gate_type,
+                     const struct tsffn_row_type * up_type, bool predictor, bool scaled) {
+    for (int e = 0; e < N_EXPERT; ++e) {
+        struct expert * w = &experts[e];
+        ffns[e] = (struct tsffn_ffn){
+            .n_embd = N_EMBD,
+            .n_ff = N_FF,
+            .gate = matrix(gate_type, w->gate, N_FF, N_EMBD),
+            .up = matrix(up_type, w->up, N_FF, N_EMBD),
+            .down = matrix(up_type, w->down, N_FF, N_EMBD),
+        };
+        if (predictor) {
+            ffns[e].fc1 = matrix(gate_type, w->fc1, ranks[e], N_EMBD);
+            ffns[e].fc2 = matrix(up_type, w->fc2, N_FF, ranks[e]);
+            ffns[e].pred_scale = scaled ? pred_scale : NULL;
+        }
+    }
+}
+
+static double dot_double(const float * w, const double * v, int64_t n) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < n; ++j) {
+        sum += (double)w[j] * v[j];
+    }
+    return sum;
+}
+
+// Reference of one row. h is [N_FF], y is [N_EMBD]; returns how many neurons are on, positive, active.
+static void reference(const struct tsffn_ffn * ffn, const struct expert * w, int64_t rank, const float * row,
+                      double * gate, double * up, double * y, uint64_t counts[3]) {
+    double v[N_EMBD], p[N_EMBD], h1[40];
+    for (int j = 0; j < N_EMBD; ++j) {
+        v[j] = (double)row[j];
+        p[j] = (double)row[j] * (ffn->pred_scale != NULL ? (double)pred_scale[j] : 1.0);
+        y[j] = 0.0;
+    }
+    const bool predictor = ffn->fc1.data != NULL;
+    for (int64_t k = 0; predictor && k < rank; ++k) {
+        h1[k] = fmax(0.0, dot_double(w->fc1 + k * N_EMBD, p, N_EMBD));
+    }
+    for (int64_t i = 0; i < N_FF; ++i) {
+        const bool on = !predictor || dot_double(w->fc2 + i * rank, h1, rank) > (double)ffn->threshold;
+        gate[i] = on ? dot_double(w->gate + i * N_EMBD, v, N_EMBD) : 0.0;
+        up[i] = dot_double(w->up + i * N_EMBD, v, N_EMBD);
+        counts[0] += on;
+        counts[1] += gate[i] > 0.0;
+        if (gate[i] > 0.0 && up[i] > 0.0) {
+            counts[2] += 1;
+            for (int j = 0; j < N_EMBD; ++j) {
+                y[j] += gate[i] * up[i] * (double)w->down[i * N_EMBD + j];
+            }
+        }
+    }
+}
+
+// All four operations for `n_tokens` tokens of `n_used` experts each, on `n_threads` threads.
+static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns, bool moe, int64_t n_tokens,
+                      int n_threads) {
+    static struct tsffn_row rows[MAX_TOKENS * MAX_USED];
+    static float fused[MAX_TOKENS * MAX_USED * N_EMBD], y[MAX_TOKENS * MAX_USED * N_EMBD];
+    static float gate[MAX_TOKENS * MAX_USED * N_FF], up[MAX_TOKENS * MAX_USED * N_FF], h[MAX_TOKENS * MAX_USED * N_FF];
+    static double want_gate[N_FF], want_up[N_FF], want_y[N_EMBD];
+    int64_t n_rows = 0;
+    for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) { // top-2
+                rows[n_rows++] = (struct tsffn_row){e, (int32_t)t, NULL};
+            }
+        }
+    }
+    struct tsffn_call call = {
+        .op = TSFFN_OP_FUSED,
+        .ffns = ffns,
+        .n_ffns = moe ? N_EXPERT : 1,
+        .rows = rows,
+        .n_rows = n_rows,
+        .x = (const char *)x,
+        .x_stride = N_EMBD * sizeof(float),
+        .n_tokens = n_tokens,
+        .n_threads = n_threads,
+    };
+    // The output overlaps nothing here; that x may be overwritten is shown by test_overlap.
+    struct tsffn_counts counts = {0}, single = {0};
+    for (int64_t r = 0; r < n_rows; ++r) {
+        rows[r].y = fused + r * N_EMBD;
+    }
+    CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+
+    call.op = TSFFN_OP_GATE;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        rows[r].y = gate + r * N_FF;
+    }
+    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    call.op = TSFFN_OP_UP;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        rows[r].y = up + r * N_FF;
+    }
+    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    for (int64_t i = 0; i < n_rows * N_FF; ++i) {
+        h[i] = fmaxf(gate[i], 0.0f) * fmaxf(up[i], 0.0f);
+    }
+    call.op = TSFFN_OP_DOWN;
+    call.x = (const char *)h;
+    call.x_stride = N_FF * sizeof(float);
+    call.n_tokens = n_rows;
+    uint64_t want_counts[3] = {0};
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const struct expert * w = &experts[rows[r].ffn];
+        reference(&ffns[rows[r].ffn], w, ranks[rows[r].ffn], x + (int64_t)rows[r].token * N_EMBD, want_gate, want_up,
+                  want_y, want_counts);
+        CHECK(nmse(fused + r * N_EMBD, want_y, N_EMBD) < 1e-10, "fused row %d", (int)r);
+        CHECK(nmse(gate + r * N_FF, want_gate, N_FF) < 1e-10, "gate row %d", (int)r);
+        CHECK(nmse(up + r * N_FF, want_up, N_FF) < 1e-10, "up row %d", (int)r);
+        rows[r].token = (int32_t)r;
+        rows[r].y = y + r * N_EMBD;
+    }
+    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
+        CHECK(fabsf(y[j] - fused[j]) <= 1e-4f * (1.0f + fabsf(fused[j])), "operation by operation differs at %d",
+              (int)j);
+    }
+    CHECK(counts.neurons == (uint64_t)(n_rows * N_FF), "neurons");
+    CHECK(counts.predicted == want_counts[0] && counts.gate_positive == want_counts[1] &&
+              counts.active == want_counts[2],
+          "counted %d %d %d instead of %d %d %d", (int)counts.predicted, (int)counts.gate_positive, (int)counts.active,
+          (int)want_counts[0], (int)want_counts[1], (int)want_counts[2]);
+    if (n_tokens == 1 && !moe) {
+        const uint64_t row_bytes = N_EMBD * sizeof(float);
+        CHECK(counts.bytes_ffn == row_bytes * (want_counts[0] + want_counts[1] + want_counts[2]), "bytes of the FFN");
+        CHECK(counts.bytes_dense == 3 * row_bytes * N_FF, "bytes of a dense FFN");
+        const uint64_t fc_bytes = ffns[0].fc1.data != NULL ? (uint64_t)ranks[0] * (N_EMBD + N_FF) * sizeof(float) : 0;
+        CHECK(counts.bytes_predictor == fc_bytes, "bytes of the predictor");
+    }
+}
+
+// Outputs written over the inputs, and a batch giving bit for bit what single tokens give.
+static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns) {
+    static float batch[MAX_TOKENS * N_EMBD], one[N_EMBD];
+    static struct tsffn_row rows[MAX_TOKENS];
+    struct tsffn_counts counts = {0};
+    memcpy(batch, x, sizeof(batch));
+    for (int t = 0; t < MAX_TOKENS; ++t) {
+        rows[t] = (struct tsffn_row){0, t, batch + (MAX_TOKENS - 1 - t) * N_EMBD};
+    }
+    struct tsffn_call call = {
+        .op = TSFFN_OP_FUSED,
+        .ffns = ffns,
+        .n_ffns = 1,
+        .rows = rows,
+        .n_rows = MAX_TOKENS,
+        .x = (const char *)batch,
+        .x_stride = N_EMBD * sizeof(float),
+        .n_tokens = MAX_TOKENS,
+        .n_threads = 2,
+    };
+    CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+    for (int t = 0; t < MAX_TOKENS; ++t) {
+        struct tsffn_row row = {0, 0, one};
+        call.rows = &row;
+        call.n_rows = 1;
+        call.x = (const char *)(x + t * N_EMBD);
+        call.n_tokens = 1;
+        CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+        CHECK(memcmp(one, batch + (MAX_TOKENS - 1 - t) * N_EMBD, sizeof(one)) == 0, "token %d depends on its batch", t);
+    }
+}
+
+// logit >= threshold and logit > threshold differ where the logit is exactly the threshold: with p = 0 all logits are
+// 0.
+static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns) {
+    static float zero[N_EMBD], y[N_EMBD];
+    struct tsffn_row row = {0, 0, y};
+    struct tsffn_ffn ffn = ffns[0];
+    const struct tsffn_call call = {
+        .op = TSFFN_OP_FUSED,
+        .ffns = &ffn,
+        .n_ffns = 1,
+        .rows = &row,
+        .n_rows = 1,
+        .x = (const char *)zero,
+        .x_stride = sizeof(zero),
+        .n_tokens = 1,
+        .n_threads = 1,
+    };
+    for (int equal = 0; equal < 2; ++equal) {
+        struct tsffn_counts counts = {0};
+        ffn.on_when_equal = equal != 0;
+        CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+        CHECK(counts.predicted == (equal != 0 ? N_FF : 0), "predicted %d", (int)counts.predicted);
+    }
+}
+
+int main(void) {
+    float * all = (float *)experts;
+    for (size_t i = 0; i < sizeof(experts) / (sizeof(float)); ++i) {
+        all[i] = random_float();
+    }
+    for (int i = 0; i < MAX_TOKENS * N_EMBD; ++i) {
+        x[i] = random_float();
+    }
+    for (int j = 0; j < N_EMBD; ++j) {
+        pred_scale[j] = 0.5f + fabsf(random_float());
+    }
+    static const int64_t batches[] = {1, 2, 7, 64, 65, MAX_TOKENS};
+    struct tsffn_workspace * ws = tsffn_workspace_new();
+    CHECK(ws != NULL, "out of memory");
+    struct tsffn_ffn ffns[N_EXPERT];
+    for (int isa = 0; isa < TSFFN_ISA_COUNT; ++isa) {
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        if (kernels == NULL) {
+            continue;
+        }
+        make_types(kernels);
+        for (int variant = 0; variant < 16; ++variant) {
+            const struct tsffn_row_type * gate_type = (variant & 1) != 0 ? &host_type : &own_type;
+            const struct tsffn_row_type * up_type = (variant & 2) != 0 ? &host_type : &own_type;
+            describe(ffns, gate_type, up_type, (variant & 4) != 0, (variant & 8) != 0);
+            for (size_t b = 0; b < sizeof(batches) / sizeof(batches[0]); ++b) {
+                for (int n_threads = 1; n_threads <= 3; ++n_threads) {
+                    test_call(ws, ffns, false, batches[b], n_threads);
+                    test_call(ws, ffns, true, batches[b], n_threads);
+                }
+            }
+            test_overlap(ws, ffns);
+        }
+        test_comparison(ws, ffns);
+        printf("%s: ok\n", kernels->name);
+    }
+    tsffn_workspace_free(ws);
+    return 0;
+}

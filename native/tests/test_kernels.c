@@ -1,0 +1,161 @@
+// Every kernel of every ISA tier of this machine against the plain C one and against doubles, at odd sizes and
+// misaligned.
+#include "check.h"
+#include "cpu/half.h"
+#include "cpu/kernels.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+enum { MAX_N = 4096, GUARD = 64 };
+
+static const char * const format_names[TSFFN_FORMAT_COUNT] = {"f32", "f16", "bf16", "q8_0", "q4_0"};
+
+static int64_t block_size(enum tsffn_format format) {
+    return format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_BLOCK_SIZE : 1;
+}
+
+// A half between 2^-14 and 2, either sign.
+static uint16_t random_half(void) {
+    return (uint16_t)((random_bits() & 0x83ffu) | ((1 + random_bits() % 15) << 10));
+}
+
+// Fills `row` with n random weights of `format`, and `w` with what they are. Written from the layouts in kernels.h.
+static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, double * w) {
+    for (int64_t j = 0; j < n; ++j) {
+        uint16_t half = random_half();
+        const float f = random_float();
+        switch (format) {
+        case TSFFN_FORMAT_F32:
+            memcpy(row + 4 * j, &f, 4);
+            w[j] = (double)f;
+            break;
+        case TSFFN_FORMAT_F16: {
+            memcpy(row + 2 * j, &half, 2);
+            const double magnitude = ldexp(1.0 + (half & 0x3ff) / 1024.0, ((half >> 10) & 31) - 15);
+            w[j] = (half & 0x8000) != 0 ? -magnitude : magnitude;
+            break;
+        }
+        case TSFFN_FORMAT_BF16: {
+            uint32_t bits;
+            memcpy(&bits, &f, 4);
+            half = (uint16_t)(bits >> 16);
+            memcpy(row + 2 * j, &half, 2);
+            bits = (uint32_t)half << 16;
+            float value;
+            memcpy(&value, &bits, 4);
+            w[j] = (double)value;
+            break;
+        }
+        case TSFFN_FORMAT_Q8_0:
+        case TSFFN_FORMAT_Q4_0: {
+            const bool is_q8 = format == TSFFN_FORMAT_Q8_0;
+            uint8_t * block = row + j / TSFFN_BLOCK_SIZE * (is_q8 ? TSFFN_Q8_0_BYTES : TSFFN_Q4_0_BYTES);
+            const int64_t k = j % TSFFN_BLOCK_SIZE;
+            if (k == 0) {
+                half &= 0x3fff; // positive, at most 2^0
+                memcpy(block, &half, 2);
+            }
+            memcpy(&half, block, 2);
+            const double d = ldexp(1.0 + (half & 0x3ff) / 1024.0, ((half >> 10) & 31) - 15);
+            if (is_q8) {
+                const int8_t q = (int8_t)random_bits();
+                memcpy(block + 2 + k, &q, 1);
+                w[j] = d * q;
+            } else {
+                const uint8_t q = (uint8_t)(random_bits() & 15);
+                uint8_t * byte = block + 2 + k % 16;
+                *byte = (uint8_t)(k < 16 ? (*byte & 0xf0) | q : (*byte & 0x0f) | (q << 4));
+                w[j] = d * (q - 8);
+            }
+            break;
+        }
+        case TSFFN_FORMAT_COUNT:
+            break;
+        }
+    }
+}
+
+static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, size_t offset) {
+    static uint8_t row_memory[MAX_N * 4 + GUARD];
+    static float x_memory[MAX_N + GUARD], y_memory[MAX_N + GUARD];
+    static double w[MAX_N], expected[MAX_N];
+    uint8_t * row = row_memory + offset * (format == TSFFN_FORMAT_F32 ? 4 : 2);
+    float * x = x_memory + offset;
+    float * y = y_memory + offset;
+    random_row(format, n, row, w);
+    double sum = 0.0, size = 1e-30;
+    for (int64_t j = 0; j < n; ++j) {
+        x[j] = random_float();
+        sum += w[j] * (double)x[j];
+        size += fabs(w[j] * (double)x[j]);
+    }
+    if (kernels->dot[format] != NULL) {
+        const double found = (double)kernels->dot[format](n, row, x);
+        CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
+              format_names[format], (int)n, found, sum);
+    }
+    const float a = random_float();
+    for (int64_t j = 0; j < n; ++j) {
+        y[j] = random_float();
+        expected[j] = (double)y[j] + (double)a * w[j];
+    }
+    y[n] = 12345.0f;
+    kernels->axpy[format](n, a, row, y);
+    CHECK(y[n] == 12345.0f, "%s %s n=%d: wrote behind the end", kernels->name, format_names[format], (int)n);
+    CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,
+          nmse(y, expected, n));
+}
+
+static void test_half(void) {
+    CHECK(tsffn_f16_to_f32(0x0001) == 0x1p-24f, "smallest subnormal");
+    CHECK(tsffn_f16_to_f32(0x03ff) == 1023 * 0x1p-24f, "largest subnormal");
+    CHECK(tsffn_f16_to_f32(0x8400) == -0x1p-14f, "smallest normal");
+    CHECK(tsffn_f16_to_f32(0x7bff) == 65504.0f, "largest");
+    CHECK(isinf(tsffn_f16_to_f32(0x7c00)) && isinf(tsffn_f16_to_f32(0xfc00)), "infinity");
+    CHECK(isnan(tsffn_f16_to_f32(0x7e00)), "not a number");
+    CHECK(tsffn_f16_to_f32(0x8000) == 0.0f && signbit(tsffn_f16_to_f32(0x8000)), "negative zero");
+}
+
+// TSFFN_ISA lowers the tier and never raises it.
+static void test_dispatch(void) {
+    unsetenv("TSFFN_ISA");
+    const enum tsffn_isa best = tsffn_kernels_best()->isa;
+    for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
+        static const char * const names[TSFFN_ISA_COUNT] = {"ref", "avx2", "avx512"};
+        setenv("TSFFN_ISA", names[isa], 1);
+        const enum tsffn_isa chosen = tsffn_kernels_best()->isa;
+        CHECK(chosen == (isa < (int)best ? (enum tsffn_isa)isa : best), "asked for %s, got %s", names[isa],
+              tsffn_kernels_best()->name);
+    }
+    unsetenv("TSFFN_ISA");
+}
+
+int main(void) {
+    static const int64_t sizes[] = {1,  2,  3,  7,  8,  9,  15,  16,  17,  31,   32,
+                                    33, 63, 64, 65, 66, 96, 127, 128, 130, 1088, 4096};
+    test_half();
+    test_dispatch();
+    int n_tiers = 0;
+    for (int isa = 0; isa < TSFFN_ISA_COUNT; ++isa) {
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        if (kernels == NULL) {
+            continue;
+        }
+        ++n_tiers;
+        for (int format = 0; format < TSFFN_FORMAT_COUNT; ++format) {
+            for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
+                if (sizes[i] % block_size((enum tsffn_format)format) != 0) {
+                    continue;
+                }
+                for (size_t offset = 0; offset < 4; ++offset) {
+                    test_size(kernels, (enum tsffn_format)format, sizes[i], offset);
+                }
+            }
+        }
+        printf("%s: ok\n", kernels->name);
+    }
+    CHECK(n_tiers > 0, "no kernels at all");
+    return 0;
+}

@@ -1,0 +1,85 @@
+"""The native library's own tests, and the layout of ggml's private structs against upstream's header."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "tests"
+LLAMA = "llama-cpp-python==0.3.36"
+TOOLS = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def build(directory: Path, *options: str) -> Path:
+    """Configures and builds native/ into `directory`."""
+    configure = ["cmake", "-S", ROOT / "native", "-B", directory, "-G", "Ninja"]
+    for command in ([*configure, f"-DPython_EXECUTABLE={sys.executable}", *options], ["cmake", "--build", directory]):
+        done = subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def native_tests() -> Path:
+    return build(BUILD, "-DTSFFN_TESTS=ON") / "tests"
+
+
+@pytest.mark.parametrize("name", ["test_kernels", "test_ffn"])
+def test_program(native_tests, name):
+    # Several threads on few cores: waiting threads must sleep, or the test takes minutes.
+    env = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([native_tests / name], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ref: ok" in done.stdout
+
+
+@pytest.fixture(scope="session")
+def upstream_ggml(tmp_path_factory) -> Path:
+    """The ggml folder of llama-cpp-python's source distribution (77 MB), kept beside the other build products."""
+    downloads = ROOT / "build" / "upstream"
+    downloads.mkdir(parents=True, exist_ok=True)
+    if not list(downloads.glob("llama_cpp_python-*.tar.gz")):
+        # --no-deps --no-build-isolation: the archive is wanted, not its metadata.
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
+        command += ["--no-binary", ":all:", "-d", downloads, LLAMA]
+        if subprocess.run(command, env=TOOLS, capture_output=True, check=False, timeout=300).returncode != 0:
+            pytest.skip(f"the source distribution of {LLAMA} cannot be downloaded: no network")
+    (archive,) = downloads.glob("llama_cpp_python-*.tar.gz")
+    target = tmp_path_factory.mktemp("upstream")
+    with tarfile.open(archive) as tar:
+        inside = "vendor/llama.cpp/ggml/"
+        members = [m for m in tar if inside in m.name and m.name.endswith(".h")]
+        tar.extractall(target, members=members, filter="data")
+    (ggml,) = target.glob("*/vendor/llama.cpp/ggml")
+    return ggml
+
+
+def test_struct_layout_equals_upstream(upstream_ggml, tmp_path):
+    tests = build(tmp_path / "abi", "-DTSFFN_TESTS=ON", f"-DUPSTREAM_GGML={upstream_ggml}") / "tests"
+    own, upstream = (
+        subprocess.run([tests / name], capture_output=True, text=True, check=True).stdout
+        for name in ("abi_layout_own", "abi_layout_upstream")
+    )
+    assert own.count("\n") > 70
+    assert own == upstream
+
+
+def test_wrong_ggml_version_is_refused(tmp_path):
+    library = build(tmp_path / "old", "-DTSFFN_EXPECT_GGML=0.9.1") / "libggml-tsffn.so"
+    env = os.environ | {"TSCONV_BACKEND": str(library)}
+    code = "from tsconv.runtime.backend import load_backend; load_backend()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert "BackendError: libggml-tsffn.so: built for another ggml: expected ggml 0.9.1, found " in done.stderr
+
+    # llama.cpp's own loader, without our check in Python before it: it gets NULL and says so, and nothing crashes.
+    code = f"import llama_cpp; lib = llama_cpp.llama_cpp._lib; print(lib.ggml_backend_load({os.fsencode(library)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.strip() == "0"
+    assert "expected ggml 0.9.1" in done.stderr
