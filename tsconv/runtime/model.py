@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tsconv.runtime.backend import load_backend
 from tsconv.runtime.cpu import physical_cores
 from tsconv.runtime.log import quiet_unless
 
+CONTEXT_STEP = 256  # llama_init_from_model pads n_ctx to a multiple of it (llama-context.cpp)
+
 
 class SparseLlama(llama_cpp.Llama):
     """A converted model. Everything `llama_cpp.Llama` does works; the FFNs run in the sparse backend.
@@ -26,6 +29,8 @@ class SparseLlama(llama_cpp.Llama):
             when the model has one.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         n_threads: None for the physical cores this process may use.
+        n_ctx: tokens of context, 0 for the model's own; rounded up to a multiple of 256 as llama.cpp does, so that the
+            buffers that `llama_cpp.Llama` keeps beside the context are as long as the context.
         verbose: llama.cpp's log on stderr.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -42,10 +47,13 @@ class SparseLlama(llama_cpp.Llama):
         predictor_path: str | os.PathLike[str] | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
+        n_ctx: int = 512,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
+        # llama_cpp.Llama's destructor closes this, also when loading fails before its own constructor runs.
+        self._stack = ExitStack()
         path = Path(model_path)
         native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
         self._native = native
@@ -57,6 +65,7 @@ class SparseLlama(llama_cpp.Llama):
                     str(path),
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
+                    n_ctx=-(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP,
                     kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
                     verbose=verbose,
                     **kwargs,

@@ -1,0 +1,341 @@
+"""`tsconv run` as a user calls it, on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+import tsconv
+from tsconv.runtime.generate import Generation, Sampling, chat_tokens, combined, prompt_tokens
+
+PROMPT = "In the beginning"
+SUMMARY = re.compile(
+    r"prefill (\d+) tokens, [\d.]+ tokens/s; decode (\d+) tokens, [\d.]+ tokens/s; "
+    r"active (\d+) of 512 neurons \([\d.]+ %\); predictor [\d.]+ % of the time"
+)
+
+
+def run(model: Path, *arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """One thread: more of them wait for each other actively, which is slow on a busy machine."""
+    return tiny.run("run", "-m", model, "-t", 1, *arguments, stdin=stdin)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.converted()
+
+
+@pytest.fixture(scope="module")
+def llama(model):
+    llama = tsconv.load(model, n_ctx=1024, n_threads=1)
+    yield llama
+    llama.close()
+
+
+@pytest.fixture(scope="module")
+def expected(llama) -> str:
+    """What llama-cpp-python's own loop makes of the prompt."""
+    return llama.create_completion(PROMPT, max_tokens=24, temperature=0)["choices"][0]["text"]
+
+
+def test_text(model, expected):
+    result = run(model, "-p", PROMPT, "-n", 24, "--temp", 0)
+    assert result.returncode == 0
+    assert result.stdout.decode() == expected + "\n"
+    lines = result.stderr.decode().splitlines()
+    assert len(lines) == 1, "llama.cpp's log must be silent"
+    match = SUMMARY.fullmatch(lines[0])
+    assert match, lines[0]
+    assert int(match[2]) == 23
+    assert 0 < int(match[3]) < 512
+
+
+def test_json(model, llama, expected):
+    result = run(model, "-p", PROMPT, "-n", 24, "--temp", 0, "--json", "-c", 300)
+    assert result.returncode == 0
+    (line,) = result.stdout.decode().splitlines()
+    answer = json.loads(line)
+    assert answer["text"] == expected
+    assert answer["prompt"] == PROMPT
+    assert answer["model"] == str(model)
+    assert answer["sparsity"] == "predictor"
+    assert answer["n_threads"] == 1
+    assert answer["n_ctx"] == 512, "llama.cpp rounds up to a multiple of 256"
+    assert answer["n_prompt"] == len(llama.tokenize(PROMPT.encode()))
+    assert (answer["n_cached"], answer["n_generated"], answer["n_decoded"]) == (0, 24, 23)
+    assert answer["finish_reason"] == "length"
+    assert answer["n_ff"] == 512
+    assert 0 < answer["active_share"] < 0.5
+    assert 0 < answer["bytes_share"] < 1
+    assert 0 < answer["predictor_share"] < 1
+    assert answer["decode_tokens_per_s"] == pytest.approx(23 / answer["seconds_decode"])
+    assert answer["prefill_tokens_per_s"] == pytest.approx(answer["n_prompt"] / answer["seconds_prefill"])
+
+
+def test_prompt_from_stdin_and_file(model, expected, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    for arguments, stdin in (((), PROMPT.encode() + b"\n"), (("-f", "-"), PROMPT.encode()), (("-f", file), b"")):
+        result = run(model, "-n", 24, "--temp", 0, *arguments, stdin=stdin)
+        assert result.stdout.decode() == expected + "\n"
+
+
+def test_seed(model):
+    texts = [run(model, "-p", PROMPT, "-n", 20, "--temp", 1.5, "--seed", seed).stdout for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_chat_wraps_the_prompt(model, llama):
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = llama.create_chat_completion(messages, max_tokens=16, temperature=0)
+    result = run(model, "-p", PROMPT, "-n", 16, "--temp", 0, "--chat", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["text"] == expected["choices"][0]["message"]["content"]
+    assert answer["n_prompt"] == expected["usage"]["prompt_tokens"]
+
+
+def test_exact_sparsity(model):
+    answer = json.loads(run(model, "-p", PROMPT, "-n", 8, "--sparsity", "exact", "--json").stdout)
+    assert answer["sparsity"] == "exact"
+    assert answer["predictor_share"] < 0.02
+
+
+def test_verbose_shows_the_log(model):
+    result = run(model, "-p", PROMPT, "-n", 2, "-v")
+    assert result.returncode == 0
+    assert b"llama_model_loader" in result.stderr
+    assert b"llama_model_loader" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", ""), "the prompt is empty"),
+        (("-p", "word " * 300, "-c", 64), "the prompt does not fit the context: expected at most"),
+        (("-p", "x", "-n", 0), "0 is neither -1 nor at least 1"),
+        (("-p", "x", "-n", "many"), "many"),
+        (("-p", "x", "--temp", "-1"), "--temp"),
+        (("-p", "x", "--temp", "nan"), "nan is not a number"),
+        (("-p", "x", "--top-p", "1.5"), "--top-p"),
+        (("-p", "x", "--seed", "-1"), "--seed"),
+        (("-p", "x", "-t", "0"), "--threads"),
+        (("-p", "x", "--sparsity", "none"), "--sparsity"),
+        (("-p", "x", "-f", "y"), "-p and -f exclude each other"),
+        (("-f", "/nonexistent/prompt.txt"), "/nonexistent/prompt.txt: cannot read the prompt: No such file"),
+        (("-f", "/tmp"), "/tmp: cannot read the prompt: Is a directory"),
+        ((), "the prompt is empty"),
+    ],
+)
+def test_mistakes(model, arguments, message):
+    result = run(model, *arguments)
+    assert message in tiny.error_line(result)
+
+
+def test_prompt_that_is_not_text(model):
+    result = run(model, stdin=b"\xff\xfe\x00")
+    assert "stdin: cannot read the prompt: not UTF-8 text" in tiny.error_line(result)
+
+
+def test_missing_model(tmp_path):
+    line = tiny.error_line(run(tmp_path / "none.gguf", "-p", "x"))
+    assert line.startswith("error: ")
+    assert "none.gguf" in line
+    assert "\n" not in line
+
+
+def test_reader_that_goes_away(model):
+    process = subprocess.Popen(
+        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "400", "--temp", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tiny.ROOT,
+    )
+    process.stdout.read(5)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(tiny.TIMEOUT_S) == 0
+    assert stderr == b""
+
+
+def test_interrupt(model):
+    """Ctrl-C ends the text, not the line of measurements."""
+    process = subprocess.Popen(
+        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "-1", "--temp", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tiny.ROOT,
+    )
+    process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=tiny.TIMEOUT_S)
+    assert process.returncode == 130
+    assert stdout.endswith(b"\n")
+    assert SUMMARY.fullmatch(stderr.decode().strip())
+
+
+# Library
+
+
+def test_characters_made_of_several_tokens_stay_whole():
+    llama = tsconv.load(tiny.of_bytes(), n_ctx=1024, n_threads=1)
+    tokens = prompt_tokens(llama, "abc")
+    generation = Generation(llama, tokens, 500, Sampling(temperature=1.5, top_k=0, top_p=1, seed=0))
+    pieces = list(generation)
+    known = llama.input_ids[len(tokens) : llama.n_tokens].tolist()  # all but the last, which was not computed
+    raw = b"".join(llama.detokenize([token]) for token in known)
+    assert "".join(pieces).startswith(raw.decode(errors="replace").rstrip("\ufffd"))
+    assert any(ord(c) > 127 and c != "\ufffd" for piece in pieces for c in piece), "take another seed"
+    llama.close()
+
+
+def test_stdout_is_utf8_whatever_the_model_says():
+    arguments = ("-p", "abc", "-n", 300, "--temp", 1.5, "--top-k", 0, "--top-p", 1, "--seed", 0)
+    result = run(tiny.of_bytes(), *arguments)
+    text = result.stdout.decode()
+    assert any(ord(c) > 127 and c != "\ufffd" for c in text)
+    assert json.loads(run(tiny.of_bytes(), *arguments, "--json").stdout)["text"] == text.removesuffix("\n")
+
+
+def test_the_end_of_the_text_ends_it(llama):
+    """<|im_end|> stops the generation and is not part of the text."""
+    generation = Generation(llama, chat_tokens(llama, [{"role": "user", "content": "Hello."}]), 900, Sampling(seed=1))
+    text = "".join(generation)
+    assert generation.summary.finish_reason == "stop"
+    assert "<|im_end|>" not in text
+
+
+def test_a_continued_conversation_is_not_computed_again(llama):
+    messages = [{"role": "user", "content": PROMPT}]
+    first = Generation(llama, chat_tokens(llama, messages), 12, Sampling(temperature=0))
+    messages += [{"role": "assistant", "content": "".join(first)}, {"role": "user", "content": "And then?"}]
+    second = Generation(llama, chat_tokens(llama, messages), 12, Sampling(temperature=0))
+    text = "".join(second)
+    assert first.summary.n_prompt <= second.summary.n_cached < second.summary.n_prompt
+    llama.reset()
+    assert "".join(Generation(llama, chat_tokens(llama, messages), 12, Sampling(temperature=0))) == text
+    both = combined([first.summary, second.summary])
+    assert both.n_generated == first.summary.n_generated + second.summary.n_generated
+    assert (
+        min(first.summary.active, second.summary.active)
+        <= both.active
+        <= max(first.summary.active, second.summary.active)
+    )
+
+
+def test_the_context_limits_the_text(llama):
+    tokens = prompt_tokens(llama, "word " * 400)[: llama.n_ctx() - 10]
+    tokens = (tokens * 3)[: llama.n_ctx() - 10]
+    generation = Generation(llama, tokens, None, Sampling(temperature=0))
+    assert "".join(generation)
+    assert generation.summary.n_generated <= 10
+
+
+# Chat on a terminal
+
+
+class Terminal:
+    """`tsconv run` with a pseudo-terminal as its stdin and stdout; stderr is a pipe."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [*tiny.TSCONV, "run", "-t", "1", *map(str, arguments)],
+            stdin=slave,
+            stdout=slave,
+            stderr=subprocess.PIPE,
+            cwd=tiny.ROOT,
+            env=os.environ | {"TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no other threads here
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, pattern: bytes) -> bytes:
+        """Reads until `pattern` comes; returns everything up to its end and forgets it."""
+        deadline = time.monotonic() + tiny.TIMEOUT_S
+        while not (match := re.search(pattern, self.seen)):
+            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            self.seen += os.read(self.master, 4096)
+        head, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return head
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr."""
+        stderr = self.process.communicate(timeout=tiny.TIMEOUT_S)[1].decode()
+        os.close(self.master)
+        return self.process.returncode, stderr
+
+
+def test_chat_loop(model, llama):
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = "".join(Generation(llama, chat_tokens(llama, messages), 12, Sampling(temperature=0)))
+    terminal = Terminal("-m", model, "-n", 12, "--temp", 0)
+    terminal.wait_for(rb"> ")
+    terminal.type(PROMPT + "\n")
+    terminal.wait_for(PROMPT.encode() + rb"\r\n")
+    shown = terminal.wait_for(rb"\n> ").decode().replace("\r\n", "\n")
+    assert shown.removesuffix("> ").rstrip("\n") == expected.rstrip("\n")
+    terminal.type("/exit\n")
+    status, stderr = terminal.end()
+    assert status == 0
+    lines = stderr.splitlines()
+    assert "/exit or Ctrl-D leaves" in lines[0]
+    assert SUMMARY.fullmatch(lines[1])
+    assert len(lines) == 2
+
+
+def test_chat_loop_keys():
+    """Ctrl-C stops an answer that would fill the context, and drops a line being typed; Ctrl-D leaves."""
+    terminal = Terminal("-m", tiny.of_bytes(), "-c", 30000, "--temp", 0)
+    terminal.wait_for(rb"> ")
+    terminal.type("go on\n")
+    terminal.wait_for(rb"go on\r\n(?s:.{40})")
+    terminal.type("\x03")
+    terminal.wait_for(rb"\n> ")
+    terminal.type("half a li")
+    terminal.wait_for(rb"half a li")
+    terminal.type("\x03")
+    terminal.wait_for(rb"\n> ")
+    terminal.type("\n/clear\n")
+    terminal.wait_for(rb"/clear\r\n> ")
+    terminal.type("\x04")
+    status, stderr = terminal.end()
+    assert status == 0
+    lines = stderr.splitlines()
+    assert len(lines) == 2
+    assert int(re.search(r"decode (\d+) tokens", lines[1])[1]) < 20000
+
+
+def test_chat_loop_when_the_context_is_full(model):
+    terminal = Terminal("-m", model, "-c", 64, "--temp", 0)
+    terminal.wait_for(rb"> ")
+    terminal.type("word " * 300 + "\n")
+    terminal.wait_for(rb"word \r\n> ")
+    terminal.type("/exit\n")
+    status, stderr = terminal.end()
+    assert status == 0
+    assert "error: the prompt does not fit the context" in stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--no-chat"])
+def test_a_terminal_without_prompt_needs_a_chat(model, option):
+    terminal = Terminal("-m", model, option)
+    status, stderr = terminal.end()
+    assert status != 0
+    assert "A prompt is needed" in stderr

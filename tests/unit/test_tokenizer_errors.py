@@ -1,0 +1,352 @@
+"""Tokenizer files that cannot be converted faithfully are refused, naming the file and the reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from tsconv.checkpoint.tokenizer import load_tokenizer
+from tsconv.checkpoint.tokenizer_json import read_tokenizer_json
+from tsconv.checkpoint.tokenizer_model import read_tokenizer_model
+from tsconv.errors import CheckpointError
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+TINY_MISTRAL = CHECKPOINTS / "tiny-turbosparse-mistral"
+TINY_MIXTRAL = CHECKPOINTS / "tiny-turbosparse-mixtral"
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+N_VOCAB = json.loads((TINY_MISTRAL / "config.json").read_text())["vocab_size"]
+
+
+def copy_tokenizer(source: Path, target: Path) -> Path:
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+    return target
+
+
+@pytest.fixture
+def from_json(tmp_path: Path) -> Path:
+    """A folder with tokenizer.json."""
+    return copy_tokenizer(TINY_MISTRAL, tmp_path)
+
+
+@pytest.fixture
+def from_model(tmp_path: Path) -> Path:
+    """A folder with tokenizer.model."""
+    return copy_tokenizer(TINY_MIXTRAL, tmp_path)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def refused(directory: Path, message: str, vocab_size: int = N_VOCAB) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(directory, vocab_size)
+
+
+def test_padding_fills_the_embedding_rows(from_json):
+    tokenizer = load_tokenizer(from_json, N_VOCAB + 62)
+    assert len(tokenizer.tokens) == len(tokenizer.scores) == len(tokenizer.types) == N_VOCAB + 62
+    assert tokenizer.tokens[-1] == f"[PAD{N_VOCAB + 61}]"
+
+
+def test_more_tokens_than_the_model_has(from_json):
+    n_real = load_tokenizer(from_json, N_VOCAB).n_real
+    assert len(load_tokenizer(from_json, n_real).tokens) == n_real
+    refused(from_json, rf"more tokens than the model: expected at most {n_real - 1} .* found {n_real}", n_real - 1)
+
+
+def test_no_tokenizer(tmp_path):
+    refused(tmp_path, r"no tokenizer: expected tokenizer.model or tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"x"', "\xff", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}'])
+def test_damaged_tokenizer_json(from_json, text):
+    (from_json / "tokenizer.json").write_bytes(text.encode("latin-1"))
+    refused(from_json, "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", FILES[2:])
+def test_damaged_companion_file(from_json, name):
+    (from_json / name).write_text('{"a": ')
+    refused(from_json, name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("type", "Unigram"), ("type", "WordPiece"), ("byte_fallback", False), ("dropout", 0.1), ("ignore_merges", True),
+     ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>")],
+)  # fmt: skip
+def test_other_kinds_of_tokenizers(from_json, key, value):
+    edit(from_json / "tokenizer.json", lambda root: root["model"].update({key: value}))
+    refused(from_json, f"model.{key}: expected .* found {value!r}; only tokenizers made from a sentencepiece")
+
+
+def test_hole_in_the_ids(from_json):
+    edit(from_json / "tokenizer.json", lambda root: root["model"]["vocab"].update({"zzz": 5000}))
+    refused(from_json, "the ids of the vocabulary have a hole")
+
+
+def test_hole_before_an_added_token(from_json):
+    edit(from_json / "tokenizer.json", lambda root: root["added_tokens"][-1].update(id=1030))
+    refused(from_json, "hole before '<|im_start|>': expected id 1025, found 1030", 2000)
+
+
+def test_two_texts_for_one_id(from_json):
+    edit(from_json / "added_tokens.json", lambda added: added.update({"<extra>": 1024}))
+    refused(from_json, "added_tokens.json: token 1024 has two texts")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_that_eat_spaces(from_json, flag):
+    edit(from_json / "tokenizer.json", lambda root: root["added_tokens"][-1].update({flag: True}))
+    refused(from_json, f"{flag} = true")
+
+
+def test_missing_merge(from_json):
+    edit(from_json / "tokenizer.json", lambda root: root["model"]["merges"].pop(3))
+    refused(from_json, "merges do not come from a sentencepiece model: no merge makes")
+
+
+def test_merges_of_one_piece_apart(from_json):
+    def move(root: dict[str, Any]) -> None:
+        merges = root["model"]["merges"]
+        joined = [entry.replace(" ", "") for entry in merges]
+        twice = next(i for i in range(1, len(merges)) if joined[i] == joined[i - 1])
+        merges.append(merges.pop(twice))
+
+    edit(from_json / "tokenizer.json", move)
+    refused(from_json, "is made by merges of different ranks")
+
+
+def test_merge_outside_the_vocabulary(from_json):
+    edit(from_json / "tokenizer.json", lambda root: root["model"]["merges"].append("q zq"))
+    refused(from_json, r"\(q zq\) names a piece outside the vocabulary")
+
+
+def test_merges_written_as_pairs(from_json):
+    before = read_tokenizer_json(from_json / "tokenizer.json")
+
+    def as_pairs(root: dict[str, Any]) -> None:
+        root["model"]["merges"] = [entry.split(" ") for entry in root["model"]["merges"]]
+
+    edit(from_json / "tokenizer.json", as_pairs)
+    assert read_tokenizer_json(from_json / "tokenizer.json") == before
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_spaces_that_llama_cpp_cannot_follow(from_json, scheme):
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    edit(from_json / "tokenizer.json", lambda root: root.update(normalizer=None, pre_tokenizer=space))
+    refused(from_json, "unsupported treatment of spaces")
+
+
+def test_missing_byte(from_json):
+    def rename(root: dict[str, Any]) -> None:
+        root["model"]["vocab"]["byte41"] = root["model"]["vocab"].pop("<0x41>")
+
+    edit(from_json / "tokenizer.json", rename)
+    refused(from_json, "no byte token <0x41>")
+
+
+def test_control_token_made_of_plain_pieces(from_json):
+    def add(root: dict[str, Any]) -> None:
+        root["added_tokens"].append(dict(root["added_tokens"][-1], id=1026, content="th;"))
+
+    edit(from_json / "tokenizer.json", add)
+    refused(from_json, "plain text would turn into the control token 'th;', because 'th' and ';' are tokens too")
+
+
+def test_added_tokens_that_overlap(from_json):
+    def add(root: dict[str, Any]) -> None:
+        root["added_tokens"].append(dict(root["added_tokens"][-1], id=1026, content="<|im_end|><|"))
+
+    edit(from_json / "tokenizer.json", add)
+    refused(from_json, "can overlap")
+
+
+def test_unknown_eos(from_json):
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(eos_token="<|nothing|>"))
+    refused(from_json, r"the eos token is not in the vocabulary: found '<\|nothing\|>'")
+
+
+def test_no_file_names_eos(from_json):
+    edit(from_json / "tokenizer_config.json", lambda config: config.pop("eos_token"))
+    edit(from_json / "special_tokens_map.json", lambda named: named.pop("eos_token"))
+    refused(from_json, "no file names the eos token")
+
+
+def test_special_tokens_map_alone(from_json):
+    (from_json / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.tokens[tokenizer.eos_id], tokenizer.add_bos) == ("<|im_end|>", True)
+    assert tokenizer.chat_template is None
+
+
+def test_chat_template_file_wins(from_json):
+    (from_json / "chat_template.jinja").write_text("{{ messages }}")
+    assert load_tokenizer(from_json, N_VOCAB).chat_template == "{{ messages }}"
+
+
+def test_named_chat_templates(from_json):
+    templates = [{"name": "default", "template": "A"}, {"name": "tools", "template": "B"}]
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=templates))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.chat_template, tokenizer.chat_templates["tools"]) == ("A", "B")
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=[{"name": "x"}]))
+    refused(from_json, "chat_template is damaged")
+
+
+def test_tokenizer_model_without_companions(from_model):
+    """A sentencepiece model names its own special tokens."""
+    for name in FILES[2:]:
+        (from_model / name).unlink()
+    tokenizer = load_tokenizer(from_model, N_VOCAB)
+    assert tokenizer.n_real == 1024
+    assert [tokenizer.tokens[i] for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id)] == [
+        "<s>",
+        "</s>",
+        "<unk>",
+    ]
+
+
+def test_added_tokens_file_alone(from_model):
+    """Without added_tokens_decoder a token is special when another file calls it so."""
+    edit(from_model / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder"))
+    assert load_tokenizer(from_model, N_VOCAB) == load_tokenizer(TINY_MIXTRAL, N_VOCAB)
+
+
+def test_new_treatment_of_spaces(from_model):
+    edit(from_model / "tokenizer_config.json", lambda config: config.update(legacy=False))
+    refused(from_model, "legacy = false")
+
+
+def trained(**options: Any) -> bytes:
+    """A sentencepiece model with Llama's options but for those given."""
+    model = io.BytesIO()
+    text = (CHECKPOINTS / "heldout.txt").read_text().splitlines()[:400]
+    llama = dict(
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=500,
+        minloglevel=2,
+        num_threads=1,
+        **(llama | options),
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, None),
+        ({"model_type": "unigram"}, "unsupported sentencepiece model type: expected bpe, found unigram"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "precompiled_charsmap"),
+        ({"remove_extra_whitespaces": True}, "removes repeated spaces"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+        ({"user_defined_symbols": ["<x>"]}, "user-defined"),
+        ({"byte_fallback": False}, "no byte token <0x00>"),
+    ],
+)
+def test_sentencepiece_options(tmp_path, options, message):
+    (tmp_path / "tokenizer.model").write_bytes(trained(**options))
+    if message:
+        refused(tmp_path, message)
+    else:
+        assert load_tokenizer(tmp_path, 500).add_space_prefix
+
+
+def test_space_prefix_is_read(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(trained(add_dummy_prefix=False))
+    assert not load_tokenizer(tmp_path, 500).add_space_prefix
+
+
+def test_pieces_equal_those_of_the_sentencepiece_library():
+    vocabulary = read_tokenizer_model(TINY_MIXTRAL / "tokenizer.model")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(TINY_MIXTRAL / "tokenizer.model"))
+    ids = range(model.vocab_size())
+    assert vocabulary.tokens == [model.id_to_piece(i) for i in ids]
+    assert vocabulary.scores == [model.get_score(i) for i in ids]
+    assert [kind.name for kind in vocabulary.types] == [
+        "UNKNOWN"
+        if model.is_unknown(i)
+        else "CONTROL"
+        if model.is_control(i)
+        else "BYTE"
+        if model.is_byte(i)
+        else "NORMAL"
+        for i in ids
+    ]
+
+
+def test_both_files(from_json):
+    """tokenizer.model decides when both are there; they must be the same tokenizer."""
+    shutil.copy(TINY_MIXTRAL / "tokenizer.model", from_json)
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert list(tokenizer.scores[:1024]) == read_tokenizer_model(from_json / "tokenizer.model").scores
+    (from_json / "tokenizer.model").write_bytes(trained())
+    refused(from_json, "tokenizer.json: differs from tokenizer.model in token")
+
+
+def test_both_files_with_another_order_of_merges(from_json):
+    shutil.copy(TINY_MIXTRAL / "tokenizer.model", from_json)
+    edit(from_json / "tokenizer.json", lambda root: root["model"]["merges"].insert(0, root["model"]["merges"].pop()))
+    with pytest.raises(CheckpointError):
+        load_tokenizer(from_json, N_VOCAB)
+
+
+def test_damaged_tokenizer_model(tmp_path):
+    """Cut short, overwritten or not protobuf at all: always a CheckpointError, never another exception."""
+    path = tmp_path / "tokenizer.model"
+    good = (TINY_MIXTRAL / "tokenizer.model").read_bytes()
+    rng = random.Random(3)
+    damaged = [b"", b"\xff" * 64, b"not protobuf", good[:-1], good[: len(good) // 2]]
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        damaged.append(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
+    n_refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            load_tokenizer(tmp_path, N_VOCAB)
+        except CheckpointError as error:
+            n_refused += 1
+            assert str(tmp_path) in str(error)
+    assert n_refused > 150
+
+
+def test_wrong_types_everywhere(from_json):
+    """Every member of the JSON files replaced by values of other types."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        good = json.loads((from_json / name).read_text())
+        members = [(good, key) for key in good]
+        if name == "tokenizer.json":
+            members += [(good["model"], key) for key in good["model"]]
+            members += [(good["added_tokens"][-1], key) for key in good["added_tokens"][-1]]
+        for parent, key in members:
+            kept = parent[key]
+            for value in (None, True, 7, 1e9, "x", "", [], [7], {}, {"content": 7}, "\ud800"):
+                parent[key] = value
+                (from_json / name).write_text(json.dumps(good))
+                try:
+                    load_tokenizer(from_json, N_VOCAB)
+                except CheckpointError as error:
+                    assert str(from_json) in str(error)
+            parent[key] = kept
+        (from_json / name).write_text(json.dumps(good))

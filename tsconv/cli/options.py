@@ -1,0 +1,51 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEFAULT_CONTEXT = 4096
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that loads a model, passed on as model, n_ctx, n_threads, sparsity, verbose."""
+    for option in reversed(
+        (
+            click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf."),
+            click.option(
+                "-c",
+                "--ctx-size",
+                "n_ctx",
+                type=click.IntRange(min=1),
+                default=DEFAULT_CONTEXT,
+                show_default=True,
+                help="Tokens of prompt and answer together.",
+            ),
+            click.option(
+                "-t",
+                "--threads",
+                "n_threads",
+                type=click.IntRange(min=1),
+                help="Threads.  [default: physical cores]",
+            ),
+            click.option(
+                "--sparsity",
+                type=click.Choice(["predictor", "exact"]),
+                help="The checkpoint's own mask, or every neuron that is not zero.  [default: what the model has]",
+            ),
+            click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Callback that refuses nan and inf, which a FloatRange lets through."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number to calculate with.", ctx, parameter)
+    return value

@@ -1,0 +1,229 @@
+"""`tsconv run`: generates text on stdout, or talks with the user on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tsconv.cli.options import finite, model_options
+from tsconv.errors import TsconvError
+
+if TYPE_CHECKING:
+    from tsconv.runtime.generate import Generation, Sampling, Summary
+    from tsconv.runtime.model import SparseLlama
+
+DEFAULT_LIMIT = 256
+INTERRUPTED = 130
+CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C stops an answer."
+
+
+@click.command("run")
+@model_options
+@click.option("-p", "--prompt", help="Text to continue.")
+@click.option("-f", "--file", "prompt_file", metavar="FILE", help="File with the text to continue, - for stdin.")
+@click.option(
+    "-n",
+    "--n-predict",
+    type=click.IntRange(min=-1),
+    help=f"Most tokens to generate, -1 until the context is full.  [default: {DEFAULT_LIMIT}; in a chat -1]",
+)
+@click.option(
+    "--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, callback=finite, help="0: greedy."
+)
+@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="0: all tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    callback=finite,
+    help="1: off.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="For the same text again.  [default: random]")
+@click.option("--chat/--no-chat", default=None, help="Wrap the prompt in the model's chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def command(
+    *,
+    model: str,
+    n_ctx: int,
+    n_threads: int | None,
+    sparsity: str | None,
+    verbose: bool,
+    prompt: str | None,
+    prompt_file: str | None,
+    n_predict: int | None,
+    temp: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    chat: bool | None,
+    as_json: bool,
+) -> None:
+    """Generate text or chat.
+
+    The prompt comes from -p, -f, or stdin. With none of them, on a terminal, this is a chat.
+    """
+    if n_predict == 0:
+        raise click.BadParameter("0 is neither -1 nor at least 1.", param_hint="-n")
+    prompt = _prompt(prompt, prompt_file)
+    if prompt is None and (as_json or chat is False):
+        raise click.UsageError("A prompt is needed: -p, -f or stdin.")
+
+    from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
+    from tsconv.runtime.model import load
+
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    llama = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose)
+    sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
+    with _quiet_when_nobody_reads():
+        if prompt is None:
+            _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)
+            return
+        tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
+        limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
+        with _interruptible() as interrupted:
+            generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
+            text = _collect(generation) if as_json else _stream(generation)
+        summary = generation.summary
+        if as_json:
+            click.echo(json.dumps(_as_dict(llama, prompt, text, summary)))
+        else:
+            click.echo("" if text.endswith("\n") else "\n", nl=False)
+        click.echo(_line(summary), err=True)
+    if summary.finish_reason == "interrupted":
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _prompt(text: str | None, file: str | None) -> str | None:
+    """The prompt without the newline that ends its last line; None on a terminal with neither -p nor -f."""
+    if text is not None and file is not None:
+        raise click.UsageError("-p and -f exclude each other.")
+    if text is None:
+        if file is None and sys.stdin is not None and sys.stdin.isatty():
+            return None
+        try:
+            with click.open_file(file or "-", "rb") as stream:
+                text = stream.read().decode().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise TsconvError(f"cannot read the prompt: not UTF-8 text ({error})", where=file or "stdin") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: stdin is closed
+            reason = getattr(error, "strerror", None) or error
+            raise TsconvError(f"cannot read the prompt: {reason}", where=file or "stdin") from None
+    if not text:
+        raise TsconvError("the prompt is empty", fix="give one with -p, -f or on stdin")
+    return text
+
+
+def _stream(generation: Generation) -> str:
+    """Writes the text while it comes, and returns it."""
+    pieces = []
+    for piece in generation:
+        click.echo(piece, nl=False)
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _collect(generation: Generation) -> str:
+    return "".join(generation)
+
+
+def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
+    """Reads a line, answers it, and so on until /exit or the end of the input."""
+    import readline  # noqa: F401 - editing and history for input()
+
+    from tsconv.runtime.generate import Generation, chat_tokens, combined
+
+    click.echo(CHAT_HELP, err=True)
+    messages: list[dict[str, str]] = []
+    summaries: list[Summary] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        except EOFError:
+            click.echo()
+            break
+        if line == "/exit":
+            break
+        if line == "/clear":
+            messages = []
+        if not line or line.startswith("/clear"):
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            with _interruptible() as interrupted:
+                generation = Generation(llama, chat_tokens(llama, messages), limit, sampling, should_stop=interrupted)
+                answer = _stream(generation)
+        except TsconvError as error:
+            messages.pop()
+            click.echo(f"error: {error}; or start over with /clear", err=True)
+            continue
+        click.echo("" if answer.endswith("\n") else "\n", nl=False)
+        messages.append({"role": "assistant", "content": answer})
+        summaries.append(generation.summary)
+    if summaries:
+        click.echo(_line(combined(summaries)), err=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
+    pressed = []
+
+    def handler(signum: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _quiet_when_nobody_reads() -> Iterator[None]:
+    """A reader that has seen enough (`| head`) is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout when it ends
+        raise click.exceptions.Exit(0) from None
+
+
+def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: Summary) -> dict[str, Any]:
+
+    return {
+        "model": llama.model_path,
+        "sparsity": llama.sparsity,
+        "n_threads": llama.n_threads,
+        "n_ctx": llama.n_ctx(),
+        "prompt": prompt,
+        "text": text,
+        **dataclasses.asdict(summary),
+        "prefill_tokens_per_s": summary.prefill_tokens_per_s,
+        "decode_tokens_per_s": summary.decode_tokens_per_s,
+    }
+
+
+def _line(summary: Summary) -> str:
+    """The measurements in one line."""
+    rate = summary.decode_tokens_per_s
+    decode = "no decode" if rate is None else f"decode {summary.n_decoded} tokens, {rate:.1f} tokens/s"
+    return (
+        f"prefill {summary.n_prompt - summary.n_cached} tokens, {summary.prefill_tokens_per_s:.1f} tokens/s; {decode}; "
+        f"active {summary.active:.0f} of {summary.n_ff} neurons ({100 * summary.active_share:.1f} %); "
+        f"predictor {100 * summary.predictor_share:.1f} % of the time"
+    )
