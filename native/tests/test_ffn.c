@@ -136,12 +136,13 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     static struct tsffn_row rows[MAX_TOKENS * MAX_USED];
     static float fused[MAX_TOKENS * MAX_USED * N_EMBD], y[MAX_TOKENS * MAX_USED * N_EMBD];
     static float gate[MAX_TOKENS * MAX_USED * N_FF], up[MAX_TOKENS * MAX_USED * N_FF], h[MAX_TOKENS * MAX_USED * N_FF];
+    static float fused_h[MAX_TOKENS * MAX_USED * N_FF];
     static double want_gate[N_FF], want_up[N_FF], want_y[N_EMBD];
     int64_t n_rows = 0;
     for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
         for (int64_t t = 0; t < n_tokens; ++t) {
             if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) { // top-2
-                rows[n_rows++] = (struct tsffn_row){e, (int32_t)t, NULL};
+                rows[n_rows++] = (struct tsffn_row){.ffn = e, .token = (int32_t)t};
             }
         }
     }
@@ -160,6 +161,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     struct tsffn_counts counts = {0}, single = {0};
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = fused + r * N_EMBD;
+        rows[r].h = fused_h + r * N_FF;
     }
     CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
 
@@ -175,6 +177,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     CHECK(tsffn_compute(ws, &call, &single), "out of memory");
     for (int64_t i = 0; i < n_rows * N_FF; ++i) {
         h[i] = fmaxf(gate[i], 0.0f) * fmaxf(up[i], 0.0f);
+        CHECK(h[i] == fused_h[i], "hidden %d: %g instead of %g", (int)i, (double)fused_h[i], (double)h[i]);
     }
     call.op = TSFFN_OP_DOWN;
     call.x = (const char *)h;
@@ -217,7 +220,7 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
     struct tsffn_counts counts = {0};
     memcpy(batch, x, sizeof(batch));
     for (int t = 0; t < MAX_TOKENS; ++t) {
-        rows[t] = (struct tsffn_row){0, t, batch + (MAX_TOKENS - 1 - t) * N_EMBD};
+        rows[t] = (struct tsffn_row){.token = t, .y = batch + (MAX_TOKENS - 1 - t) * N_EMBD};
     }
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
@@ -232,7 +235,7 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
     };
     CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
     for (int t = 0; t < MAX_TOKENS; ++t) {
-        struct tsffn_row row = {0, 0, one};
+        struct tsffn_row row = {.y = one};
         call.rows = &row;
         call.n_rows = 1;
         call.x = (const char *)(x + t * N_EMBD);
@@ -246,7 +249,7 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
 // 0.
 static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns) {
     static float zero[N_EMBD], y[N_EMBD];
-    struct tsffn_row row = {0, 0, y};
+    struct tsffn_row row = {.y = y};
     struct tsffn_ffn ffn = ffns[0];
     const struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,

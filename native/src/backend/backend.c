@@ -399,11 +399,7 @@ TSFFN_API ggml_backend_reg_t ggml_backend_init(void);
 
 ggml_backend_reg_t ggml_backend_init(void) {
     char error[1024];
-    bool ok = tsffn_check_abi(error, sizeof(error));
-    if (ok && !tsffn_row_types_init()) {
-        ok = tsffn_fail(error, sizeof(error), "libggml-tsffn.so: this ggml has no CPU backend: load it first");
-    }
-    if (!ok || !open_from_environment(error, sizeof(error))) {
+    if (!tsffn_check_abi(error, sizeof(error)) || !open_from_environment(error, sizeof(error))) {
         fprintf(stderr, "%s\n", error);
         return NULL;
     }

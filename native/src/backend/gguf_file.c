@@ -1,6 +1,7 @@
 #include "gguf_file.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -33,25 +34,71 @@ static bool check_bounds(const struct tsffn_gguf * file) {
     return true;
 }
 
-bool tsffn_gguf_open(struct tsffn_gguf * file, const char * path, char * error, size_t error_size) {
-    *file = (struct tsffn_gguf){.path = path, .error = error, .error_size = error_size};
-    struct stat info;
-    if (stat(path, &info) != 0) {
-        return tsffn_fail(error, error_size, "%s: cannot be opened: %s", path, strerror(errno));
-    }
-    if (!S_ISREG(info.st_mode)) {
-        return tsffn_fail(error, error_size, "%s: is not a file: expected a GGUF file written by tsconv", path);
-    }
-    file->file_size = (uint64_t)info.st_size;
-    file->ctx = gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
-    if (file->ctx == NULL) {
-        return tsffn_fail(error, error_size, "%s: is not a readable GGUF file; convert or download it again", path);
-    }
-    if (!check_bounds(file)) {
-        tsffn_gguf_close(file);
-        return false;
+// Weights are multiplied where the file has them: at GGUF's default alignment.
+static bool check_alignment(const struct tsffn_gguf * file) {
+    const size_t alignment = gguf_get_alignment(file->ctx);
+    if (alignment % GGUF_DEFAULT_ALIGNMENT != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: key general.alignment: expected a multiple of %d, found %zu; %s", file->path,
+                          GGUF_DEFAULT_ALIGNMENT, alignment, CONVERT_AGAIN);
     }
     return true;
+}
+
+// Says what is wrong before ggml parses anything: its own parser only tells that something is.
+static bool check_start(const struct tsffn_gguf * file, FILE * stream) {
+    char magic[4];
+    const size_t n = fread(magic, 1, sizeof(magic), stream);
+    if (n != sizeof(magic) || memcmp(magic, GGUF_MAGIC, sizeof(magic)) != 0) {
+        char found[sizeof(magic) + 1] = "";
+        for (size_t i = 0; i < n; ++i) {
+            found[i] = magic[i] > ' ' && magic[i] <= '~' ? magic[i] : '?';
+        }
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: is not a GGUF file: expected its first bytes to be '%s', found '%s' in a file of %" PRIu64
+            " bytes; name the NAME.gguf that tsconv convert wrote",
+            file->path, GGUF_MAGIC, found, file->file_size);
+    }
+    rewind(stream);
+    return true;
+}
+
+static bool parse(struct tsffn_gguf * file, FILE * stream) {
+    struct stat info;
+    if (fstat(fileno(stream), &info) != 0) {
+        return tsffn_fail(file->error, file->error_size, "%s: cannot be opened: %s", file->path, strerror(errno));
+    }
+    if (!S_ISREG(info.st_mode)) {
+        return tsffn_fail(file->error, file->error_size, "%s: is not a file: expected a GGUF file written by tsconv",
+                          file->path);
+    }
+    file->file_size = (uint64_t)info.st_size;
+    if (!check_start(file, stream)) {
+        return false;
+    }
+    file->ctx = gguf_init_from_file_ptr(stream, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    if (file->ctx == NULL) {
+        return tsffn_fail(file->error, file->error_size, "%s: the header cannot be read; %s", file->path,
+                          CONVERT_AGAIN);
+    }
+    return check_alignment(file) && check_bounds(file);
+}
+
+bool tsffn_gguf_open(struct tsffn_gguf * file, const char * path, char * error, size_t error_size) {
+    *file = (struct tsffn_gguf){.path = path, .error = error, .error_size = error_size};
+    // O_NONBLOCK: a pipe is refused below instead of being waited for.
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    FILE * stream = fd >= 0 ? fdopen(fd, "rb") : NULL;
+    if (stream == NULL) {
+        return tsffn_fail(error, error_size, "%s: cannot be opened: %s", path, strerror(errno));
+    }
+    const bool ok = parse(file, stream);
+    fclose(stream);
+    if (!ok) {
+        tsffn_gguf_close(file);
+    }
+    return ok;
 }
 
 void tsffn_gguf_close(struct tsffn_gguf * file) {

@@ -170,8 +170,8 @@ static bool describe_ffns(struct tsffn_stream * stream, const struct weight * we
 // Lists the output rows of `out` (the result of a matmul with activations `x` and, for MoE, expert ids) sorted by
 // expert.
 static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsffn_model * model,
-                                  const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * out,
-                                  int64_t * n_rows) {
+                                  const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                  const tsffn_tensor * out, int64_t * n_rows) {
     const int64_t n_used = ids != NULL ? ids->ne[0] : 1;
     const int64_t n_tokens = ids != NULL ? ids->ne[1] : x->ne[1];
     *n_rows = n_used * n_tokens;
@@ -180,7 +180,11 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
     }
     if (ids == NULL) {
         for (int64_t t = 0; t < n_tokens; ++t) {
-            stream->rows[t] = (struct tsffn_row){0, (int32_t)t, (float *)((char *)out->data + (size_t)t * out->nb[1])};
+            stream->rows[t] = (struct tsffn_row){
+                .token = (int32_t)t,
+                .y = (float *)((char *)out->data + (size_t)t * out->nb[1]),
+                .h = h != NULL ? (float *)((char *)h->data + (size_t)t * h->nb[1]) : NULL,
+            };
         }
         return GGML_STATUS_SUCCESS;
     }
@@ -202,7 +206,13 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
                 }
                 const int64_t token = x->ne[1] == 1 ? t : t * n_used + slot;
                 char * y = (char *)out->data + (size_t)t * out->nb[2] + (size_t)slot * out->nb[1];
-                stream->rows[start[e]++] = (struct tsffn_row){e, (int32_t)token, (float *)y};
+                char * hidden = h != NULL ? (char *)h->data + (size_t)t * h->nb[2] + (size_t)slot * h->nb[1] : NULL;
+                stream->rows[start[e]++] = (struct tsffn_row){
+                    .ffn = e,
+                    .token = (int32_t)token,
+                    .y = (float *)y,
+                    .h = (float *)hidden,
+                };
             }
         }
         for (int64_t e = 0; pass == 0 && e < model->n_expert; ++e) {
@@ -212,11 +222,13 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
     return GGML_STATUS_SUCCESS;
 }
 
-// Computes the rows of `out` from activations `x` with the FFNs described in the stream.
+// Computes the rows of `out`, and of `h` where there is one, from activations `x` with the FFNs described in the
+// stream.
 static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct weight * weight,
-                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * out) {
+                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                const tsffn_tensor * out) {
     int64_t n_rows;
-    const enum ggml_status status = list_rows(stream, weight->model, x, ids, out, &n_rows);
+    const enum ggml_status status = list_rows(stream, weight->model, x, ids, h, out, &n_rows);
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
@@ -263,7 +275,7 @@ static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn
                        kind == TSFFN_OP_DOWN ? w : NULL)) {
         return GGML_STATUS_ALLOC_FAILED;
     }
-    return compute(stream, kind, &weight, op->src[1], op->src[2], op);
+    return compute(stream, kind, &weight, op->src[1], op->src[2], NULL, op);
 }
 
 // h = relu(gate) * relu(up); the predictor's mask is already in gate, as zeros.
@@ -350,7 +362,7 @@ enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_c
             const tsffn_tensor * gate = op[2]->src[0];
             const tsffn_tensor * up = op[2]->src[1];
             status = describe_ffns(stream, &weight, gate->src[0], up->src[0], op[3]->src[0])
-                         ? compute(stream, TSFFN_OP_FUSED, &weight, gate->src[1], gate->src[2], op[3])
+                         ? compute(stream, TSFFN_OP_FUSED, &weight, gate->src[1], gate->src[2], op[2], op[3])
                          : GGML_STATUS_ALLOC_FAILED;
             i = after[3];
         } else {

@@ -14,6 +14,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+enum { NAME_SIZE = 96 }; // "blk.N.ffn_pred_fc1.E.weight" with any int64
+
 static _Atomic(struct tsffn_model *) armed_model;
 
 // One of the hyper-parameters both files carry, within its limit.
@@ -95,7 +97,7 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
     const int64_t n_expert = tsffn_model_ffns_per_layer(model);
     for (int64_t layer = 0; layer < model->n_layer; ++layer) {
         for (int part = 0; part < 3; ++part) {
-            char name[GGML_MAX_NAME];
+            char name[NAME_SIZE];
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_%s%s.weight", layer, parts[part], suffix);
             const bool is_down = part == 2;
             struct tsffn_gguf_tensor tensor;
@@ -257,7 +259,7 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
                               " in layer %" PRId64,
                               file->path, TSFFN_MAX_DIM, rank, layer);
         }
-        char name[GGML_MAX_NAME];
+        char name[NAME_SIZE];
         if (pre_norm) {
             struct tsffn_matrix scale;
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_scale.weight", layer);
@@ -368,6 +370,10 @@ static bool allocate(struct tsffn_model * model, char * error, size_t error_size
 struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path, enum tsffn_sparsity sparsity,
                                       char * error, size_t error_size) {
     if (!tsffn_check_abi(error, error_size)) {
+        return NULL;
+    }
+    if (!tsffn_row_types_init()) {
+        tsffn_fail(error, error_size, "libggml-tsffn.so: this ggml has no CPU backend: load it first");
         return NULL;
     }
     struct tsffn_model * model = calloc(1, sizeof(*model));

@@ -6,7 +6,7 @@
 #include "ggml_iface.h"
 
 #include <dlfcn.h>
-#include <string.h>
+#include <pthread.h>
 
 enum { X_FORMAT_F32 = -1 }; // x_format of own kernels; the others use the number of ggml's vec_dot_type
 
@@ -80,19 +80,26 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     row->name = can_dot && can_axpy ? traits->type_name : NULL;
 }
 
-bool tsffn_row_types_init(void) {
+static bool initialized;
+
+static void build_table(void) {
     const traits_cpu_fn traits_cpu = find_traits_cpu();
     if (traits_cpu == NULL) {
-        return false;
+        return;
     }
     const struct tsffn_kernels * kernels = tsffn_kernels_best();
-    memset(row_types, 0, sizeof(row_types));
     for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
         if (ggml_get_type_traits((enum ggml_type)type)->blck_size > 0) { // 0: a number that is no longer used
             describe((enum ggml_type)type, traits_cpu, kernels);
         }
     }
-    return true;
+    initialized = true;
+}
+
+bool tsffn_row_types_init(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, build_table);
+    return initialized;
 }
 
 const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type) {

@@ -7,7 +7,8 @@
 
 #include <stdbool.h>
 
-// Builds the table. Needs the CPU backend of the running ggml, whose kernels it borrows; returns false without it.
+// Builds the table, once. Needs the CPU backend of the running ggml, whose kernels it borrows; returns false without
+// it.
 bool tsffn_row_types_init(void);
 
 // NULL for types that ggml-cpu cannot multiply with.

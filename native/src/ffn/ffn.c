@@ -223,7 +223,11 @@ static void fused_neuron(const struct segment * g, int64_t i, uint64_t bits) {
         const float up = dot(&ffn->up, i, s->x_up + (size_t)g->rows[r].token * s->x_up_bytes);
         if (up > 0.0f) {
             active |= (uint64_t)1 << r;
-            axpy(&ffn->down, i, gate[r] * up, g->acc + r * s->n_embd, g->scratch);
+            const float h = gate[r] * up;
+            if (g->rows[r].h != NULL) {
+                g->rows[r].h[i] = h;
+            }
+            axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch);
         }
     }
     g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
@@ -280,6 +284,11 @@ static void chunk_of_neurons(const struct segment * g, int64_t i0, int64_t i1) {
             single_neuron(g, i, mask[i - i0]);
         }
     } else {
+        for (int64_t r = g->r0; r < g->r1; ++r) {
+            if (g->rows[r].h != NULL) {
+                memset(g->rows[r].h + i0, 0, (size_t)(i1 - i0) * sizeof(float));
+            }
+        }
         int64_t on[CHUNK_NEURONS + 1];
         int n_on = 0;
         uint64_t predicted = 0;

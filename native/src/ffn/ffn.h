@@ -48,6 +48,7 @@ struct tsffn_row {
     int32_t ffn;   // index into the call's ffns
     int32_t token; // index into the call's x
     float * y;     // written last: it may overlap the memory of any x
+    float * h;     // FUSED: [n_ff], receives relu(gate . x) * relu(up . x) * m; NULL when nobody wants it
 };
 
 struct tsffn_call {
