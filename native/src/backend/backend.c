@@ -3,6 +3,7 @@
 #include "../cpu/kernels.h"
 #include "gguf_file.h"
 #include "graph.h"
+#include "mapping.h"
 #include "row_types.h"
 
 #include <omp.h>
@@ -241,6 +242,7 @@ static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev,
                                                          size_t max_tensor_size) {
     (void)dev;
     (void)max_tensor_size;
+    tsffn_release_pages(ptr, size);
     return new_buffer(ptr, size, false);
 }
 

@@ -1,0 +1,85 @@
+"""Tiny checkpoints of random weights for tests, in any family's layout, with every tensor at hand to spoil."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from tsconv.bench.synthetic import Shape, config, header, tensor_shapes, to_bf16, write_tokenizer
+
+N_VOCAB = 320  # more than the tokenizer has: checkpoints are padded too
+
+SHAPES = {
+    "mistral": Shape(N_VOCAB, 64, 96, 4, 2, 2, ranks=(32, 64)),
+    "mixtral": Shape(N_VOCAB, 64, 96, 4, 2, 2, ranks=(32, 64), n_expert=4, rope_theta=1e6),
+    "bamboo": Shape(N_VOCAB, 64, 96, 4, 2, 2),
+}
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def random_tensors(shape: Shape, dtype: str = "BF16", seed: int = 0) -> dict[str, np.ndarray]:
+    """Name -> weights: float32, float16, or bf16 as uint16. Norms are around 1."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, dims in tensor_shapes(shape).items():
+        values = rng.standard_normal(dims, dtype=np.float32)
+        values = 1 + values / 8 if len(dims) == 1 else values / 8
+        tensors[name] = to_bf16(values) if dtype == "BF16" else values.astype("<f4" if dtype == "F32" else "<f2")
+    return tensors
+
+
+def save(directory: Path, shape: Shape, tensors: dict[str, np.ndarray], n_shards: int = 2, **changes: object) -> Path:
+    """Writes a checkpoint; `changes` replace fields of config.json. One shard: model.safetensors, no index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config(shape) | changes))
+    write_tokenizer(directory)
+    names = list(tensors)
+    if n_shards == 1:
+        write_shard(directory / "model.safetensors", tensors)
+        return directory
+    weight_map = {}
+    for i in range(n_shards):
+        file = f"model-{i + 1:05}-of-{n_shards:05}.safetensors"
+        part = names[i * len(names) // n_shards : (i + 1) * len(names) // n_shards]
+        write_shard(directory / file, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file; all tensors have the type of the first."""
+    first = next(iter(tensors.values())).dtype
+    dtype = {np.dtype("<u2"): "BF16", np.dtype("<f2"): "F16", np.dtype("<f4"): "F32"}[first]
+    data = b"".join(tensor.tobytes() for tensor in tensors.values())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert len(data) == sum(prod(dims) for dims in shapes.values()) * ITEM_BYTES[dtype]
+    path.write_bytes(header(shapes, dtype, ITEM_BYTES[dtype]) + data)
+
+
+def write_predictors(directory: Path, shape: Shape, ranks: list[int], seed: int = 1) -> list[dict[str, np.ndarray]]:
+    """Bamboo's separate predictors model_0.pt ..., in bf16. Returns fc1 and fc2 of each layer as float32."""
+    import torch
+
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    written = []
+    for n, rank in enumerate(ranks):
+        matrices = {"fc1.weight": (rank, shape.n_embd), "fc2.weight": (shape.n_ff, rank)}
+        state = {
+            k: torch.from_numpy(rng.standard_normal(dims, dtype=np.float32)).bfloat16() for k, dims in matrices.items()
+        }
+        torch.save(state, directory / f"model_{n}.pt")
+        written.append({key: value.float().numpy() for key, value in state.items()})
+    return written
+
+
+def as_float32(tensor: np.ndarray) -> np.ndarray:
+    """Weights of `random_tensors` as float32 values."""
+    if tensor.dtype == np.uint16:
+        return (tensor.astype(np.uint32) << 16).view(np.float32)
+    return tensor.astype(np.float32)

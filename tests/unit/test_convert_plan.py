@@ -1,0 +1,103 @@
+"""Which type each tensor takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tsconv.arch.family import Output
+from tsconv.errors import TsconvError
+from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
+
+
+def output(name: str, *shape: int, op: str = "copy") -> Output:
+    return Output(name, ("source",), shape[-2:], shape, op)
+
+
+EMBEDDING = output("token_embd.weight", 320, 256)
+OUTPUT = output("output.weight", 320, 256)
+NORM = output("blk.0.ffn_norm.weight", 256)
+ROUTER = output("blk.0.ffn_gate_inp.weight", 8, 256)
+GATE = output("blk.0.ffn_gate.weight", 512, 256)
+DOWN = output("blk.0.ffn_down.weight", 256, 512, op="neuron_major")
+FC1 = output("blk.0.ffn_pred_fc1.weight", 64, 256)
+FC2 = output("blk.0.ffn_pred_fc2.weight", 512, 64)
+SCALE = output("blk.0.ffn_pred_scale.weight", 256)
+ALL = [EMBEDDING, OUTPUT, NORM, ROUTER, GATE, DOWN, FC1, FC2, SCALE]
+
+
+def types(
+    outputs: list[Output], outtype: str, predictor: str | None = None, overrides: tuple[str, ...] = ()
+) -> list[str]:
+    choices = choose_types(
+        outputs, parse_type(outtype), parse_type(predictor) if predictor else None, map(parse_override, overrides)
+    )
+    return [choice.kind.name.lower() for choice in choices]
+
+
+@pytest.mark.parametrize(
+    ("outtype", "expected"),
+    [
+        ("q4_0", "q4_0 q6_k f32 f32 q4_0 q4_0 q8_0 q8_0 f32"),
+        ("q8_0", "q8_0 q8_0 f32 f32 q8_0 q8_0 f16 f16 f32"),
+        ("q4_K", "q4_k q6_k f32 f32 q4_k q4_k q8_0 q8_0 f32"),
+        ("bf16", "bf16 bf16 f32 f32 bf16 bf16 bf16 bf16 f32"),
+        ("f32", "f32 f32 f32 f32 f32 f32 f32 f32 f32"),
+    ],
+)
+def test_defaults(outtype: str, expected: str) -> None:
+    assert types(ALL, outtype) == expected.split()
+
+
+def test_tied_embeddings_take_the_output_type() -> None:
+    assert types([EMBEDDING, GATE], "q4_0") == ["q6_k", "q4_0"]
+
+
+def test_predictor_type() -> None:
+    assert types([OUTPUT, FC1, FC2], "q4_0", "q4_0") == ["q6_k", "q4_0", "q4_0"]
+
+
+def test_overrides_win_and_the_first_of_them_counts() -> None:
+    assert types(ALL, "q4_0", None, (r"ffn_down=Q5_1", r"ffn_=q8_0", "output=f16")) == (
+        ["q4_0", "f16", "f32", "f32", "q8_0", "q5_1", "q8_0", "q8_0", "f32"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("outtype", "dims", "op", "expected"),
+    [
+        ("q4_K", (64, 1088), "copy", "q8_0"),  # the rank of some layers: not a multiple of 256
+        ("q4_0", (64, 48), "copy", "f16"),
+        ("q4_K", (256, 1088), "neuron_major", "q8_0"),  # the declared row does not fit
+        ("q4_K", (1088, 256), "neuron_major", "q8_0"),  # the stored row does not fit
+        ("q4_0", (48, 64), "neuron_major", "f16"),
+        ("q4_K", (256, 512), "neuron_major", "q4_k"),
+        ("bf16", (3, 5), "copy", "bf16"),
+    ],
+)
+def test_fallback(outtype: str, dims: tuple[int, int], op: str, expected: str) -> None:
+    tensor = output("blk.0.ffn_down.weight", *dims, op=op)
+    (choice,) = choose_types([tensor], parse_type(outtype), None, [])
+    assert choice.kind.name.lower() == expected
+    note = fallback_note(tensor, choice)
+    assert (note is None) == (expected == outtype.lower())
+    assert note is None or f"{expected} instead of {outtype}" in note
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attn_q=q9_9", "unknown type 'q9_9'"),
+        ("attn_q", "expected REGEX=TYPE"),
+        ("=q8_0", "expected REGEX=TYPE"),
+        ("(=q8_0", "bad regular expression"),
+    ],
+)
+def test_bad_override(override: str, message: str) -> None:
+    with pytest.raises(TsconvError, match=message.replace("(", r"\(")):
+        parse_override(override)
+
+
+@pytest.mark.parametrize("override", ["attn_nothing=q8_0", "ffn_norm=q8_0", "ffn_gate_inp=q8_0"])
+def test_override_that_matches_nothing(override: str) -> None:
+    with pytest.raises(TsconvError, match=f"--tensor-type {override} matches no tensor"):
+        types(ALL, "q4_0", None, (override,))

@@ -1,0 +1,221 @@
+"""`convert`: a dReLU checkpoint to a GGUF model and its predictor sidecar. The command line is a thin shell over it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from tsconv.arch import FAMILIES
+from tsconv.arch.family import Family
+from tsconv.arch.match import Matched, has_predictors, match, predictor_ranks, refuse_leftovers
+from tsconv.checkpoint.config import ModelConfig, read_config
+from tsconv.checkpoint.predictor import external_tensors
+from tsconv.checkpoint.safetensors_reader import open_checkpoint
+from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, resolve
+from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from tsconv.errors import CheckpointError, OutputError
+from tsconv.export import keys
+from tsconv.export.stream import Job, write_tensors
+from tsconv.export.writer import OutputFiles, StreamedFile, sigterm_exits
+from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
+from tsconv.transform.quantize import type_name
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the conversion, as a dry run shows it. `shape` is slowest dimension first."""
+
+    file: str  # "model" or "sidecar"
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    source_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert` did, or with `dry_run` would do. Sizes in bytes; file sizes are 0 after a dry run.
+
+    `seconds` is the time from the first read to the last fsync, without a download.
+    """
+
+    model: Path
+    sidecar: Path | None
+    outtype: str
+    predictor_kind: str
+    tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...]
+    model_bytes: int
+    sidecar_bytes: int
+    input_bytes: int
+    seconds: float
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A checkpoint that was read and checked, but for the values of its weights."""
+
+    source: Source
+    config: ModelConfig
+    family: Family
+    tokenizer: Tokenizer
+    kind: keys.PredictorKind
+    ranks: list[int]
+    model: list[Matched]
+    sidecar: list[Matched]
+
+
+def convert(
+    src: str | Path,
+    outfile: str | Path | None = None,
+    outtype: str = "q4_0",
+    *,
+    predictor_outtype: str | None = None,
+    predictor: str | Path | None = None,
+    revision: str | None = None,
+    tensor_types: Iterable[str] = (),
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConversionResult:
+    """Converts a TurboSparse or Bamboo checkpoint to GGUF (docs/format.md).
+
+    Args:
+        src: checkpoint directory, or a repository on the Hugging Face Hub ("OWNER/NAME").
+        outfile: the model to write; default NAME-OUTTYPE.gguf in the current directory. The sidecar goes beside it as
+            NAME.predictor.gguf.
+        outtype: ggml type of the weights, see tsconv.transform.quantize.TYPES.
+        predictor_outtype: type of the predictor's matrices; the default depends on `outtype`.
+        predictor: directory or repository with Bamboo's separate predictors (model_N.pt).
+        revision: branch, tag or commit of `src` on the Hub.
+        tensor_types: "REGEX=TYPE" strings, overriding the type of tensors whose name the expression finds.
+        dry_run: plan and check everything but the weights' values, and write nothing.
+        force: replace existing outputs.
+        progress: called with (input bytes done, input bytes in all).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or not one that tsconv converts.
+        HubError: a download failed.
+        OutputError: the output exists, or cannot be written.
+        TsconvError: an unknown type or a bad override.
+    """
+    kind = parse_type(outtype)
+    predictor_kind = parse_type(predictor_outtype) if predictor_outtype is not None else None
+    overrides = [parse_override(text) for text in tensor_types]
+    source = resolve(src, revision, CHECKPOINT_FILES)
+    started = time.perf_counter()
+
+    contents = _read(source, predictor)
+    outputs = [item.output for item in contents.model + contents.sidecar]
+    choices = choose_types(outputs, kind, predictor_kind, overrides)
+    jobs = [Job(item, choice.kind) for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)]
+    input_bytes = sum(job.input_bytes for job in jobs)
+    notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
+
+    model = Path(outfile) if outfile is not None else Path(f"{source.name}-{type_name(kind)}.gguf")
+    if model.suffix != ".gguf":
+        raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
+    sidecar = model.with_suffix(".predictor.gguf")
+    n_model = len(contents.model)
+    files = [(StreamedFile(model, keys.ARCHITECTURE), jobs[:n_model])]
+    if contents.sidecar:
+        files.append((StreamedFile(sidecar, keys.ARCHITECTURE), jobs[n_model:]))
+
+    sizes = [0, 0]
+    if not dry_run:
+        _fill_headers(files, contents, kind)
+        obsolete = [] if contents.sidecar else [sidecar]
+        with sigterm_exits(), OutputFiles([file for file, _ in files], obsolete, force) as output_files:
+            for file, _ in files:
+                file.begin()
+            write_tensors(files, contents.config.head_dim, _counter(progress, input_bytes))
+            sizes = output_files.commit()
+    return ConversionResult(
+        model=model,
+        sidecar=sidecar if contents.sidecar else None,
+        outtype=type_name(kind),
+        predictor_kind=contents.kind,
+        tensors=tuple(_described("model" if i < n_model else "sidecar", job) for i, job in enumerate(jobs)),
+        notes=tuple(note for note in notes if note),
+        model_bytes=sizes[0],
+        sidecar_bytes=sizes[1] if contents.sidecar else 0,
+        input_bytes=input_bytes,
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+    )
+
+
+def _read(source: Source, predictor: str | Path | None) -> _Contents:
+    """Reads and checks everything but the weights' values. `predictor` is where external ones are."""
+    moe = frozenset(name for name, family in FAMILIES.items() if family.is_moe)
+    config = read_config(source.directory, {name: family.model_type for name, family in FAMILIES.items()}, moe)
+    family = FAMILIES[config.architecture]
+    tensors = open_checkpoint(source.directory)
+    kind: keys.PredictorKind = "embedded" if has_predictors(family, config, tensors) else "none"
+    if predictor is not None:
+        if kind == "embedded":
+            raise CheckpointError(
+                "--predictor given, but the checkpoint has its own predictors", where=source.directory
+            )
+        directory = resolve(predictor, None, PREDICTOR_FILES).directory
+        tensors |= external_tensors(directory, family, config)
+        kind = "external"
+
+    ranks = predictor_ranks(family, config, tensors) if kind != "none" else []
+    model = match(family.model_outputs(config), tensors)
+    sidecar = match(family.predictor_outputs(config, ranks), tensors)
+    refuse_leftovers(family, config, tensors, model + sidecar)
+    tokenizer = load_tokenizer(source.directory, config.n_vocab)
+    return _Contents(source, config, family, tokenizer, kind, ranks, model, sidecar)
+
+
+def _fill_headers(
+    files: list[tuple[StreamedFile, list[Job]]], contents: _Contents, outtype: GGMLQuantizationType
+) -> None:
+    """Keys and tensor tables of the model, files[0], and the sidecar, files[1] if there is one."""
+    source = contents.source
+    provenance = keys.Provenance(source, secrets.token_hex(16), keys.read_card(source.directory))
+    for file, jobs in files:
+        keys.add_common(file.header, provenance, contents.config, contents.family)
+        for job in jobs:
+            file.declare(job.output.name, job.output.shape, job.kind, job.nbytes)
+    keys.add_model(files[0][0].header, contents.config, contents.kind, outtype)
+    contents.tokenizer.add_to(files[0][0].header)
+    if len(files) > 1:
+        keys.add_sidecar(files[1][0].header, contents.family, contents.kind, contents.ranks)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    """Turns increments into (done, total)."""
+    if progress is None:
+        return None
+    done = 0
+
+    def count(increment: int) -> None:
+        nonlocal done
+        done += increment
+        progress(done, total)
+
+    return count
+
+
+def _described(label: str, job: Job) -> PlannedTensor:
+    return PlannedTensor(
+        file=label,
+        name=job.output.name,
+        shape=job.output.shape,
+        source_type=job.matched.sources[0].dtype.lower(),
+        type=type_name(job.kind),
+        source_bytes=job.input_bytes,
+        bytes=job.nbytes,
+    )

@@ -1,0 +1,123 @@
+"""The conversion's data path: slabs of rows, read, reshaped and quantized in a thread pool, written in order.
+
+At most `workers + QUEUED` slabs are in flight, so memory is bounded by them and by the largest ffn_down of the
+checkpoint, which is read whole because its columns become rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from tsconv.arch.family import Output
+from tsconv.arch.match import Matched
+from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
+from tsconv.errors import CheckpointError
+from tsconv.export.writer import StreamedFile
+from tsconv.transform.layout import columns_as_rows, reciprocal
+from tsconv.transform.quantize import BadWeightError, float32, quantize_rows, row_bytes
+from tsconv.transform.rope import rope_rows
+
+SLAB_BYTES = 16 << 20  # of input; large enough for sequential disk reads, small beside the memory of any machine
+QUEUED = 2  # slabs waiting beyond one per worker
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to write: what it is made of and the type it takes."""
+
+    matched: Matched
+    kind: GGMLQuantizationType
+
+    @property
+    def output(self) -> Output:
+        return self.matched.output
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(source.nbytes for source in self.matched.sources)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return len(self.matched.sources) * self.output.n_rows * row_bytes(self.kind, self.output.row_length)
+
+
+def workers() -> int:
+    """Threads that convert: one per core this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def write_tensors(
+    files: list[tuple[StreamedFile, list[Job]]], head_dim: int, done: Callable[[int], None] | None
+) -> None:
+    """Converts and writes all tensors of all files, which have begun.
+
+    Args:
+        head_dim: size of an attention head, for the RoPE order.
+        done: called with the number of input bytes behind each slab that was written.
+
+    Raises:
+        CheckpointError: a weight is not finite or too large for its type, or a shard cannot be read.
+        OutputError: from the writer.
+    """
+    pending: deque[tuple[StreamedFile, int, Future[np.ndarray]]] = deque()
+
+    def write_next() -> None:
+        file, input_bytes, future = pending.popleft()
+        file.write(future.result())
+        if done:
+            done(input_bytes)
+
+    limit = workers()
+    pool = ThreadPoolExecutor(limit)
+    try:
+        for file, jobs in files:
+            for job in jobs:
+                for input_bytes, slab in _slabs(job, head_dim):
+                    pending.append((file, input_bytes, pool.submit(slab)))
+                    if len(pending) >= limit + QUEUED:
+                        write_next()
+        while pending:
+            write_next()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _slabs(job: Job, head_dim: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """(input bytes, function that makes the slab), in the order of the file."""
+    output = job.output
+    for source in job.matched.sources:
+        bytes_per_row = output.row_length * DTYPES[source.dtype].itemsize
+        step = max(1, SLAB_BYTES // bytes_per_row)
+        if output.op == "rope":
+            step = max(head_dim, step // head_dim * head_dim)
+        whole = source.read_rows(0, source.shape[0]) if output.op == "neuron_major" else None
+        for start in range(0, output.n_rows, step):
+            stop = min(start + step, output.n_rows)
+            yield (
+                (stop - start) * bytes_per_row,
+                functools.partial(_make, job, source, whole, head_dim, (start, stop)),
+            )
+
+
+def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: int, span: tuple[int, int]) -> np.ndarray:
+    """Stored rows [start, stop) of `span` that `source` contributes, quantized: uint8 [stop - start, bytes per row]."""
+    rows = source.read_rows(*span) if whole is None else columns_as_rows(whole, *span)
+    if job.output.op == "rope":
+        rows = rope_rows(rows, head_dim)
+    elif job.output.op == "reciprocal":
+        rows = reciprocal(float32(rows))
+    try:
+        return quantize_rows(rows, job.kind)
+    except BadWeightError as error:
+        raise CheckpointError(
+            str(error), where=source.where, fix="the checkpoint is damaged: download it again"
+        ) from None

@@ -1,0 +1,170 @@
+"""A summary of a converted file: keys, tensors by type and by part of the model, and its partner file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsconv.errors import ModelFileError
+from tsconv.export.gguf_header import Header, TensorEntry, read_header
+from tsconv.export.keys import ARCHITECTURE, FORMAT_VERSION
+from tsconv.transform.quantize import type_name
+
+SIDECAR_SUFFIX = ".predictor.gguf"
+PAIR_ID = re.compile(r"[0-9a-f]{32}")
+
+# Part of the model -> expression that finds its tensors; the first that matches counts.
+PARTS = {
+    "predictor": r"\.ffn_pred_",
+    "ffn": r"\.ffn_(gate|up|down)(_exps)?\.weight$",
+    "attention": r"\.attn_(q|k|v|output)\.weight$",
+    "embeddings and output": r"^(token_embd|output)\.weight$",
+    "norms and router": r"",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Totals of some tensors."""
+
+    name: str
+    n_tensors: int
+    n_weights: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The sidecar beside a model, or the model beside a sidecar."""
+
+    path: Path
+    file_bytes: int
+    matches: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `tsconv inspect` shows. `kind` is "model", "sidecar" or "another GGUF file"."""
+
+    path: Path
+    kind: str
+    file_bytes: int
+    keys: dict[str, Any]
+    by_type: list[Group]
+    by_part: list[Group]
+    tensors: list[TensorEntry]
+    partner: Partner | None
+
+    @property
+    def n_weights(self) -> int:
+        return sum(group.n_weights for group in self.by_type)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(group.n_bytes for group in self.by_type)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / max(1, self.n_weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the derived ones included."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "file_bytes": self.file_bytes,
+            "n_weights": self.n_weights,
+            "tensor_bytes": self.tensor_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "keys": self.keys,
+            "by_type": [dataclasses.asdict(group) for group in self.by_type],
+            "by_part": [dataclasses.asdict(group) for group in self.by_part],
+            "tensors": [
+                {"name": t.name, "shape": t.shape, "type": type_name(t.kind), "offset": t.offset, "n_bytes": t.n_bytes}
+                for t in self.tensors
+            ],
+            "partner": None
+            if self.partner is None
+            else dataclasses.asdict(self.partner) | {"path": str(self.partner.path)},
+        }
+
+
+def summarise(path: Path) -> Summary:
+    """Reads the header of `path`, and of its partner if that lies beside it.
+
+    Raises:
+        ModelFileError: the file is damaged, or breaks a MUST of docs/format.md that its header shows.
+    """
+    header = read_header(path)
+    kind = "another GGUF file"
+    if header.keys.get("general.architecture") == ARCHITECTURE:
+        check_keys(header)
+        kind = "sidecar" if is_sidecar(header) else "model"
+    tensors = list(header.tensors)
+    return Summary(
+        path=path,
+        kind=kind,
+        file_bytes=header.file_bytes,
+        keys=header.keys,
+        by_type=[_group(name, (t for t in tensors if type_name(t.kind) == name)) for name in _types(tensors)],
+        by_part=[group for group in _parts(tensors) if group.n_tensors],
+        tensors=tensors,
+        partner=_partner(header) if kind in ("model", "sidecar") else None,
+    )
+
+
+def is_sidecar(header: Header) -> bool:
+    return header.keys.get("general.type") == "predictor"
+
+
+def check_keys(header: Header) -> None:
+    """Refuses a turbosparse file whose keys a reader of this format version must not accept."""
+    expected: dict[str, Any] = {"turbosparse.format_version": FORMAT_VERSION}
+    if not is_sidecar(header):
+        expected |= {"turbosparse.activation": "drelu", "turbosparse.ffn_down.layout": "neuron_major"}
+    for key, value in expected.items():
+        if header.keys.get(key) != value:
+            raise ModelFileError(
+                f"bad {key}", where=header.path, expected=repr(value), found=repr(header.keys.get(key, "nothing"))
+            )
+    pair_id = header.keys.get("turbosparse.pair_id")
+    if not isinstance(pair_id, str) or not PAIR_ID.fullmatch(pair_id):
+        raise ModelFileError(
+            "bad turbosparse.pair_id", where=header.path, expected="32 lower-case hex digits", found=repr(pair_id)
+        )
+
+
+def _types(tensors: list[TensorEntry]) -> list[str]:
+    return list(dict.fromkeys(type_name(tensor.kind) for tensor in tensors))
+
+
+def _parts(tensors: list[TensorEntry]) -> list[Group]:
+    part_of = {t.name: next(part for part, pattern in PARTS.items() if re.search(pattern, t.name)) for t in tensors}
+    return [_group(part, (t for t in tensors if part_of[t.name] == part)) for part in PARTS]
+
+
+def _group(name: str, tensors: Iterable[TensorEntry]) -> Group:
+    members = list(tensors)
+    return Group(name, len(members), sum(t.n_weights for t in members), sum(t.n_bytes for t in members))
+
+
+def _partner(header: Header) -> Partner | None:
+    """A model's sidecar, or a sidecar's model, if a file has the matching name. A damaged one does not match."""
+    name = header.path.name
+    if is_sidecar(header):
+        partner = name.removesuffix(SIDECAR_SUFFIX) + ".gguf" if name.endswith(SIDECAR_SUFFIX) else None
+    else:
+        partner = name.removesuffix(".gguf") + SIDECAR_SUFFIX
+    path = header.path.with_name(partner) if partner else None
+    if path is None or not path.exists():
+        return None
+    try:
+        other = read_header(path).keys
+    except ModelFileError:
+        other = {}
+    shared = ("turbosparse.pair_id", "turbosparse.neuron_order")
+    return Partner(path, path.stat().st_size, all(other.get(key) == header.keys.get(key) for key in shared))

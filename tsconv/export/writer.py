@@ -1,0 +1,208 @@
+"""Writing GGUF files as a stream: all or nothing, and never a half-written file under the final name.
+
+gguf-py writes the header, keys and tensor table; tensor data follows slab by slab. Files grow as NAME.gguf.part and are
+renamed when all of them are whole and on the disk. Any failure, Ctrl-C or SIGTERM removes the .part files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import gguf
+import numpy as np
+
+from tsconv.errors import OutputError
+
+# Room for keys and the tensor table beyond the tensor data in the check for free space.
+HEADER_ROOM = 16 << 20
+
+
+class StreamedFile:
+    """One GGUF file being written. Fill `header`, `declare` every tensor, `begin`, then `write` their data in order.
+
+    `path` is the final name; data goes to `part` until OutputFiles renames it.
+    """
+
+    def __init__(self, path: Path, arch: str) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.header = gguf.GGUFWriter(None, arch)
+        self._sizes: list[int] = []
+        self._tensor, self._done = 0, 0
+        self._lock: int | None = None  # file descriptor of .part while it is ours
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all declared tensors with their padding."""
+        return sum(gguf.GGUFWriter.ggml_pad(size, self.header.data_alignment) for size in self._sizes)
+
+    def declare(self, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, nbytes: int) -> None:
+        """Adds a tensor of `nbytes` bytes to the table; `shape` is slowest dimension first."""
+        self.header.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        self._sizes.append(nbytes)
+
+    def begin(self) -> None:
+        """Creates the .part file, locks it against other conversions, and writes everything before the tensor data."""
+        with _reported(self.part):
+            fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise OutputError(
+                    "another conversion is writing this output",
+                    where=self.part,
+                    fix="wait for it to end, or choose another --outfile",
+                ) from None
+            self._lock = fd
+            self.header.write_header_to_file(self.part)
+            self.header.write_kv_data_to_file()
+            self.header.write_ti_data_to_file()
+            assert self.header.fout is not None
+            self._file = self.header.fout[0]
+            self.header.write_padding(self._file, self._file.tell())
+            self._file.flush()
+
+    def write(self, data: np.ndarray) -> None:
+        """Appends contiguous `data` to the current tensor, which it must not overfill."""
+        self._done += data.nbytes
+        size = self._sizes[self._tensor]
+        if self._done > size:
+            raise ValueError(f"tensor {self._tensor} of {self.path.name} has {size} bytes, got {self._done}")
+        with _reported(self.part):
+            self._file.write(data.data)
+            if self._done == size:
+                self.header.write_padding(self._file, size)
+                self._tensor, self._done = self._tensor + 1, 0
+
+    def finish(self) -> int:
+        """Flushes to the disk and closes. Returns the file's size in bytes."""
+        if self._tensor != len(self._sizes):
+            raise ValueError(f"{self.path.name}: {self._tensor} of {len(self._sizes)} tensors were written")
+        with _reported(self.part):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+            self._file.close()
+        return size
+
+    def release(self) -> None:
+        """Gives the .part file up: it was renamed or removed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Removes the .part file if it is ours; safe at any time."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.part.unlink()
+            self.release()
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self.header.close()
+
+
+class OutputFiles:
+    """The files of one conversion, as a context manager: `commit` renames all of them, leaving without it removes all.
+
+    Args:
+        files: what will be written.
+        obsolete: an older output that does not belong beside the new ones; treated as existing, removed by `commit`.
+        force: replace what exists.
+
+    Raises:
+        OutputError: an output exists without `force`, or its folder is missing, not writable or too full.
+    """
+
+    def __init__(self, files: list[StreamedFile], obsolete: list[Path], force: bool) -> None:
+        self.files, self.obsolete = files, obsolete
+        for path in [*(file.path for file in files), *obsolete]:
+            if path.is_dir():
+                raise OutputError("output is a directory", where=path, fix="name a file with --outfile")
+            if path.exists() and not force:
+                raise OutputError("output exists", where=path, fix="choose another --outfile, or --force to replace it")
+        folder = files[0].path.parent
+        if not folder.is_dir():
+            raise OutputError("folder of the output does not exist", where=folder, fix="create it, or change --outfile")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError("folder of the output is not writable", where=folder)
+
+    def __enter__(self) -> Self:
+        folder = self.files[0].path.parent
+        needed, free = sum(file.data_bytes + HEADER_ROOM for file in self.files), shutil.disk_usage(folder).free
+        if needed > free:
+            raise OutputError(
+                "not enough room for the output",
+                where=folder,
+                expected=f"{needed:,} bytes free",
+                found=f"{free:,}",
+                fix="free some, or write elsewhere with --outfile",
+            )
+        return self
+
+    def commit(self) -> list[int]:
+        """Finishes and renames all files. Returns their sizes in bytes, in order."""
+        sizes = [file.finish() for file in self.files]
+        for path in self.obsolete:
+            path.unlink(missing_ok=True)
+        for file in reversed(self.files):  # the model last: it is what others look for
+            with _reported(file.path):
+                os.replace(file.part, file.path)
+                file.release()
+        with _reported(self.files[0].path.parent), _directory(self.files[0].path.parent) as fd:
+            os.fsync(fd)
+        return sizes
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.discard()
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """An operating system's error while writing becomes an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        fix = "free some room, or write elsewhere with --outfile" if error.errno in _FULL else None
+        raise OutputError(f"cannot be written: {error.strerror}", where=path, fix=fix) from None
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """While inside, SIGTERM raises SystemExit(143) in the main thread, so that cleaning up happens as for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning short
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
