@@ -28,6 +28,7 @@ extern "C" {
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)
+#define TSFFN_MAX_CONTEXT (1 << 24)
 
 enum tsffn_sparsity {
     TSFFN_SPARSITY_DEFAULT = 0,   // predictor when the model names one, else exact

@@ -66,7 +66,7 @@ static void make_types(const struct tsffn_kernels * kernels) {
         .x_block_size = 1,
         .x_block_bytes = 8,
         .host_dot = host_dot,
-        .host_convert_x = host_convert,
+        .convert_x = host_convert,
         .host_to_float = host_to_float,
     };
 }

@@ -85,13 +85,21 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     float * x = x_memory + offset;
     float * y = y_memory + offset;
     random_row(format, n, row, w);
-    double sum = 0.0, size = 1e-30;
+    double sum = 0.0, size = 1e-30, weights = 0.0;
     for (int64_t j = 0; j < n; ++j) {
         x[j] = random_float();
         sum += w[j] * (double)x[j];
         size += fabs(w[j] * (double)x[j]);
+        weights += fabs(w[j]);
     }
-    if (kernels->dot[format] != NULL) {
+    static _Alignas(64) char converted[TSFFN_I16_HEADER + 2 * MAX_N];
+    if (tsffn_x_format(format) == TSFFN_X_I16) {
+        tsffn_convert_i16(x, converted, n);
+        const double found = (double)kernels->dot[format](n, row, converted);
+        // Each activation is off by at most half a step of max |x| / 32767.
+        CHECK(fabs(found - sum) <= (0.5 / 32767.0) * weights + 1e-6 * size, "%s %s n=%d: %g instead of %g",
+              kernels->name, format_names[format], (int)n, found, sum);
+    } else {
         const double found = (double)kernels->dot[format](n, row, x);
         CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
               format_names[format], (int)n, found, sum);

@@ -21,7 +21,8 @@ from tsconv.runtime.backend import load_backend
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
 N_TOKENS = 512
 F32 = llama_cpp.GGML_TYPE_F32
-NMSE_LIMITS = {"f32": 1e-5, "f16": 1e-4, "q8_0": 5e-3}
+NMSE_LIMITS = {"f32": 1e-5, "f16": 1e-4, "bf16": 1e-4, "q8_0": 5e-3}
+FOUR_AND_FIVE_BITS = ["q4_0", "q4_1", "q5_0", "q5_1"]  # own kernels for q4_0, ggml's for the others
 
 
 def nmse(found: np.ndarray, expected: np.ndarray) -> float:
@@ -75,16 +76,17 @@ def test_logits(name, tokens, reference, outtype, sparsity):
 
 def test_the_mask_matters(reference):
     """The two modes are different functions: agreement with the one is not agreement with the other."""
-    assert nmse(reference["exact"], reference["predictor"]) > 1e-3
+    assert nmse(reference["exact"], reference["predictor"]) > 10 * NMSE_LIMITS["f32"]
 
 
 @pytest.mark.parametrize("sparsity", ["predictor", "exact"])
-def test_q4_0_perplexity(name, tokens, reference, sparsity):
-    model = load(name, "q4_0", sparsity)
+@pytest.mark.parametrize("outtype", FOUR_AND_FIVE_BITS)
+def test_perplexity(name, tokens, reference, outtype, sparsity):
+    model = load(name, outtype, sparsity)
     found = perplexity(model.token_logits(tokens), tokens)
     model.close()
     expected = perplexity(reference[sparsity], tokens)
-    print(f"{name} q4_0 {sparsity}: perplexity {found:.2f}, reference {expected:.2f}")
+    print(f"{name} {outtype} {sparsity}: perplexity {found:.2f}, reference {expected:.2f}")
     assert expected < 100, "the checkpoint is trained"
     assert found < 1.25 * expected
 

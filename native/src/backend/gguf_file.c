@@ -5,6 +5,7 @@
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -141,6 +142,34 @@ bool tsffn_gguf_u32(const struct tsffn_gguf * file, const char * key, uint32_t *
 bool tsffn_gguf_optional_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value) {
     *value = 0;
     return gguf_find_key(file->ctx, key) < 0 || tsffn_gguf_u32(file, key, value);
+}
+
+bool tsffn_gguf_f32(const struct tsffn_gguf * file, const char * key, float * value) {
+    const int64_t id = find(file, key, GGUF_TYPE_FLOAT32);
+    *value = id >= 0 ? gguf_get_val_f32(file->ctx, id) : 0.0f;
+    return id >= 0;
+}
+
+const char ** tsffn_gguf_strings(const struct tsffn_gguf * file, const char * key, size_t * n) {
+    const int64_t id = find(file, key, GGUF_TYPE_ARRAY);
+    if (id < 0) {
+        return NULL;
+    }
+    if (gguf_get_arr_type(file->ctx, id) != GGUF_TYPE_STRING) {
+        tsffn_fail(file->error, file->error_size, "%s: key %s: expected an array of str, found one of %s; %s",
+                   file->path, key, gguf_type_name(gguf_get_arr_type(file->ctx, id)), CONVERT_AGAIN);
+        return NULL;
+    }
+    *n = gguf_get_arr_n(file->ctx, id);
+    const char ** strings = malloc((*n > 0 ? *n : 1) * sizeof(*strings));
+    if (strings == NULL) {
+        tsffn_fail(file->error, file->error_size, "out of memory");
+        return NULL;
+    }
+    for (size_t i = 0; i < *n; ++i) {
+        strings[i] = gguf_get_arr_str(file->ctx, id, i);
+    }
+    return strings;
 }
 
 bool tsffn_gguf_array(const struct tsffn_gguf * file, const char * key, enum gguf_type type, size_t n,

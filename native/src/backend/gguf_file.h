@@ -35,6 +35,9 @@ bool tsffn_gguf_string(const struct tsffn_gguf * file, const char * key, const c
 bool tsffn_gguf_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value);
 // A u32 that may be absent, 0 then.
 bool tsffn_gguf_optional_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value);
+bool tsffn_gguf_f32(const struct tsffn_gguf * file, const char * key, float * value);
+// The `n` strings of an array, to be freed by the caller while the strings stay the file's; NULL after a failure.
+const char ** tsffn_gguf_strings(const struct tsffn_gguf * file, const char * key, size_t * n);
 // An array of exactly `n` elements of `type` (4 bytes each).
 bool tsffn_gguf_array(const struct tsffn_gguf * file, const char * key, enum gguf_type type, size_t n,
                       const void ** data);

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "gguf_file.h"
+#include "llama_keys.h"
 #include "row_types.h"
 
 #include <errno.h>
@@ -148,7 +149,23 @@ static bool read_model_file(const struct tsffn_gguf * file, struct tsffn_model *
            copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
            copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&
            copy_string(file, "turbosparse.predictor.kind", id->predictor_kind, sizeof(id->predictor_kind)) &&
-           read_shape(file, model) && check_ffn_tensors(file, model);
+           read_shape(file, model) && check_ffn_tensors(file, model) && tsffn_check_llama_keys(file, model->n_expert);
+}
+
+// Refuses a model where its sidecar should be, with more help than the key's value gives.
+static bool check_is_sidecar(const struct tsffn_gguf * file, const char * model_path) {
+    const char * type;
+    if (!tsffn_gguf_string(file, "general.type", &type)) {
+        return false;
+    }
+    if (strcmp(type, "model") == 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: is a model: expected its predictor sidecar; use the NAME.predictor.gguf that was written "
+            "with %s",
+            file->path, model_path);
+    }
+    return tsffn_gguf_expect(file, "general.type", "predictor");
 }
 
 static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_path, const struct tsffn_model * model,
@@ -156,7 +173,7 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
     struct identity own;
     struct tsffn_model shape;
     memset(&shape, 0, sizeof(shape));
-    if (!check_format(sidecar) || !tsffn_gguf_expect(sidecar, "general.type", "predictor") ||
+    if (!check_format(sidecar) || !check_is_sidecar(sidecar, model_path) ||
         !copy_string(sidecar, "turbosparse.pair_id", own.pair_id, sizeof(own.pair_id)) ||
         !copy_string(sidecar, "turbosparse.neuron_order", own.order, sizeof(own.order)) ||
         !read_shape(sidecar, &shape)) {

@@ -8,7 +8,8 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
-enum { X_FORMAT_F32 = -1 }; // x_format of own kernels; the others use the number of ggml's vec_dot_type
+// x_format: below 0 for own kernels, the number of ggml's vec_dot_type for the others.
+enum { X_FORMAT_F32 = -1, X_FORMAT_I16 = -2 };
 
 static struct tsffn_row_type row_types[GGML_TYPE_COUNT];
 
@@ -62,7 +63,13 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     }
     row->block_size = traits->blck_size;
     row->block_bytes = traits->type_size;
-    if (row->own_dot != NULL) {
+    if (row->own_dot != NULL && tsffn_x_format(format) == TSFFN_X_I16) {
+        row->x_format = X_FORMAT_I16;
+        row->x_header_bytes = TSFFN_I16_HEADER;
+        row->x_block_size = 1;
+        row->x_block_bytes = sizeof(int16_t);
+        row->convert_x = tsffn_convert_i16;
+    } else if (row->own_dot != NULL) {
         row->x_format = X_FORMAT_F32;
         row->x_block_size = 1;
         row->x_block_bytes = sizeof(float);
@@ -72,10 +79,10 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
         row->x_block_size = x->blck_size;
         row->x_block_bytes = x->type_size;
         row->host_dot = cpu->vec_dot;
-        row->host_convert_x = traits_cpu(cpu->vec_dot_type)->from_float;
+        row->convert_x = traits_cpu(cpu->vec_dot_type)->from_float;
     }
     row->host_to_float = traits->to_float;
-    const bool can_dot = row->own_dot != NULL || (row->host_dot != NULL && row->host_convert_x != NULL);
+    const bool can_dot = row->own_dot != NULL || (row->host_dot != NULL && row->convert_x != NULL);
     const bool can_axpy = row->own_axpy != NULL || row->host_to_float != NULL;
     row->name = can_dot && can_axpy ? traits->type_name : NULL;
 }

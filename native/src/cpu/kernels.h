@@ -7,8 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// s = sum_j row[j] * x[j] over n weights.
-typedef float (*tsffn_dot_fn)(int64_t n, const void * row, const float * x);
+// s = sum_j row[j] * x[j] over n weights; x in the format that tsffn_x_format tells.
+typedef float (*tsffn_dot_fn)(int64_t n, const void * row, const void * x);
 // y[j] += a * row[j] over n weights.
 typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y);
 
@@ -25,6 +25,21 @@ enum tsffn_format {
     TSFFN_FORMAT_COUNT,
 };
 
+// Formats of the activations: f32 for the float formats, 16-bit integers for the block formats.
+//   I16: float d; 60 bytes of padding; int16 q[n];      x_j = d * q_j, d = max |x| / 32767 of the whole vector
+// Sixteen bits where ggml's dot products take eight (Q8_0): the error of x is 100 times smaller, and multiplying pairs
+// of 16-bit integers needs none of the sign tricks that unsigned-by-signed bytes do. One block is 32 products of at
+// most 128 * 32767, which an int32 holds.
+enum tsffn_x_format {
+    TSFFN_X_F32,
+    TSFFN_X_I16,
+};
+#define TSFFN_I16_HEADER 64
+
+static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
+    return format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16 : TSFFN_X_F32;
+}
+
 #define TSFFN_BLOCK_SIZE 32
 #define TSFFN_Q8_0_BYTES 34
 #define TSFFN_Q4_0_BYTES 18
@@ -36,7 +51,11 @@ enum tsffn_isa {
     TSFFN_ISA_COUNT,
 };
 
-// The kernels of one tier. `dot` of the block formats is NULL: ggml's integer dot products are the better ones there.
+// x in I16 format: TSFFN_I16_HEADER + 2 n bytes. Not a kernel per tier: it runs once per token, and compilers vectorize
+// it.
+void tsffn_convert_i16(const float * x, void * converted, int64_t n);
+
+// The kernels of one tier.
 struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;

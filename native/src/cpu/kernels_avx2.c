@@ -28,8 +28,9 @@ static inline float one_f32(float w) {
 
 // One dot and one axpy per element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
-    static float dot_##SUFFIX(int64_t n, const void * row, const float * x) {                                          \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
         const TYPE * w = row;                                                                                          \
+        const float * x = activations;                                                                                 \
         __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
         int64_t j = 0;                                                                                                 \
         for (; j + 32 <= n; j += 32) {                                                                                 \
@@ -62,6 +63,59 @@ static inline float one_f32(float w) {
 DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
+
+static inline const int16_t * i16_values(const void * activations) {
+    return (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+}
+
+static inline float i16_scale(const void * activations) {
+    return *(const float *)activations;
+}
+
+// Eight int32 sums of the products of 32 weights, as two vectors of 16-bit integers, with x[0..32).
+static inline __m256 products32(__m256i w_low, __m256i w_high, const int16_t * x) {
+    const __m256i low = _mm256_madd_epi16(w_low, _mm256_loadu_si256((const __m256i *)x));
+    const __m256i high = _mm256_madd_epi16(w_high, _mm256_loadu_si256((const __m256i *)(x + 16)));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+}
+
+static inline __m256 products_q8_0(const uint8_t * block, const int16_t * x) {
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(block + 2)));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(block + 18)));
+    return products32(low, high, x);
+}
+
+static inline __m256 products_q4_0(const uint8_t * block, const int16_t * x) {
+    const __m256i eight = _mm256_set1_epi16(8);
+    const __m256i q = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + 2)));
+    const __m256i low = _mm256_sub_epi16(_mm256_and_si256(q, _mm256_set1_epi16(15)), eight);
+    const __m256i high = _mm256_sub_epi16(_mm256_srli_epi16(q, 4), eight);
+    return products32(low, high, x);
+}
+
+static inline __m256 block_scale(const uint8_t * block) {
+    return _mm256_set1_ps(_cvtsh_ss(tsffn_load_u16(block)));
+}
+
+// Two accumulators: the sums of one block depend on nothing of the next.
+#define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+        const uint8_t * block = row;                                                                                   \
+        const int16_t * x = i16_values(activations);                                                                   \
+        __m256 s0 = _mm256_setzero_ps(), s1 = s0;                                                                      \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
+            s0 = _mm256_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
+            s1 = _mm256_fmadd_ps(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);    \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            s0 = _mm256_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
+        }                                                                                                              \
+        return hsum(_mm256_add_ps(s0, s1)) * i16_scale(activations);                                                   \
+    }
+
+DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
+DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
 
 // y[0..8) += d * q[0..8), the 8 bytes of q taken as signed.
 static inline void axpy8_i8(__m256 d, __m128i q, float * y) {
@@ -105,8 +159,8 @@ const struct tsffn_kernels tsffn_kernels_avx2 = {
             [TSFFN_FORMAT_F32] = dot_f32,
             [TSFFN_FORMAT_F16] = dot_f16,
             [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = NULL,
-            [TSFFN_FORMAT_Q4_0] = NULL,
+            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
+            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
         },
     .axpy =
         {

@@ -19,8 +19,9 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
 
 // One dot and one axpy per element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD16)                                                                     \
-    static float dot_##SUFFIX(int64_t n, const void * row, const float * x) {                                          \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
         const TYPE * w = row;                                                                                          \
+        const float * x = activations;                                                                                 \
         __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64) {                                                                                 \
@@ -55,6 +56,51 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
 DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
+
+static inline const int16_t * i16_values(const void * activations) {
+    return (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+}
+
+static inline float i16_scale(const void * activations) {
+    return *(const float *)activations;
+}
+
+// Sixteen int32 sums of the products of the 32 weights of a block with x[0..32).
+static inline __m512 products_q8_0(const uint8_t * block, const int16_t * x) {
+    const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(block + 2)));
+    return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
+}
+
+static inline __m512 products_q4_0(const uint8_t * block, const int16_t * x) {
+    const __m256i q = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + 2)));
+    const __m512i nibbles = _mm512_inserti64x4(_mm512_castsi256_si512(q), _mm256_srli_epi16(q, 4), 1);
+    const __m512i w = _mm512_sub_epi16(_mm512_and_si512(nibbles, _mm512_set1_epi16(15)), _mm512_set1_epi16(8));
+    return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
+}
+
+static inline __m512 block_scale(const uint8_t * block) {
+    return _mm512_set1_ps(_cvtsh_ss(tsffn_load_u16(block)));
+}
+
+// Two accumulators: the sums of one block depend on nothing of the next.
+#define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+        const uint8_t * block = row;                                                                                   \
+        const int16_t * x = i16_values(activations);                                                                   \
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0;                                                                      \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
+            s0 = _mm512_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
+            s1 = _mm512_fmadd_ps(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);    \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            s0 = _mm512_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
+        }                                                                                                              \
+        return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * i16_scale(activations);                                   \
+    }
+
+DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
+DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
 
 static inline void axpy16_i8(__m512 d, __m128i q, float * y) {
     const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
@@ -92,8 +138,8 @@ const struct tsffn_kernels tsffn_kernels_avx512 = {
             [TSFFN_FORMAT_F32] = dot_f32,
             [TSFFN_FORMAT_F16] = dot_f16,
             [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = NULL,
-            [TSFFN_FORMAT_Q4_0] = NULL,
+            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
+            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
         },
     .axpy =
         {

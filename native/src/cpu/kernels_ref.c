@@ -2,8 +2,12 @@
 #include "half.h"
 #include "kernels.h"
 
-static float dot_f32(int64_t n, const void * row, const float * x) {
+#include <math.h>
+#include <string.h>
+
+static float dot_f32(int64_t n, const void * row, const void * activations) {
     const float * w = row;
+    const float * x = activations;
     float sum = 0.0f;
     for (int64_t j = 0; j < n; ++j) {
         sum += w[j] * x[j];
@@ -18,8 +22,9 @@ static void axpy_f32(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-static float dot_f16(int64_t n, const void * row, const float * x) {
+static float dot_f16(int64_t n, const void * row, const void * activations) {
     const uint16_t * w = row;
+    const float * x = activations;
     float sum = 0.0f;
     for (int64_t j = 0; j < n; ++j) {
         sum += tsffn_f16_to_f32(w[j]) * x[j];
@@ -34,8 +39,9 @@ static void axpy_f16(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-static float dot_bf16(int64_t n, const void * row, const float * x) {
+static float dot_bf16(int64_t n, const void * row, const void * activations) {
     const uint16_t * w = row;
+    const float * x = activations;
     float sum = 0.0f;
     for (int64_t j = 0; j < n; ++j) {
         sum += tsffn_bf16_to_f32(w[j]) * x[j];
@@ -48,6 +54,57 @@ static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
     for (int64_t j = 0; j < n; ++j) {
         y[j] += a * tsffn_bf16_to_f32(w[j]);
     }
+}
+
+void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
+    float max = 0.0f;
+    for (int64_t j = 0; j < n; ++j) {
+        const float magnitude = fabsf(x[j]);
+        max = magnitude > max ? magnitude : max;
+    }
+    const float d = max / 32767.0f;
+    const float inverse = max > 0.0f ? 32767.0f / max : 0.0f;
+    int16_t * q = (int16_t *)((char *)converted + TSFFN_I16_HEADER);
+    memcpy(converted, &d, sizeof(d));
+    for (int64_t j = 0; j < n; ++j) {
+        q[j] = (int16_t)lrintf(x[j] * inverse);
+    }
+}
+
+static float i16_scale(const void * activations) {
+    float d;
+    memcpy(&d, activations, sizeof(d));
+    return d;
+}
+
+static float dot_q8_0(int64_t n, const void * row, const void * activations) {
+    const uint8_t * block = row;
+    const int16_t * x = (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+    float sum = 0.0f;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
+        const int8_t * q = (const int8_t *)(block + 2);
+        int32_t products = 0;
+        for (int k = 0; k < TSFFN_BLOCK_SIZE; ++k) {
+            products += q[k] * x[j + k];
+        }
+        sum += tsffn_f16_to_f32(tsffn_load_u16(block)) * (float)products;
+    }
+    return sum * i16_scale(activations);
+}
+
+static float dot_q4_0(int64_t n, const void * row, const void * activations) {
+    const uint8_t * block = row;
+    const int16_t * x = (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+    float sum = 0.0f;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
+        const uint8_t * q = block + 2;
+        int32_t products = 0;
+        for (int k = 0; k < TSFFN_BLOCK_SIZE / 2; ++k) {
+            products += ((q[k] & 15) - 8) * x[j + k] + ((q[k] >> 4) - 8) * x[j + k + 16];
+        }
+        sum += tsffn_f16_to_f32(tsffn_load_u16(block)) * (float)products;
+    }
+    return sum * i16_scale(activations);
 }
 
 static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
@@ -81,8 +138,8 @@ const struct tsffn_kernels tsffn_kernels_ref = {
             [TSFFN_FORMAT_F32] = dot_f32,
             [TSFFN_FORMAT_F16] = dot_f16,
             [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = NULL,
-            [TSFFN_FORMAT_Q4_0] = NULL,
+            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
+            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
         },
     .axpy =
         {

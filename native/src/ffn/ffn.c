@@ -18,7 +18,8 @@ enum {
     TILE_ROWS = 64,     // one bit per row in a neuron's mask
     CHUNK_NEURONS = 64, // neurons per unit of work: at least 8 KB of fc2, and a clock read costs under 1 % of it
     CACHE_LINE = 64,
-    COLUMN_BLOCK = 256, // columns per unit of work in phase C: whole cache lines, no false sharing
+    PREFETCH_BYTES = 4096, // how far ahead rows are asked for: hardware prefetchers stop at every 4 KB page
+    COLUMN_BLOCK = 256,    // columns per unit of work in phase C: whole cache lines, no false sharing
 };
 
 struct tsffn_workspace {
@@ -47,7 +48,7 @@ struct shared {
     char * x_pred; // [n_tokens] p = x * pred_scale in the format of fc1's dot
     size_t x_gate_bytes, x_up_bytes, x_pred_bytes; // stride of a token
     float * h1;                                    // [TILE_ROWS][max_rank]
-    char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot; h1 itself when that is f32
+    char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot
     size_t h1_bytes;
     float * acc;                  // [n_threads][TILE_ROWS][n_embd]
     float * scratch;              // [n_threads][max(n_embd, max_rank)]
@@ -97,8 +98,8 @@ static void axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, f
 }
 
 static void convert_x(const struct tsffn_row_type * type, const float * x, void * converted, int64_t n) {
-    if (type->host_convert_x != NULL) {
-        type->host_convert_x(x, converted, n);
+    if (type->convert_x != NULL) {
+        type->convert_x(x, converted, n);
     } else {
         memcpy(converted, x, (size_t)n * sizeof(float));
     }
@@ -110,6 +111,12 @@ static void prefetch_row(const struct tsffn_matrix * m, int64_t i) {
     for (size_t offset = 0; offset < bytes; offset += CACHE_LINE) {
         __builtin_prefetch(row + offset, 0, 3);
     }
+}
+
+// How many rows ahead of the one being computed make PREFETCH_BYTES.
+static int64_t rows_ahead(const struct tsffn_matrix * m) {
+    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
+    return (int64_t)((PREFETCH_BYTES + bytes - 1) / bytes);
 }
 
 static bool needs_predictor(const struct tsffn_call * call) {
@@ -157,7 +164,11 @@ static void hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int6
     const struct tsffn_matrix * fc1 = &s->call->ffns[rows[r0].ffn].fc1;
     int64_t begin, end;
     share(fc1->n_rows, ith, nth, &begin, &end);
+    const int64_t ahead = rows_ahead(fc1);
     for (int64_t k = begin; k < end; ++k) {
+        if (k + ahead < end) {
+            prefetch_row(fc1, k + ahead);
+        }
         for (int64_t r = r0; r < r1; ++r) {
             const float v = dot(fc1, k, s->x_pred + (size_t)rows[r].token * s->x_pred_bytes);
             s->h1[r * s->max_rank + k] = v > 0.0f ? v : 0.0f;
@@ -190,7 +201,11 @@ struct segment {
 // Which of the neurons [i0, i1) are on, for each row: bit r of mask[i - i0].
 static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
     const struct tsffn_ffn * ffn = g->ffn;
+    const int64_t ahead = rows_ahead(&ffn->fc2);
     for (int64_t i = i0; i < i1; ++i) {
+        if (i + ahead < i1) {
+            prefetch_row(&ffn->fc2, i + ahead);
+        }
         uint64_t bits = 0;
         for (int64_t r = g->r0; r < g->r1; ++r) {
             const float logit = dot(&ffn->fc2, i, g->s->h1_converted + (size_t)r * g->s->h1_bytes);

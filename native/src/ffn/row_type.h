@@ -1,7 +1,7 @@
 // How one weight row of some format is multiplied with an activation vector and added to an output.
 //
-// Two families fill this table: formats with kernels of our own keep the activations in f32, all others go through
-// function pointers that the host program brings (ggml's type traits), which want the activations converted first.
+// Two families fill this table: formats with kernels of our own, and all others, which go through function pointers
+// that the host program brings (ggml's type traits).
 #ifndef TSFFN_ROW_TYPE_H
 #define TSFFN_ROW_TYPE_H
 
@@ -13,18 +13,19 @@ struct tsffn_row_type {
     int64_t block_size; // weights per block; the length of a row is a multiple of it
     size_t block_bytes; // bytes per block
 
-    // Layout of the activations that `dot` takes, likewise in blocks. Two types with the same x_format share them.
+    // Layout of the activations that `dot` takes: a header, then blocks. Two types with the same x_format share them.
     int x_format;
+    size_t x_header_bytes;
     int64_t x_block_size;
     size_t x_block_bytes;
+    void (*convert_x)(const float * x, void * converted, int64_t n); // NULL: they stay f32
 
     // Own kernels; NULL selects the host's functions below.
-    float (*own_dot)(int64_t n, const void * row, const float * x);
+    float (*own_dot)(int64_t n, const void * row, const void * x);
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
 
     // The host's functions, with ggml's signatures.
     void (*host_dot)(int n, float * s, size_t bs, const void * row, size_t bx, const void * x, size_t by, int nrc);
-    void (*host_convert_x)(const float * x, void * converted, int64_t n);
     void (*host_to_float)(const void * row, float * w, int64_t n);
 };
 
@@ -33,7 +34,7 @@ static inline size_t tsffn_row_bytes(const struct tsffn_row_type * type, int64_t
 }
 
 static inline size_t tsffn_x_bytes(const struct tsffn_row_type * type, int64_t n) {
-    return (size_t)(n / type->x_block_size) * type->x_block_bytes;
+    return type->x_header_bytes + (size_t)(n / type->x_block_size) * type->x_block_bytes;
 }
 
 #endif
