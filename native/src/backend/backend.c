@@ -1,137 +1,12 @@
-// The ggml side: buffer type, buffer, backend, device, registration, in this order. Every entry of a vtable is written
-// out.
-#include "../cpu/kernels.h"
+// The ggml side: backend, device, registration, in this order. Every entry of a vtable is written out.
 #include "gguf_file.h"
 #include "graph.h"
 #include "mapping.h"
-#include "row_types.h"
 
 #include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { ALIGNMENT = 64 };
-
-// ---- buffer
-
-static void buffer_free(ggml_backend_buffer_t buffer) {
-    struct tsffn_buffer * context = buffer->context;
-    tsffn_model_close(context->model);
-    if (context->owned) {
-        free(context->base);
-    }
-    free(context);
-}
-
-static void * buffer_get_base(ggml_backend_buffer_t buffer) {
-    return ((const struct tsffn_buffer *)buffer->context)->base;
-}
-
-static void buffer_memset_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, uint8_t value, size_t offset,
-                                 size_t size) {
-    (void)buffer;
-    memset((char *)tensor->data + offset, value, size);
-}
-
-static void buffer_set_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, const void * data, size_t offset,
-                              size_t size) {
-    (void)buffer;
-    memcpy((char *)tensor->data + offset, data, size);
-}
-
-static void buffer_get_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * tensor, void * data, size_t offset,
-                              size_t size) {
-    (void)buffer;
-    memcpy(data, (const char *)tensor->data + offset, size);
-}
-
-static bool buffer_cpy_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * src, tsffn_tensor * dst) {
-    (void)buffer;
-    if (src->buffer == NULL || !ggml_backend_buffer_is_host(src->buffer)) {
-        return false;
-    }
-    memcpy(dst->data, src->data, ggml_nbytes(src));
-    return true;
-}
-
-static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    memset(buffer_get_base(buffer), value, buffer->size);
-}
-
-static const struct ggml_backend_buffer_i buffer_interface = {
-    .free_buffer = buffer_free,
-    .get_base = buffer_get_base,
-    .init_tensor = NULL,
-    .memset_tensor = buffer_memset_tensor,
-    .set_tensor = buffer_set_tensor,
-    .get_tensor = buffer_get_tensor,
-    .set_tensor_2d = NULL,
-    .get_tensor_2d = NULL,
-    .cpy_tensor = buffer_cpy_tensor,
-    .clear = buffer_clear,
-    .reset = NULL,
-};
-
-// Takes `base` over when `owned`. Buffers made while a model is armed hold that model's weights.
-static ggml_backend_buffer_t new_buffer(void * base, size_t size, bool owned) {
-    struct tsffn_buffer * context = malloc(sizeof(*context));
-    if (context == NULL) {
-        return NULL;
-    }
-    *context = (struct tsffn_buffer){.base = base, .owned = owned, .model = tsffn_model_retain(tsffn_model_armed())};
-    return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
-}
-
-// ---- buffer type
-
-static const char * buffer_type_get_name(ggml_backend_buffer_type_t type) {
-    (void)type;
-    return "TSFFN";
-}
-
-static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
-    (void)type;
-    void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    if (base == NULL) {
-        fprintf(stderr, "tsffn: cannot allocate a buffer of %zu bytes\n", size);
-        return NULL;
-    }
-    ggml_backend_buffer_t buffer = new_buffer(base, size, true);
-    if (buffer == NULL) {
-        free(base);
-    }
-    return buffer;
-}
-
-static size_t buffer_type_get_alignment(ggml_backend_buffer_type_t type) {
-    (void)type;
-    return ALIGNMENT;
-}
-
-static bool buffer_type_is_host(ggml_backend_buffer_type_t type) {
-    (void)type;
-    return true;
-}
-
-static struct ggml_backend_device device;
-
-ggml_backend_buffer_type_t tsffn_buffer_type(void) {
-    static struct ggml_backend_buffer_type type = {
-        .iface =
-            {
-                .get_name = buffer_type_get_name,
-                .alloc_buffer = buffer_type_alloc_buffer,
-                .get_alignment = buffer_type_get_alignment,
-                .get_max_size = NULL,
-                .get_alloc_size = NULL,
-                .is_host = buffer_type_is_host,
-            },
-        .device = &device,
-        .context = NULL,
-    };
-    return &type;
-}
 
 // ---- backend
 
@@ -243,7 +118,7 @@ static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev,
     (void)dev;
     (void)max_tensor_size;
     tsffn_release_pages(ptr, size);
-    return new_buffer(ptr, size, false);
+    return tsffn_buffer_new(ptr, size, false);
 }
 
 static bool device_supports_op(ggml_backend_dev_t dev, const tsffn_tensor * op) {
@@ -275,6 +150,8 @@ static const struct ggml_backend_device_i device_interface = {
 };
 
 // ---- registration
+
+static struct ggml_backend_device device;
 
 static const char * reg_get_name(ggml_backend_reg_t reg) {
     (void)reg;
@@ -332,45 +209,6 @@ static struct ggml_backend_device device = {
     .context = NULL,
 };
 
-// ---- versions
-
-const char * tsffn_isa_name(void) {
-    return tsffn_kernels_best()->name;
-}
-
-const char * tsffn_ggml_version(void) {
-    return TSFFN_GGML_VERSION;
-}
-
-bool tsffn_check_abi(char * error, size_t error_size) {
-    static const char remedy[] = "install llama-cpp-python==" TSFFN_LLAMA_CPP_PYTHON " or rebuild tsconv for this ggml";
-    if (strcmp(ggml_version(), TSFFN_GGML_VERSION) != 0) {
-        return tsffn_fail(error, error_size, "libggml-tsffn.so: built for another ggml: expected ggml %s, found %s; %s",
-                          TSFFN_GGML_VERSION, ggml_version(), remedy);
-    }
-    // ggml_tensor_overhead counts the tensor and its struct ggml_object: two sizes, a pointer, an enum and padding
-    // (ggml.c).
-    const size_t tensor_size = ggml_tensor_overhead() - 4 * sizeof(void *);
-    if (tensor_size != sizeof(tsffn_tensor)) {
-        return tsffn_fail(error, error_size,
-                          "libggml-tsffn.so: struct ggml_tensor differs: expected %zu bytes, found %zu; %s",
-                          sizeof(tsffn_tensor), tensor_size, remedy);
-    }
-    static const struct {
-        enum ggml_op op;
-        const char * name;
-    } ops[] = {
-        {GGML_OP_MUL_MAT, "MUL_MAT"}, {GGML_OP_MUL_MAT_ID, "MUL_MAT_ID"}, {GGML_OP_GLU, "GLU"}, {GGML_OP_ADD, "ADD"}};
-    for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); ++i) {
-        if (strcmp(ggml_op_name(ops[i].op), ops[i].name) != 0) {
-            return tsffn_fail(error, error_size,
-                              "libggml-tsffn.so: operation numbers differ: expected %s as number %d, found %s; %s",
-                              ops[i].name, (int)ops[i].op, ggml_op_name(ops[i].op), remedy);
-        }
-    }
-    return true;
-}
-
 // ---- entry point of ggml_backend_load
 
 // A program that cannot call tsffn_model_open names the model in the environment; it stays armed.
@@ -405,5 +243,6 @@ ggml_backend_reg_t ggml_backend_init(void) {
         fprintf(stderr, "%s\n", error);
         return NULL;
     }
+    tsffn_buffer_type()->device = &device;
     return &registration;
 }

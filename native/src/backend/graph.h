@@ -2,8 +2,7 @@
 #ifndef TSFFN_GRAPH_H
 #define TSFFN_GRAPH_H
 
-#include "ggml_iface.h"
-#include "model.h"
+#include "buffer.h"
 
 // The context of one backend instance (one llama_context): its threads and its scratch memory.
 struct tsffn_stream {
@@ -14,16 +13,6 @@ struct tsffn_stream {
     struct tsffn_row * rows; // [n_rows]
     int64_t n_rows;
 };
-
-// The context of a weight buffer: which model its tensors belong to.
-struct tsffn_buffer {
-    void * base;
-    bool owned;                 // allocated here, not mapped by the caller
-    struct tsffn_model * model; // NULL for compute buffers
-};
-
-// The one buffer type of this backend.
-ggml_backend_buffer_type_t tsffn_buffer_type(void);
 
 // True for MUL_MAT and MUL_MAT_ID with an FFN weight of an opened model, and for the SWIGLU between them.
 bool tsffn_supports_op(const tsffn_tensor * op);

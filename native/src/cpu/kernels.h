@@ -16,7 +16,7 @@ typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y);
 //   Q8_0: f16 d; int8 q[32];            w_j = d * q_j                          34 bytes
 //   Q4_0: f16 d; uint8 q[16];           w_j = d * ((q_j & 15) - 8)   j < 16    18 bytes
 //                                       w_j = d * ((q_{j-16} >> 4) - 8)  j >= 16
-enum tsffn_format {
+enum tsffn_format { // TSFFN_DEFINE_KERNELS lists kernels in this order
     TSFFN_FORMAT_F32,
     TSFFN_FORMAT_F16,
     TSFFN_FORMAT_BF16,
@@ -51,6 +51,14 @@ enum tsffn_isa {
     TSFFN_ISA_COUNT,
 };
 
+static inline const int16_t * tsffn_i16_values(const void * activations) {
+    return (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+}
+
+static inline float tsffn_i16_scale(const void * activations) {
+    return *(const float *)activations;
+}
+
 // x in I16 format: TSFFN_I16_HEADER + 2 n bytes. Not a kernel per tier: it runs once per token, and compilers vectorize
 // it.
 void tsffn_convert_i16(const float * x, void * converted, int64_t n);
@@ -62,6 +70,15 @@ struct tsffn_kernels {
     tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
 };
+
+// Defines the table of a tier from the functions of its file, which have these names in every tier.
+#define TSFFN_DEFINE_KERNELS(tier, tier_isa)                                                                           \
+    const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
+        .isa = (tier_isa),                                                                                             \
+        .name = #tier,                                                                                                 \
+        .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},                                                       \
+        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
+    }
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
 const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);

@@ -64,14 +64,6 @@ DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
 
-static inline const int16_t * i16_values(const void * activations) {
-    return (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
-}
-
-static inline float i16_scale(const void * activations) {
-    return *(const float *)activations;
-}
-
 // Eight int32 sums of the products of 32 weights, as two vectors of 16-bit integers, with x[0..32).
 static inline __m256 products32(__m256i w_low, __m256i w_high, const int16_t * x) {
     const __m256i low = _mm256_madd_epi16(w_low, _mm256_loadu_si256((const __m256i *)x));
@@ -101,7 +93,7 @@ static inline __m256 block_scale(const uint8_t * block) {
 #define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
     static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
         const uint8_t * block = row;                                                                                   \
-        const int16_t * x = i16_values(activations);                                                                   \
+        const int16_t * x = tsffn_i16_values(activations);                                                             \
         __m256 s0 = _mm256_setzero_ps(), s1 = s0;                                                                      \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
@@ -111,7 +103,7 @@ static inline __m256 block_scale(const uint8_t * block) {
         if (j < n) {                                                                                                   \
             s0 = _mm256_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
         }                                                                                                              \
-        return hsum(_mm256_add_ps(s0, s1)) * i16_scale(activations);                                                   \
+        return hsum(_mm256_add_ps(s0, s1)) * tsffn_i16_scale(activations);                                             \
     }
 
 DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
@@ -151,23 +143,4 @@ static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-const struct tsffn_kernels tsffn_kernels_avx2 = {
-    .isa = TSFFN_ISA_AVX2,
-    .name = "avx2",
-    .dot =
-        {
-            [TSFFN_FORMAT_F32] = dot_f32,
-            [TSFFN_FORMAT_F16] = dot_f16,
-            [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
-            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
-        },
-    .axpy =
-        {
-            [TSFFN_FORMAT_F32] = axpy_f32,
-            [TSFFN_FORMAT_F16] = axpy_f16,
-            [TSFFN_FORMAT_BF16] = axpy_bf16,
-            [TSFFN_FORMAT_Q8_0] = axpy_q8_0,
-            [TSFFN_FORMAT_Q4_0] = axpy_q4_0,
-        },
-};
+TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2);

@@ -57,14 +57,6 @@ DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
 
-static inline const int16_t * i16_values(const void * activations) {
-    return (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
-}
-
-static inline float i16_scale(const void * activations) {
-    return *(const float *)activations;
-}
-
 // Sixteen int32 sums of the products of the 32 weights of a block with x[0..32).
 static inline __m512 products_q8_0(const uint8_t * block, const int16_t * x) {
     const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(block + 2)));
@@ -86,7 +78,7 @@ static inline __m512 block_scale(const uint8_t * block) {
 #define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
     static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
         const uint8_t * block = row;                                                                                   \
-        const int16_t * x = i16_values(activations);                                                                   \
+        const int16_t * x = tsffn_i16_values(activations);                                                             \
         __m512 s0 = _mm512_setzero_ps(), s1 = s0;                                                                      \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
@@ -96,7 +88,7 @@ static inline __m512 block_scale(const uint8_t * block) {
         if (j < n) {                                                                                                   \
             s0 = _mm512_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
         }                                                                                                              \
-        return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * i16_scale(activations);                                   \
+        return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * tsffn_i16_scale(activations);                             \
     }
 
 DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
@@ -130,23 +122,4 @@ static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-const struct tsffn_kernels tsffn_kernels_avx512 = {
-    .isa = TSFFN_ISA_AVX512,
-    .name = "avx512",
-    .dot =
-        {
-            [TSFFN_FORMAT_F32] = dot_f32,
-            [TSFFN_FORMAT_F16] = dot_f16,
-            [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
-            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
-        },
-    .axpy =
-        {
-            [TSFFN_FORMAT_F32] = axpy_f32,
-            [TSFFN_FORMAT_F16] = axpy_f16,
-            [TSFFN_FORMAT_BF16] = axpy_bf16,
-            [TSFFN_FORMAT_Q8_0] = axpy_q8_0,
-            [TSFFN_FORMAT_Q4_0] = axpy_q4_0,
-        },
-};
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512);

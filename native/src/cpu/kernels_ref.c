@@ -71,15 +71,9 @@ void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
     }
 }
 
-static float i16_scale(const void * activations) {
-    float d;
-    memcpy(&d, activations, sizeof(d));
-    return d;
-}
-
 static float dot_q8_0(int64_t n, const void * row, const void * activations) {
     const uint8_t * block = row;
-    const int16_t * x = (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+    const int16_t * x = tsffn_i16_values(activations);
     float sum = 0.0f;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
         const int8_t * q = (const int8_t *)(block + 2);
@@ -89,12 +83,12 @@ static float dot_q8_0(int64_t n, const void * row, const void * activations) {
         }
         sum += tsffn_f16_to_f32(tsffn_load_u16(block)) * (float)products;
     }
-    return sum * i16_scale(activations);
+    return sum * tsffn_i16_scale(activations);
 }
 
 static float dot_q4_0(int64_t n, const void * row, const void * activations) {
     const uint8_t * block = row;
-    const int16_t * x = (const int16_t *)((const char *)activations + TSFFN_I16_HEADER);
+    const int16_t * x = tsffn_i16_values(activations);
     float sum = 0.0f;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
         const uint8_t * q = block + 2;
@@ -104,7 +98,7 @@ static float dot_q4_0(int64_t n, const void * row, const void * activations) {
         }
         sum += tsffn_f16_to_f32(tsffn_load_u16(block)) * (float)products;
     }
-    return sum * i16_scale(activations);
+    return sum * tsffn_i16_scale(activations);
 }
 
 static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
@@ -130,23 +124,4 @@ static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-const struct tsffn_kernels tsffn_kernels_ref = {
-    .isa = TSFFN_ISA_REF,
-    .name = "ref",
-    .dot =
-        {
-            [TSFFN_FORMAT_F32] = dot_f32,
-            [TSFFN_FORMAT_F16] = dot_f16,
-            [TSFFN_FORMAT_BF16] = dot_bf16,
-            [TSFFN_FORMAT_Q8_0] = dot_q8_0,
-            [TSFFN_FORMAT_Q4_0] = dot_q4_0,
-        },
-    .axpy =
-        {
-            [TSFFN_FORMAT_F32] = axpy_f32,
-            [TSFFN_FORMAT_F16] = axpy_f16,
-            [TSFFN_FORMAT_BF16] = axpy_bf16,
-            [TSFFN_FORMAT_Q8_0] = axpy_q8_0,
-            [TSFFN_FORMAT_Q4_0] = axpy_q4_0,
-        },
-};
+TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF);

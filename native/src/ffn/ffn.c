@@ -7,19 +7,14 @@
 //
 // Weight rows are outer and activations inner, so a weight row is read from memory once per tile. Chunk c belongs to
 // thread c mod n_threads: the order of the sums depends on the thread count only.
-#include "ffn.h"
+#include "call.h"
 
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum {
-    TILE_ROWS = 64,     // one bit per row in a neuron's mask
-    CHUNK_NEURONS = 64, // neurons per unit of work: at least 8 KB of fc2, and a clock read costs under 1 % of it
-    CACHE_LINE = 64,
-    PREFETCH_BYTES = 4096, // how far ahead rows are asked for: hardware prefetchers stop at every 4 KB page
-    COLUMN_BLOCK = 256,    // columns per unit of work in phase C: whole cache lines, no false sharing
+    COLUMN_BLOCK = 256, // columns per unit of work in phase C: whole cache lines, no false sharing
 };
 
 struct tsffn_workspace {
@@ -38,24 +33,6 @@ void tsffn_workspace_free(struct tsffn_workspace * ws) {
     }
 }
 
-// Everything the threads of one call share.
-struct shared {
-    const struct tsffn_call * call;
-    int64_t n_embd, n_ff, max_rank;
-
-    char * x_gate; // [n_tokens] x in the format of gate's dot; UP and DOWN calls use x_up
-    char * x_up;   // [n_tokens] likewise for up; the same memory when the formats are equal
-    char * x_pred; // [n_tokens] p = x * pred_scale in the format of fc1's dot
-    size_t x_gate_bytes, x_up_bytes, x_pred_bytes; // stride of a token
-    float * h1;                                    // [TILE_ROWS][max_rank]
-    char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot
-    size_t h1_bytes;
-    float * acc;                  // [n_threads][TILE_ROWS][n_embd]
-    float * scratch;              // [n_threads][max(n_embd, max_rank)]
-    struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
-    size_t counts_stride;
-};
-
 static int64_t max_i64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
@@ -64,63 +41,12 @@ static int64_t min_i64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static const uint8_t * matrix_row(const struct tsffn_matrix * m, int64_t i) {
-    return m->data + (size_t)i * tsffn_row_bytes(m->type, m->n_cols);
-}
-
-static float dot(const struct tsffn_matrix * m, int64_t i, const void * x) {
-    const struct tsffn_row_type * type = m->type;
-    if (type->own_dot != NULL) {
-        return type->own_dot(m->n_cols, matrix_row(m, i), x);
-    }
-    float sum;
-    type->host_dot((int)m->n_cols, &sum, 0, matrix_row(m, i), 0, x, 0, 1);
-    return sum;
-}
-
-// y += a * row i. The host's formats are widened to f32 first, into `scratch` [n_cols].
-static void axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch) {
-    const struct tsffn_row_type * type = m->type;
-    if (type->own_axpy != NULL) {
-        type->own_axpy(m->n_cols, a, matrix_row(m, i), y);
-        return;
-    }
-    type->host_to_float(matrix_row(m, i), scratch, m->n_cols);
-    for (int64_t j = 0; j < m->n_cols; ++j) {
-        y[j] += a * scratch[j];
-    }
-}
-
 static void convert_x(const struct tsffn_row_type * type, const float * x, void * converted, int64_t n) {
     if (type->convert_x != NULL) {
         type->convert_x(x, converted, n);
     } else {
         memcpy(converted, x, (size_t)n * sizeof(float));
     }
-}
-
-static void prefetch_row(const struct tsffn_matrix * m, int64_t i) {
-    const uint8_t * row = matrix_row(m, i);
-    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
-    for (size_t offset = 0; offset < bytes; offset += CACHE_LINE) {
-        __builtin_prefetch(row + offset, 0, 3);
-    }
-}
-
-// How many rows ahead of the one being computed make PREFETCH_BYTES.
-static int64_t rows_ahead(const struct tsffn_matrix * m) {
-    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
-    return (int64_t)((PREFETCH_BYTES + bytes - 1) / bytes);
-}
-
-static bool needs_predictor(const struct tsffn_call * call) {
-    return (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) && call->ffns[0].fc1.data != NULL;
 }
 
 // The part of [0, n) that thread `ith` of `nth` takes.
@@ -164,13 +90,13 @@ static void hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int6
     const struct tsffn_matrix * fc1 = &s->call->ffns[rows[r0].ffn].fc1;
     int64_t begin, end;
     share(fc1->n_rows, ith, nth, &begin, &end);
-    const int64_t ahead = rows_ahead(fc1);
+    const int64_t ahead = tsffn_matrix_rows_ahead(fc1);
     for (int64_t k = begin; k < end; ++k) {
         if (k + ahead < end) {
-            prefetch_row(fc1, k + ahead);
+            tsffn_matrix_prefetch(fc1, k + ahead);
         }
         for (int64_t r = r0; r < r1; ++r) {
-            const float v = dot(fc1, k, s->x_pred + (size_t)rows[r].token * s->x_pred_bytes);
+            const float v = tsffn_matrix_dot(fc1, k, s->x_pred + (size_t)rows[r].token * s->x_pred_bytes);
             s->h1[r * s->max_rank + k] = v > 0.0f ? v : 0.0f;
         }
     }
@@ -185,152 +111,6 @@ static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows
         const struct tsffn_matrix * fc2 = &s->call->ffns[rows[r].ffn].fc2;
         convert_x(fc2->type, s->h1 + r * s->max_rank, s->h1_converted + (size_t)r * s->h1_bytes, fc2->n_cols);
     }
-}
-
-// The rows of one tile that share one FFN, as bits and as a range; and the thread that works on them.
-struct segment {
-    const struct shared * s;
-    const struct tsffn_row * rows; // of the tile
-    const struct tsffn_ffn * ffn;
-    int64_t r0, r1;
-    float * acc;     // [TILE_ROWS][n_embd], of this thread
-    float * scratch; // [n_embd], of this thread
-    struct tsffn_counts * counts;
-};
-
-// Which of the neurons [i0, i1) are on, for each row: bit r of mask[i - i0].
-static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
-    const struct tsffn_ffn * ffn = g->ffn;
-    const int64_t ahead = rows_ahead(&ffn->fc2);
-    for (int64_t i = i0; i < i1; ++i) {
-        if (i + ahead < i1) {
-            prefetch_row(&ffn->fc2, i + ahead);
-        }
-        uint64_t bits = 0;
-        for (int64_t r = g->r0; r < g->r1; ++r) {
-            const float logit = dot(&ffn->fc2, i, g->s->h1_converted + (size_t)r * g->s->h1_bytes);
-            const bool on = ffn->on_when_equal ? logit >= ffn->threshold : logit > ffn->threshold;
-            bits |= (uint64_t)on << r;
-        }
-        mask[i - i0] = bits;
-    }
-    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * tsffn_row_bytes(ffn->fc2.type, ffn->fc2.n_cols);
-}
-
-// The whole FFN of neuron i for the rows in `bits`.
-static void fused_neuron(const struct segment * g, int64_t i, uint64_t bits) {
-    const struct shared * s = g->s;
-    const struct tsffn_ffn * ffn = g->ffn;
-    float gate[TILE_ROWS];
-    uint64_t positive = 0;
-    for (uint64_t b = bits; b != 0; b &= b - 1) {
-        const int r = __builtin_ctzll(b);
-        gate[r] = dot(&ffn->gate, i, s->x_gate + (size_t)g->rows[r].token * s->x_gate_bytes);
-        positive |= (uint64_t)(gate[r] > 0.0f) << r;
-    }
-    g->counts->bytes_ffn += tsffn_row_bytes(ffn->gate.type, s->n_embd);
-    if (positive == 0) {
-        return;
-    }
-    uint64_t active = 0;
-    for (uint64_t b = positive; b != 0; b &= b - 1) {
-        const int r = __builtin_ctzll(b);
-        const float up = dot(&ffn->up, i, s->x_up + (size_t)g->rows[r].token * s->x_up_bytes);
-        if (up > 0.0f) {
-            active |= (uint64_t)1 << r;
-            const float h = gate[r] * up;
-            if (g->rows[r].h != NULL) {
-                g->rows[r].h[i] = h;
-            }
-            axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch);
-        }
-    }
-    g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
-    g->counts->active += (uint64_t)__builtin_popcountll(active);
-    g->counts->bytes_ffn += tsffn_row_bytes(ffn->up.type, s->n_embd);
-    if (active != 0) {
-        g->counts->bytes_ffn += tsffn_row_bytes(ffn->down.type, s->n_embd);
-    }
-}
-
-// Neuron i alone, for a graph that was cut between the operations.
-static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
-    const struct shared * s = g->s;
-    const struct tsffn_ffn * ffn = g->ffn;
-    const struct tsffn_call * call = s->call;
-    for (int64_t r = g->r0; r < g->r1; ++r) {
-        const size_t token = (size_t)g->rows[r].token;
-        switch (call->op) {
-        case TSFFN_OP_GATE:
-            g->rows[r].y[i] = (bits >> r & 1) != 0 ? dot(&ffn->gate, i, s->x_gate + token * s->x_gate_bytes) : 0.0f;
-            break;
-        case TSFFN_OP_UP:
-            g->rows[r].y[i] = dot(&ffn->up, i, s->x_up + token * s->x_up_bytes);
-            break;
-        case TSFFN_OP_DOWN: {
-            const float h = ((const float *)(call->x + token * call->x_stride))[i];
-            if (h != 0.0f) {
-                axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch);
-            }
-            break;
-        }
-        case TSFFN_OP_FUSED:
-            break;
-        }
-    }
-}
-
-static void chunk_of_neurons(const struct segment * g, int64_t i0, int64_t i1) {
-    const struct tsffn_ffn * ffn = g->ffn;
-    const uint64_t all = ((g->r1 - g->r0 == 64) ? ~(uint64_t)0 : (((uint64_t)1 << (g->r1 - g->r0)) - 1)) << g->r0;
-    uint64_t mask[CHUNK_NEURONS];
-    const uint64_t t0 = now_ns();
-    if (needs_predictor(g->s->call)) {
-        predict(g, i0, i1, mask);
-    } else {
-        for (int64_t i = i0; i < i1; ++i) {
-            mask[i - i0] = all;
-        }
-    }
-    const uint64_t t1 = now_ns();
-
-    if (g->s->call->op != TSFFN_OP_FUSED) {
-        for (int64_t i = i0; i < i1; ++i) {
-            single_neuron(g, i, mask[i - i0]);
-        }
-    } else {
-        for (int64_t r = g->r0; r < g->r1; ++r) {
-            if (g->rows[r].h != NULL) {
-                memset(g->rows[r].h + i0, 0, (size_t)(i1 - i0) * sizeof(float));
-            }
-        }
-        int64_t on[CHUNK_NEURONS + 1];
-        int n_on = 0;
-        uint64_t predicted = 0;
-        for (int64_t i = i0; i < i1; ++i) {
-            if (mask[i - i0] != 0) {
-                on[n_on++] = i;
-                predicted += (uint64_t)__builtin_popcountll(mask[i - i0]);
-            }
-        }
-        for (int k = 0; k < n_on; ++k) {
-            if (k + 1 < n_on) {
-                // The list is known ahead: random rows reach the sequential bandwidth only when they are asked for
-                // early.
-                prefetch_row(&ffn->gate, on[k + 1]);
-                prefetch_row(&ffn->up, on[k + 1]);
-                prefetch_row(&ffn->down, on[k + 1]);
-            }
-            fused_neuron(g, on[k], mask[on[k] - i0]);
-        }
-        g->counts->neurons += (uint64_t)((i1 - i0) * (g->r1 - g->r0));
-        g->counts->predicted += predicted;
-        g->counts->bytes_dense += (uint64_t)(i1 - i0) * (tsffn_row_bytes(ffn->gate.type, g->s->n_embd) +
-                                                         tsffn_row_bytes(ffn->up.type, g->s->n_embd) +
-                                                         tsffn_row_bytes(ffn->down.type, g->s->n_embd));
-    }
-    g->counts->ns_predictor += t1 - t0;
-    g->counts->ns_ffn += now_ns() - t1;
 }
 
 // Phase C: the accumulators of all threads, summed in thread order.
@@ -397,7 +177,7 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             .counts = counts,
         };
         for (int64_t i0 = (int64_t)ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)nth * CHUNK_NEURONS) {
-            chunk_of_neurons(&segment, i0, min_i64(i0 + CHUNK_NEURONS, s->n_ff));
+            tsffn_compute_neurons(&segment, i0, min_i64(i0 + CHUNK_NEURONS, s->n_ff));
         }
     }
     const uint64_t t2 = now_ns();
@@ -412,7 +192,7 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
 // Carves the next `size` bytes out of the workspace; with base NULL it only measures.
 static char * carve(char * base, size_t * used, size_t size) {
     char * p = base != NULL ? base + *used : NULL;
-    *used += (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    *used += (size + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
     return p;
 }
 
@@ -446,7 +226,7 @@ static size_t lay_out(struct shared * s, char * base) {
     }
     s->acc = (float *)carve(base, &used, nth * TILE_ROWS * (size_t)s->n_embd * sizeof(float));
     s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
-    s->counts_stride = (sizeof(struct tsffn_counts) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
     s->counts = (struct tsffn_counts *)carve(base, &used, nth * s->counts_stride);
     return used;
 }
@@ -456,7 +236,7 @@ static bool reserve(struct tsffn_workspace * ws, size_t size) {
         return true;
     }
     free(ws->memory);
-    ws->memory = aligned_alloc(CACHE_LINE, size);
+    ws->memory = aligned_alloc(TSFFN_CACHE_LINE, size);
     ws->size = ws->memory != NULL ? size : 0;
     return ws->memory != NULL;
 }

@@ -4,19 +4,11 @@
 #ifndef TSFFN_FFN_H
 #define TSFFN_FFN_H
 
-#include "row_type.h"
+#include "matrix.h"
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-// n_rows weight rows of n_cols weights, one after the other.
-struct tsffn_matrix {
-    const struct tsffn_row_type * type;
-    const uint8_t * data; // NULL when absent
-    int64_t n_rows;
-    int64_t n_cols;
-};
 
 // The FFN of one layer, or one expert of it.
 struct tsffn_ffn {

@@ -1,0 +1,123 @@
+// Host memory: mapped model files and compute buffers. Every entry of a vtable is written out.
+#include "buffer.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGNMENT = 64 };
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    struct tsffn_buffer * context = buffer->context;
+    tsffn_model_close(context->model);
+    if (context->owned) {
+        free(context->base);
+    }
+    free(context);
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return ((const struct tsffn_buffer *)buffer->context)->base;
+}
+
+static void buffer_memset_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, uint8_t value, size_t offset,
+                                 size_t size) {
+    (void)buffer;
+    memset((char *)tensor->data + offset, value, size);
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, const void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy((char *)tensor->data + offset, data, size);
+}
+
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * tensor, void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy(data, (const char *)tensor->data + offset, size);
+}
+
+static bool buffer_cpy_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * src, tsffn_tensor * dst) {
+    (void)buffer;
+    if (src->buffer == NULL || !ggml_backend_buffer_is_host(src->buffer)) {
+        return false;
+    }
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    memset(buffer_get_base(buffer), value, buffer->size);
+}
+
+static const struct ggml_backend_buffer_i buffer_interface = {
+    .free_buffer = buffer_free,
+    .get_base = buffer_get_base,
+    .init_tensor = NULL,
+    .memset_tensor = buffer_memset_tensor,
+    .set_tensor = buffer_set_tensor,
+    .get_tensor = buffer_get_tensor,
+    .set_tensor_2d = NULL,
+    .get_tensor_2d = NULL,
+    .cpy_tensor = buffer_cpy_tensor,
+    .clear = buffer_clear,
+    .reset = NULL,
+};
+
+ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned) {
+    struct tsffn_buffer * context = malloc(sizeof(*context));
+    if (context == NULL) {
+        return NULL;
+    }
+    *context = (struct tsffn_buffer){.base = base, .owned = owned, .model = tsffn_model_retain(tsffn_model_armed())};
+    return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
+}
+
+// ---- buffer type
+
+static const char * buffer_type_get_name(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return "TSFFN";
+}
+
+static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    (void)type;
+    void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    if (base == NULL) {
+        fprintf(stderr, "tsffn: cannot allocate a buffer of %zu bytes\n", size);
+        return NULL;
+    }
+    ggml_backend_buffer_t buffer = tsffn_buffer_new(base, size, true);
+    if (buffer == NULL) {
+        free(base);
+    }
+    return buffer;
+}
+
+static size_t buffer_type_get_alignment(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return ALIGNMENT;
+}
+
+static bool buffer_type_is_host(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return true;
+}
+
+ggml_backend_buffer_type_t tsffn_buffer_type(void) {
+    static struct ggml_backend_buffer_type type = {
+        .iface =
+            {
+                .get_name = buffer_type_get_name,
+                .alloc_buffer = buffer_type_alloc_buffer,
+                .get_alignment = buffer_type_get_alignment,
+                .get_max_size = NULL,
+                .get_alloc_size = NULL,
+                .is_host = buffer_type_is_host,
+            },
+        .device = NULL, // set when the backend registers
+        .context = NULL,
+    };
+    return &type;
+}

@@ -1,0 +1,56 @@
+// What ffn.c and neurons.c share: the state of one call.
+#ifndef TSFFN_CALL_H
+#define TSFFN_CALL_H
+
+#include "ffn.h"
+
+#include <time.h>
+
+enum {
+    TILE_ROWS = 64,     // one bit per row in a neuron's mask
+    CHUNK_NEURONS = 64, // neurons per unit of work: at least 8 KB of fc2, and a clock read costs under 1 % of it
+};
+
+// Everything the threads of one call share.
+struct shared {
+    const struct tsffn_call * call;
+    int64_t n_embd, n_ff, max_rank;
+
+    char * x_gate; // [n_tokens] x in the format of gate's dot; UP and DOWN calls use x_up
+    char * x_up;   // [n_tokens] likewise for up; the same memory when the formats are equal
+    char * x_pred; // [n_tokens] p = x * pred_scale in the format of fc1's dot
+    size_t x_gate_bytes, x_up_bytes, x_pred_bytes; // stride of a token
+    float * h1;                                    // [TILE_ROWS][max_rank]
+    char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot
+    size_t h1_bytes;
+    float * acc;                  // [n_threads][TILE_ROWS][n_embd]
+    float * scratch;              // [n_threads][max(n_embd, max_rank)]
+    struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
+    size_t counts_stride;
+};
+
+static inline bool needs_predictor(const struct tsffn_call * call) {
+    return (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) && call->ffns[0].fc1.data != NULL;
+}
+
+static inline uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// The rows of one tile that share one FFN, as bits and as a range; and the thread that works on them.
+struct segment {
+    const struct shared * s;
+    const struct tsffn_row * rows; // of the tile
+    const struct tsffn_ffn * ffn;
+    int64_t r0, r1;
+    float * acc;     // [TILE_ROWS][n_embd], of this thread
+    float * scratch; // [n_embd], of this thread
+    struct tsffn_counts * counts;
+};
+
+// Computes the neurons [i0, i1), at most CHUNK_NEURONS, for the rows of the segment: mask, gate, up, down.
+void tsffn_compute_neurons(const struct segment * segment, int64_t i0, int64_t i1);
+
+#endif
