@@ -117,6 +117,13 @@ static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev,
                                                          size_t max_tensor_size) {
     (void)dev;
     (void)max_tensor_size;
+    // Tensors are claimed by name and shape: another model of the same shapes must not be computed as dReLU.
+    const struct tsffn_model * model = tsffn_model_armed();
+    if (model != NULL && tsffn_is_mapped_from_another_file(ptr, size, model->device, model->inode)) {
+        fprintf(stderr, "tsffn: another model of the same shape as the opened one is being loaded; load it with a "
+                        "program of its own, without TSFFN_MODEL\n");
+        return NULL;
+    }
     tsffn_release_pages(ptr, size);
     return tsffn_buffer_new(ptr, size, false);
 }

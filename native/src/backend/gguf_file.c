@@ -75,6 +75,8 @@ static bool parse(struct tsffn_gguf * file, FILE * stream) {
                           file->path);
     }
     file->file_size = (uint64_t)info.st_size;
+    file->device = (uint64_t)info.st_dev;
+    file->inode = (uint64_t)info.st_ino;
     if (!check_start(file, stream)) {
         return false;
     }

@@ -14,7 +14,8 @@ struct tsffn_gguf {
     struct gguf_context * ctx;
     const char * path;
     uint64_t file_size;
-    char * error; // the caller's
+    uint64_t device, inode; // as stat tells them
+    char * error;           // the caller's
     size_t error_size;
 };
 

@@ -2,37 +2,54 @@
 #include "mapping.h"
 
 #include <inttypes.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-// Whether [begin, end) lies in one shared file mapping. A line of /proc/self/maps (proc(5)):
-// begin-end rwxp offset device inode path, with 's' instead of 'p' for a shared mapping and inode 0 for no file.
-static bool is_shared_file(uintptr_t begin, uintptr_t end) {
+enum { LINE_SIZE = 4096 + 128 }; // PATH_MAX and what stands before the path
+
+// The path of the file that [begin, end) is one shared mapping of, in `line`; NULL when it is none. A line of
+// /proc/self/maps (proc(5)): begin-end rwxp offset device inode path, with 's' instead of 'p' for a shared mapping and
+// inode 0 for no file.
+static const char * shared_file(uintptr_t begin, uintptr_t end, char line[LINE_SIZE]) {
     FILE * maps = fopen("/proc/self/maps", "r");
     if (maps == NULL) {
-        return false;
+        return NULL;
     }
-    char line[512];
-    bool found = false;
-    while (!found && fgets(line, sizeof(line), maps) != NULL) {
+    const char * path = NULL;
+    while (path == NULL && fgets(line, LINE_SIZE, maps) != NULL) {
         uint64_t first, last, inode;
         char sharing;
-        const int n =
-            sscanf(line, "%" SCNx64 "-%" SCNx64 " %*c%*c%*c%c %*s %*s %" SCNu64, &first, &last, &sharing, &inode);
-        found = n == 4 && first <= begin && end <= last && sharing == 's' && inode != 0;
+        int path_at = 0;
+        const int n = sscanf(line, "%" SCNx64 "-%" SCNx64 " %*c%*c%*c%c %*s %*s %" SCNu64 " %n", &first, &last,
+                             &sharing, &inode, &path_at);
+        if (n == 4 && first <= begin && end <= last && sharing == 's' && inode != 0) {
+            line[strcspn(line, "\n")] = '\0';
+            path = line + path_at;
+        }
     }
     fclose(maps);
-    return found;
+    return path;
 }
 
 void tsffn_release_pages(void * address, size_t size) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t begin = ((uintptr_t)address + page - 1) / page * page;
     const uintptr_t end = ((uintptr_t)address + size) / page * page;
-    if (begin < end && is_shared_file(begin, end)) {
+    char line[LINE_SIZE];
+    if (begin < end && shared_file(begin, end, line) != NULL) {
         madvise((void *)begin, end - begin, MADV_DONTNEED);
     }
+}
+
+// By way of the path, because the device and inode numbers in /proc/self/maps are not always those of stat (overlayfs,
+// btrfs).
+bool tsffn_is_mapped_from_another_file(const void * address, size_t size, uint64_t device, uint64_t inode) {
+    char line[LINE_SIZE];
+    const char * path = shared_file((uintptr_t)address, (uintptr_t)address + size, line);
+    struct stat info;
+    return path != NULL && stat(path, &info) == 0 &&
+           ((uint64_t)info.st_dev != device || (uint64_t)info.st_ino != inode);
 }

@@ -2,12 +2,18 @@
 #ifndef TSFFN_MAPPING_H
 #define TSFFN_MAPPING_H
 
+#include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 // llama.cpp maps model files with MAP_POPULATE, so that every page of them counts as this process's resident memory.
 // This takes the pages of [address, address + size) out of the process again (they stay in the page cache): from then
 // on only what is touched is resident. Does nothing unless the memory is a shared mapping of a file, where no data can
 // be lost.
 void tsffn_release_pages(void * address, size_t size);
+
+// Whether [address, address + size) is known to be mapped from another file than the one with this device and inode
+// number (stat). False when it cannot be told.
+bool tsffn_is_mapped_from_another_file(const void * address, size_t size, uint64_t device, uint64_t inode);
 
 #endif

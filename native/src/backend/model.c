@@ -405,6 +405,8 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
     struct identity id;
     bool ok = tsffn_gguf_open(&file, model_path, error, error_size);
     if (ok) {
+        model->device = file.device;
+        model->inode = file.inode;
         ok = read_model_file(&file, model, &id) && allocate(model, error, error_size) &&
              resolve_sparsity(sparsity, &id, model_path, model, error, error_size);
         tsffn_gguf_close(&file);

@@ -18,8 +18,9 @@ struct tsffn_model {
     atomic_int references;
     enum tsffn_sparsity sparsity;
     int64_t n_layer, n_embd, n_ff;
-    int64_t n_expert; // 0 for a dense model
-    void * sidecar;   // the mapped file, NULL in exact mode
+    int64_t n_expert;       // 0 for a dense model
+    uint64_t device, inode; // of the model file
+    void * sidecar;         // the mapped file, NULL in exact mode
     size_t sidecar_size;
     struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
     const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL

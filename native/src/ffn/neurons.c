@@ -18,44 +18,70 @@ static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t *
             bits |= (uint64_t)on << r;
         }
         mask[i - i0] = bits;
+        if (bits != 0) {
+            tsffn_matrix_prefetch(&ffn->gate, i); // it arrives while the other logits are computed
+        }
     }
     g->counts->bytes_predictor += (uint64_t)(i1 - i0) * tsffn_row_bytes(ffn->fc2.type, ffn->fc2.n_cols);
 }
 
-// The whole FFN of neuron i for the rows in `bits`.
-static void fused_neuron(const struct segment * g, int64_t i, uint64_t bits) {
-    const struct shared * s = g->s;
-    const struct tsffn_ffn * ffn = g->ffn;
-    float gate[TILE_ROWS];
-    uint64_t positive = 0;
-    for (uint64_t b = bits; b != 0; b &= b - 1) {
-        const int r = __builtin_ctzll(b);
-        gate[r] = tsffn_matrix_dot(&ffn->gate, i, s->x_gate + (size_t)g->rows[r].token * s->x_gate_bytes);
-        positive |= (uint64_t)(gate[r] > 0.0f) << r;
-    }
-    g->counts->bytes_ffn += tsffn_row_bytes(ffn->gate.type, s->n_embd);
-    if (positive == 0) {
-        return;
-    }
-    uint64_t active = 0;
-    for (uint64_t b = positive; b != 0; b &= b - 1) {
-        const int r = __builtin_ctzll(b);
-        const float up = tsffn_matrix_dot(&ffn->up, i, s->x_up + (size_t)g->rows[r].token * s->x_up_bytes);
-        if (up > 0.0f) {
-            active |= (uint64_t)1 << r;
-            const float h = gate[r] * up;
-            if (g->rows[r].h != NULL) {
-                g->rows[r].h[i] = h;
+// Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
+struct worklist {
+    int n;
+    int64_t neuron[CHUNK_NEURONS];
+    uint64_t rows[CHUNK_NEURONS];
+    float h[CHUNK_NEURONS][TILE_ROWS];
+};
+
+// Multiplies h with relu(row . x) of every neuron and row in the list, and drops from it what becomes zero. What is
+// kept will need its row of `next`, which is asked for at once: random rows reach the sequential bandwidth only when
+// they are asked for early, and at this point nothing is asked for in vain. Returns how many (neuron, row) pairs are
+// left.
+static uint64_t multiply(const struct segment * g, const struct tsffn_matrix * m, const char * x, size_t x_bytes,
+                         const struct tsffn_matrix * next, struct worklist * list) {
+    const int ahead = (int)tsffn_matrix_rows_ahead(m);
+    uint64_t n_positive = 0;
+    int kept = 0;
+    for (int k = 0; k < list->n; ++k) {
+        if (k + ahead < list->n) {
+            tsffn_matrix_prefetch(m, list->neuron[k + ahead]);
+        }
+        uint64_t positive = 0;
+        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
+            const int r = __builtin_ctzll(b);
+            const float v = tsffn_matrix_dot(m, list->neuron[k], x + (size_t)g->rows[r].token * x_bytes);
+            if (v > 0.0f) {
+                positive |= (uint64_t)1 << r;
+                list->h[kept][r] = v * list->h[k][r]; // kept <= k
             }
-            tsffn_matrix_axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch);
+        }
+        if (positive != 0) {
+            tsffn_matrix_prefetch(next, list->neuron[k]);
+            n_positive += (uint64_t)__builtin_popcountll(positive);
+            list->neuron[kept] = list->neuron[k];
+            list->rows[kept] = positive;
+            ++kept;
         }
     }
-    g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
-    g->counts->active += (uint64_t)__builtin_popcountll(active);
-    g->counts->bytes_ffn += tsffn_row_bytes(ffn->up.type, s->n_embd);
-    if (active != 0) {
-        g->counts->bytes_ffn += tsffn_row_bytes(ffn->down.type, s->n_embd);
+    g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(m->type, m->n_cols);
+    list->n = kept;
+    return n_positive;
+}
+
+// Adds h * down of every neuron and row in the list.
+static void add_down(const struct segment * g, const struct worklist * list) {
+    const struct tsffn_matrix * down = &g->ffn->down;
+    for (int k = 0; k < list->n; ++k) {
+        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
+            const int r = __builtin_ctzll(b);
+            const float h = list->h[k][r];
+            if (g->rows[r].h != NULL) {
+                g->rows[r].h[list->neuron[k]] = h;
+            }
+            tsffn_matrix_axpy(down, list->neuron[k], h, g->acc + r * g->s->n_embd, g->scratch);
+        }
     }
+    g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
 
 // Neuron i alone, for a graph that was cut between the operations.
@@ -86,36 +112,36 @@ static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
     }
 }
 
-// The neurons [i0, i1) with their masks: lists the ones that are on, then computes them with the next one's weights
-// under way.
+// The whole FFN of the neurons [i0, i1): gate for those that are on, up where gate > 0, down where both are.
 static void fused_neurons(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask) {
+    const struct shared * s = g->s;
     const struct tsffn_ffn * ffn = g->ffn;
+    struct worklist list;
+    list.n = 0;
     for (int64_t r = g->r0; r < g->r1; ++r) {
         if (g->rows[r].h != NULL) {
             memset(g->rows[r].h + i0, 0, (size_t)(i1 - i0) * sizeof(float));
         }
     }
-    int64_t on[CHUNK_NEURONS];
-    int n_on = 0;
     for (int64_t i = i0; i < i1; ++i) {
-        if (mask[i - i0] != 0) {
-            on[n_on++] = i;
-            g->counts->predicted += (uint64_t)__builtin_popcountll(mask[i - i0]);
+        const uint64_t rows = mask[i - i0];
+        if (rows != 0) {
+            g->counts->predicted += (uint64_t)__builtin_popcountll(rows);
+            for (int64_t r = g->r0; r < g->r1; ++r) {
+                list.h[list.n][r] = 1.0f;
+            }
+            list.neuron[list.n] = i;
+            list.rows[list.n] = rows;
+            ++list.n;
         }
     }
-    for (int k = 0; k < n_on; ++k) {
-        if (k + 1 < n_on) {
-            // Random rows reach the sequential bandwidth only when they are asked for early.
-            tsffn_matrix_prefetch(&ffn->gate, on[k + 1]);
-            tsffn_matrix_prefetch(&ffn->up, on[k + 1]);
-            tsffn_matrix_prefetch(&ffn->down, on[k + 1]);
-        }
-        fused_neuron(g, on[k], mask[on[k] - i0]);
-    }
+    g->counts->gate_positive += multiply(g, &ffn->gate, s->x_gate, s->x_gate_bytes, &ffn->up, &list);
+    g->counts->active += multiply(g, &ffn->up, s->x_up, s->x_up_bytes, &ffn->down, &list);
+    add_down(g, &list);
     g->counts->neurons += (uint64_t)((i1 - i0) * (g->r1 - g->r0));
-    g->counts->bytes_dense += (uint64_t)(i1 - i0) * (tsffn_row_bytes(ffn->gate.type, g->s->n_embd) +
-                                                     tsffn_row_bytes(ffn->up.type, g->s->n_embd) +
-                                                     tsffn_row_bytes(ffn->down.type, g->s->n_embd));
+    g->counts->bytes_dense +=
+        (uint64_t)(i1 - i0) * (tsffn_row_bytes(ffn->gate.type, s->n_embd) + tsffn_row_bytes(ffn->up.type, s->n_embd) +
+                               tsffn_row_bytes(ffn->down.type, s->n_embd));
 }
 
 void tsffn_compute_neurons(const struct segment * g, int64_t i0, int64_t i1) {
