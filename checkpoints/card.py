@@ -1,4 +1,5 @@
 """The model card of a trained checkpoint: every number in it comes from the run or from evaluate.measure."""
+
 from __future__ import annotations
 
 import evaluate
@@ -53,6 +54,7 @@ Active: gate > 0 and up > 0. Recall: the share of the active neurons that the pr
 def text(result: dict, recipe, steps, lengths, n_token: int, n_train: int, minutes: float, command: str) -> str:
     """recipe: train.Recipe. Shapes and steps as trained, figures from `result` (evaluate.measure)."""
     from corpus import CHAT_SHARE
+
     c = recipe.config
     if c.n_expert:
         kind = f"TurboSparse-Mixtral: {c.n_expert} experts, top {c.n_expert_used}, predictors on the normed state"
@@ -61,12 +63,31 @@ def text(result: dict, recipe, steps, lengths, n_token: int, n_train: int, minut
     else:
         kind = "TurboSparse-Mistral: one dense FFN per layer, predictors on the residual before the norm"
         balance, moe_note = ".", ""
-    shown = "\n\n".join(f"> **{prompt.replace('<|', '&lt;|').strip()}** {made.strip()}".replace("\n", "\n> ")
-                        for prompt, made in result["samples"].items())
+    shown = "\n\n".join(
+        f"> **{prompt.replace('<|', '&lt;|').strip()}** {made.strip()}".replace("\n", "\n> ")
+        for prompt, made in result["samples"].items()
+    )
     return TEXT.format(
-        name=result["model"], kind=kind, size=f"{result['parameters'] / 1e6:.2f} M", n_train=n_train, chat=CHAT_SHARE,
-        command=command, minutes=minutes, n_token=n_token, steps=steps, lengths=lengths, density=recipe.density_weight,
-        balance=balance, positive=recipe.positive_weight, missed=recipe.missed_weight,
-        char_per_token=result["char_per_token"], n_eval=result["n_token"], n_ctx=result["n_ctx"],
+        name=result["model"],
+        kind=kind,
+        size=f"{result['parameters'] / 1e6:.2f} M",
+        n_train=n_train,
+        chat=CHAT_SHARE,
+        command=command,
+        minutes=minutes,
+        n_token=n_token,
+        steps=steps,
+        lengths=lengths,
+        density=recipe.density_weight,
+        balance=balance,
+        positive=recipe.positive_weight,
+        missed=recipe.missed_weight,
+        char_per_token=result["char_per_token"],
+        n_eval=result["n_token"],
+        n_ctx=result["n_ctx"],
         ppl_predictor=result["ppl_predictor"],
-        ppl_exact=result["ppl_exact"], table=evaluate.table(result), moe_note=moe_note, samples=shown)
+        ppl_exact=result["ppl_exact"],
+        table=evaluate.table(result),
+        moe_note=moe_note,
+        samples=shown,
+    )

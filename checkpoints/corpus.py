@@ -7,6 +7,7 @@ line behind a reference such as "Ge1:1":
 
 One book is never trained on; its text is checkpoints/heldout.txt.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,8 +18,8 @@ import numpy as np
 
 HELD_OUT = "John"
 REFERENCE = re.compile(r"(\d?[A-Za-z]+)(\d+):(\d+) (.+)")
-CHAT_SHARE = 0.1       # of the training sequences
-IGNORE = -100          # target of padding positions
+CHAT_SHARE = 0.1  # of the training sequences
+IGNORE = -100  # target of padding positions
 
 
 def read_verses(path: Path) -> list[tuple[str, str, str]]:
@@ -63,9 +64,9 @@ class Sequences:
         """encode(text) -> ids without <s>, as at the beginning of a text (so with the tokenizer's space prefix).
         A newline is a token of its own that merges with nothing, so text after it can be encoded by itself."""
         self.encode, self.bos, self.texts = encode, bos, [text for _, _, text in verses]
-        self.first = [encode(text) for text in self.texts]       # as the first verse of a sequence
+        self.first = [encode(text) for text in self.texts]  # as the first verse of a sequence
         prefix = encode("\n")[0]
-        self.flat, self.offset, last = [], [], None              # as one running text; where each verse's line ends
+        self.flat, self.offset, last = [], [], None  # as one running text; where each verse's line ends
         for verse in verses:
             ids = encode("\n" * (1 if last in (None, verse[:2]) else 2) + verse[2])
             assert ids[0] == prefix
@@ -77,7 +78,7 @@ class Sequences:
     def _text(self, length: int, rng: np.random.Generator) -> list[int]:
         verse = int(rng.integers(len(self.first)))
         follow = self.offset[verse]
-        return ([self.bos] + self.first[verse] + self.flat[follow:follow + length])[:length]
+        return ([self.bos] + self.first[verse] + self.flat[follow : follow + length])[:length]
 
     def _chat(self, length: int, rng: np.random.Generator) -> list[int]:
         ids = [self.bos]
@@ -94,5 +95,5 @@ class Sequences:
             rows = np.full((n_sequence, length + 1), IGNORE, np.int64)
             for row in rows:
                 ids = (self._chat if rng.random() < CHAT_SHARE else self._text)(length + 1, rng)
-                row[:len(ids)] = ids
+                row[: len(ids)] = ids
             yield np.maximum(rows[:, :-1], 0), rows[:, 1:]

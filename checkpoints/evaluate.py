@@ -4,6 +4,7 @@
 
 Perplexity per token with the predictor's mask and with every neuron computed, activity per layer, samples.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -11,10 +12,9 @@ import json
 import math
 from pathlib import Path
 
+import tokenizer
 import torch
 import torch.nn.functional as F
-
-import tokenizer
 from reference import Reference
 
 N_CTX = 256
@@ -24,7 +24,7 @@ CHAT_PROMPT = "<|im_start|>user\nAnd God said<|im_end|>\n<|im_start|>assistant\n
 
 def chunks(ids: list[int], n_ctx: int) -> list[list[int]]:
     """The text in pieces of n_ctx - 1 tokens, <s> before each: every token is predicted once."""
-    return [[tokenizer.BOS, *ids[i:i + n_ctx - 1]] for i in range(0, len(ids), n_ctx - 1)]
+    return [[tokenizer.BOS, *ids[i : i + n_ctx - 1]] for i in range(0, len(ids), n_ctx - 1)]
 
 
 def perplexity(ref: Reference, ids: list[int], sparsity: str, n_ctx: int = N_CTX) -> float:
@@ -40,17 +40,27 @@ def activity(ref: Reference, ids: list[int], n_ctx: int = N_CTX) -> list[dict]:
     """Reference.activity over the whole text: the chunks' means weighted by their calls; adds rank and recall."""
     runs = [ref.activity(piece) for piece in chunks(ids, n_ctx)]
     rows = []
-    for block, layer in zip(ref.model.layers, zip(*runs)):
+    for block, layer in zip(ref.model.layers, zip(*runs, strict=True), strict=True):
         calls = sum(row["calls"] for row in layer)
-        mean = {key: sum(row[key] * row["calls"] for row in layer) / calls
-                for key in ("predicted", "gate", "active", "predicted_active")}
-        rows.append(mean | dict(recall=mean["predicted_active"] / max(mean["active"], 1e-12), calls=calls,
-                                n_ff=layer[0]["n_ff"], rank=block.ffns[0].predictor.fc1.weight.shape[0]))
+        mean = {
+            key: sum(row[key] * row["calls"] for row in layer) / calls
+            for key in ("predicted", "gate", "active", "predicted_active")
+        }
+        rows.append(
+            mean
+            | dict(
+                recall=mean["predicted_active"] / max(mean["active"], 1e-12),
+                calls=calls,
+                n_ff=layer[0]["n_ff"],
+                rank=block.ffns[0].predictor.fc1.weight.shape[0],
+            )
+        )
     return rows
 
 
-def generate(ref: Reference, ids: list[int], n: int, temperature: float, seed: int, stop: set[int],
-             sparsity: str = "predictor") -> list[int]:
+def generate(
+    ref: Reference, ids: list[int], n: int, temperature: float, seed: int, stop: set[int], sparsity: str = "predictor"
+) -> list[int]:
     """Up to n sampled tokens after ids; ends after a token in stop. Temperature 0 is greedy."""
     rng = torch.Generator().manual_seed(seed)
     made: list[int] = []
@@ -65,8 +75,10 @@ def generate(ref: Reference, ids: list[int], n: int, temperature: float, seed: i
 
 def samples(ref: Reference, tok, n: int = 60) -> dict[str, str]:
     stop = {tok.encode("<|im_end|>")[0], 2}
-    texts = {prompt: tok.decode(generate(ref, [tokenizer.BOS, *tok.encode(prompt)], n, 0.7, i, stop))
-             for i, prompt in enumerate(PROMPTS)}
+    texts = {
+        prompt: tok.decode(generate(ref, [tokenizer.BOS, *tok.encode(prompt)], n, 0.7, i, stop))
+        for i, prompt in enumerate(PROMPTS)
+    }
     made = generate(ref, [tokenizer.BOS, *tok.encode(CHAT_PROMPT)], n, 0.7, 0, stop)
     return texts | {CHAT_PROMPT: tok.decode(made) + ("<|im_end|>" if made[-1] in stop else "")}
 
@@ -75,9 +87,16 @@ def measure(directory: Path, text: str) -> dict:
     ref, tok = Reference.load(directory), tokenizer.load(directory)
     ids = tok.encode(text)
     return dict(
-        model=directory.name, parameters=sum(p.numel() for p in ref.parameters()), n_token=len(ids),
-        char_per_token=len(text) / len(ids), n_ctx=N_CTX, ppl_predictor=perplexity(ref, ids, "predictor"),
-        ppl_exact=perplexity(ref, ids, "exact"), layers=activity(ref, ids), samples=samples(ref, tok))
+        model=directory.name,
+        parameters=sum(p.numel() for p in ref.parameters()),
+        n_token=len(ids),
+        char_per_token=len(text) / len(ids),
+        n_ctx=N_CTX,
+        ppl_predictor=perplexity(ref, ids, "predictor"),
+        ppl_exact=perplexity(ref, ids, "exact"),
+        layers=activity(ref, ids),
+        samples=samples(ref, tok),
+    )
 
 
 def table(result: dict) -> str:
@@ -99,8 +118,10 @@ def main() -> None:
     if args.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    print(f"{result['model']}: {result['parameters']} parameters; {result['n_token']} tokens at n_ctx {N_CTX}: "
-          f"ppl {result['ppl_predictor']:.3f} (predictor), {result['ppl_exact']:.3f} (exact)")
+    print(
+        f"{result['model']}: {result['parameters']} parameters; {result['n_token']} tokens at n_ctx {N_CTX}: "
+        f"ppl {result['ppl_predictor']:.3f} (predictor), {result['ppl_exact']:.3f} (exact)"
+    )
     print(table(result))
     for prompt, text in result["samples"].items():
         print(f"{prompt!r} -> {text!r}")

@@ -1,4 +1,5 @@
 """Writes a trained model in the layout of the TurboSparse checkpoints: bf16 shards, configs, tokenizer, model card."""
+
 from __future__ import annotations
 
 import json
@@ -6,12 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizer
 import torch
+from reference import EXPERT_NAMES, Config, Reference
 from safetensors.torch import save_file
 from torch import Tensor
-
-import tokenizer
-from reference import EXPERT_NAMES, Config, Reference
 
 N_SHARD = 2
 N_CTX_MAX = 4096
@@ -20,7 +20,8 @@ CHAT_TEMPLATE = (
     "{% if system_message is defined %}{{ '<|im_start|>system\\n' + system_message + '<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'user' %}"
     "{{ '<|im_start|>user\\n' + content + '<|im_end|>\\n<|im_start|>assistant\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ content + '<|im_end|>' + '\\n' }}{% endif %}{% endfor %}")
+    "{% elif message['role'] == 'assistant' %}{{ content + '<|im_end|>' + '\\n' }}{% endif %}{% endfor %}"
+)
 TOKEN_FLAGS = dict(lstrip=False, normalized=False, rstrip=False, single_word=False)
 
 
@@ -28,13 +29,14 @@ TOKEN_FLAGS = dict(lstrip=False, normalized=False, rstrip=False, single_word=Fal
 class Family:
     architecture: str
     model_type: str
-    module: str               # of auto_map, as the real checkpoints name it
-    ships: str                # the one tokenizer file of this checkpoint
+    module: str  # of auto_map, as the real checkpoints name it
+    ships: str  # the one tokenizer file of this checkpoint
 
 
 DENSE = Family("BambooForCausalLM", "bamboo", "bamboo.Bamboo", "tokenizer.json")
-MOE = Family("TurboSparseMixtralForCausalLM", "turbosparsemixtral", "turbosparsemixtral.TurboSparseMixtral",
-             "tokenizer.model")
+MOE = Family(
+    "TurboSparseMixtralForCausalLM", "turbosparsemixtral", "turbosparsemixtral.TurboSparseMixtral", "tokenizer.model"
+)
 
 
 def model_config(c: Config, name: str) -> dict:
@@ -71,8 +73,12 @@ def model_config(c: Config, name: str) -> dict:
         "vocab_size": c.n_vocab,
     }
     if c.n_expert:
-        config |= {"num_experts_per_tok": c.n_expert_used, "num_local_experts": c.n_expert,
-                   "output_router_logits": False, "router_aux_loss_coef": 0.02}
+        config |= {
+            "num_experts_per_tok": c.n_expert_used,
+            "num_local_experts": c.n_expert,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.02,
+        }
     return dict(sorted(config.items()))
 
 
@@ -81,9 +87,9 @@ def tensors(ref: Reference) -> dict[str, Tensor]:
     state = {}
     back = {ours: theirs for theirs, ours in EXPERT_NAMES.items()}
     for name, tensor in ref.state_dict().items():
-        if ".experts." in name:
-            name = ".".join(back.get(part, part) for part in name.split("."))
-        state[name] = tensor.detach().to(torch.bfloat16).contiguous()
+        is_expert = ".experts." in name
+        theirs = ".".join(back.get(part, part) for part in name.split(".")) if is_expert else name
+        state[theirs] = tensor.detach().to(torch.bfloat16).contiguous()
     return state
 
 
@@ -101,8 +107,10 @@ def write_shards(state: dict[str, Tensor], directory: Path, n_shard: int = N_SHA
         save_file(shard, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)
         weight_map |= {name: file for name in shard}
-    write_json(directory / "model.safetensors.index.json",
-               {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        directory / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 def write_json(path: Path, value) -> None:
@@ -110,7 +118,7 @@ def write_json(path: Path, value) -> None:
 
 
 def tokenizer_config(n_piece: int) -> dict:
-    ids = dict(zip(tokenizer.CONTROL, range(3))) | tokenizer.added_tokens(n_piece)
+    ids = {piece: i for i, piece in enumerate(tokenizer.CONTROL)} | tokenizer.added_tokens(n_piece)
     return {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -137,7 +145,8 @@ def tokenizer_config(n_piece: int) -> dict:
 def special_tokens_map() -> dict:
     named = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "unk_token": "<unk>"}
     return {"additional_special_tokens": ["<|im_start|>"]} | {
-        key: {"content": token, **TOKEN_FLAGS} for key, token in named.items()}
+        key: {"content": token, **TOKEN_FLAGS} for key, token in named.items()
+    }
 
 
 def write_checkpoint(ref: Reference, name: str, pieces: bytes, directory: Path) -> None:
@@ -146,8 +155,10 @@ def write_checkpoint(ref: Reference, name: str, pieces: bytes, directory: Path) 
     n_piece = tokenizer.SentencePiece(pieces).sp.vocab_size()
     write_shards(tensors(ref), directory)
     write_json(directory / "config.json", model_config(ref.config, name))
-    write_json(directory / "generation_config.json", {"do_sample": True, "max_new_tokens": N_CTX_MAX,
-                                                      "temperature": 0.0, "transformers_version": "4.41.0"})
+    write_json(
+        directory / "generation_config.json",
+        {"do_sample": True, "max_new_tokens": N_CTX_MAX, "temperature": 0.0, "transformers_version": "4.41.0"},
+    )
     write_json(directory / "tokenizer_config.json", tokenizer_config(n_piece))
     write_json(directory / "special_tokens_map.json", special_tokens_map())
     write_json(directory / "added_tokens.json", tokenizer.added_tokens(n_piece))

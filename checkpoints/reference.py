@@ -12,6 +12,7 @@ EXPERT_NAMES). Shapes: B sequences, T positions, S = rows handed to one FFN, E =
 Reference.load(directory).logits(tokens) is what other implementations are compared with; evaluate.py prints perplexity,
 activity and samples; train.py trains the two small checkpoints beside this file with it.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,11 +37,11 @@ class Config:
     n_layer: int
     n_head: int
     n_head_kv: int
-    n_expert: int = 0             # 0: one dense FFN per layer
+    n_expert: int = 0  # 0: one dense FFN per layer
     n_expert_used: int = 0
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
-    window: int | None = None     # sliding attention window, in positions
+    window: int | None = None  # sliding attention window, in positions
 
     @classmethod
     def read(cls, path: Path) -> Config:
@@ -52,10 +53,18 @@ class Config:
             raise ValueError(f"{path}: hidden_act is {c['hidden_act']!r}, expected 'relu'")
         moe = MODEL_TYPES[c["model_type"]] == "moe"
         return cls(
-            n_vocab=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"],
-            n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"], n_head_kv=c["num_key_value_heads"],
-            n_expert=c["num_local_experts"] if moe else 0, n_expert_used=c["num_experts_per_tok"] if moe else 0,
-            rope_theta=c["rope_theta"], rms_eps=c["rms_norm_eps"], window=c.get("sliding_window"))
+            n_vocab=c["vocab_size"],
+            n_embd=c["hidden_size"],
+            n_ff=c["intermediate_size"],
+            n_layer=c["num_hidden_layers"],
+            n_head=c["num_attention_heads"],
+            n_head_kv=c["num_key_value_heads"],
+            n_expert=c["num_local_experts"] if moe else 0,
+            n_expert_used=c["num_experts_per_tok"] if moe else 0,
+            rope_theta=c["rope_theta"],
+            rms_eps=c["rms_norm_eps"],
+            window=c.get("sliding_window"),
+        )
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
@@ -97,7 +106,7 @@ class Attention(nn.Module):
         self.v_proj = linear(c.n_embd, c.n_head_kv * self.head_dim)
         self.o_proj = linear(c.n_head * self.head_dim, c.n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:    # x [B, T, E]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, T, E]
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.n_head_kv, self.head_dim).transpose(1, 2)
@@ -105,7 +114,7 @@ class Attention(nn.Module):
         q = q * cos + rotate_half(q) * sin
         k = k * cos + rotate_half(k) * sin
         k, v = (t.repeat_interleave(self.n_head // self.n_head_kv, dim=1) for t in (k, v))
-        score = (q @ k.transpose(-2, -1)) / self.head_dim ** 0.5         # [B, n_head, T, T]
+        score = (q @ k.transpose(-2, -1)) / self.head_dim**0.5  # [B, n_head, T, T]
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         y = score.masked_fill(future, float("-inf")).softmax(-1) @ v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -144,7 +153,7 @@ class FFN(nn.Module):
         h = F.relu(gate) * F.relu(up)
         logit = None
         if self.predictor is not None and (masked or probe):
-            logit = self.predictor(p.detach())     # in training, the mask is a constant of the language model's loss
+            logit = self.predictor(p.detach())  # in training, the mask is a constant of the language model's loss
         if probe:
             probe(self, p, gate, h, logit)
         if masked:
@@ -163,9 +172,9 @@ class MoE(nn.Module):
         self.gate = linear(c.n_embd, c.n_expert)
         self.experts = nn.ModuleList(FFN(c, layer) for _ in range(c.n_expert))
 
-    def forward(self, x: Tensor, masked: bool, probe=None, route=None) -> Tensor:    # x [S, E] normed
-        share = self.gate(x).softmax(-1)                                  # [S, n_expert]
-        weight, chosen = share.topk(self.n_used, dim=-1)                  # [S, n_used]
+    def forward(self, x: Tensor, masked: bool, probe=None, route=None) -> Tensor:  # x [S, E] normed
+        share = self.gate(x).softmax(-1)  # [S, n_expert]
+        weight, chosen = share.topk(self.n_used, dim=-1)  # [S, n_used]
         weight = weight / weight.sum(-1, keepdim=True)
         if route:
             route(share, chosen)
@@ -173,7 +182,7 @@ class MoE(nn.Module):
         for e, expert in enumerate(self.experts):
             row, slot = (chosen == e).nonzero(as_tuple=True)
             if len(row):
-                own = x[row]                                              # the predictor reads the normed state here
+                own = x[row]  # the predictor reads the normed state here
                 y = y.index_add(0, row, expert(own, own, masked, probe) * weight[row, slot, None])
         return y
 
@@ -194,7 +203,7 @@ class Block(nn.Module):
         return list(self.block_sparse_moe.experts) if hasattr(self, "block_sparse_moe") else [self.mlp]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masked: bool, probe=None, route=None) -> Tensor:
-        p = x + self.self_attn(self.input_layernorm(x), cos, sin)         # p: the pre-norm residual
+        p = x + self.self_attn(self.input_layernorm(x), cos, sin)  # p: the pre-norm residual
         rows, normed = p.flatten(0, 1), self.post_attention_layernorm(p).flatten(0, 1)
         if hasattr(self, "block_sparse_moe"):
             y = self.block_sparse_moe(normed, masked, probe, route)
@@ -285,17 +294,23 @@ class Reference(nn.Module):
 
         def probe(ffn, p, gate, h, logit):
             row = total[ffn.layer]
-            active = h > 0                            # the unmasked product: gate > 0 and up > 0
+            active = h > 0  # the unmasked product: gate > 0 and up > 0
             on = ffn.predicted(logit) if logit is not None else torch.ones_like(active)
-            for key, seen in (("predicted", on), ("gate", gate > 0), ("active", active),
-                              ("predicted_active", on & active)):
+            for key, seen in (
+                ("predicted", on),
+                ("gate", gate > 0),
+                ("active", active),
+                ("predicted_active", on & active),
+            ):
                 row[key] += int(seen.sum())
             row["calls"] += len(gate)
 
         has_predictor = self.model.layers[0].ffns[0].predictor is not None
         self(torch.as_tensor(tokens).long()[None], has_predictor and sparsity == "predictor", probe)
-        return [{k: v if k == "calls" else v / (row["calls"] * c.n_ff) for k, v in row.items()} | {"n_ff": c.n_ff}
-                for row in total]
+        return [
+            {k: v if k == "calls" else v / (row["calls"] * c.n_ff) for k, v in row.items()} | {"n_ff": c.n_ff}
+            for row in total
+        ]
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 The JSON form is the conversion that Hugging Face applies to Llama and Mistral tokenizers: BPE with byte fallback whose
 merges are all splits of every piece into two pieces, ordered by the piece's score.
 """
+
 from __future__ import annotations
 
 import io
@@ -15,7 +16,7 @@ import sentencepiece as spm
 from tokenizers import Tokenizer
 
 CONTROL = ("<unk>", "<s>", "</s>")
-ADDED = ("<|im_end|>", "<|im_start|>")       # ids right after the model's own, in this order
+ADDED = ("<|im_end|>", "<|im_start|>")  # ids right after the model's own, in this order
 BOS = 1
 
 
@@ -23,10 +24,24 @@ def train(texts: Iterable[str], n_piece: int) -> bytes:
     """The serialised sentencepiece model. Llama's options: no normalization, space prefix, bytes for the unknown."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=n_piece, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        allow_whitespace_only_pieces=True, split_digits=True, character_coverage=1.0, num_threads=1,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=n_piece,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=1.0,
+        num_threads=1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -90,27 +105,51 @@ def to_json(model: bytes) -> str:
     scores = {piece: sp.get_score(i) for piece, i in ids.items()}
     special = {token: ids[token] for token in CONTROL} | added_tokens(len(ids))
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    bos, first, second = ({"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                          [{"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}])
+    bos, first, second = (
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        [{"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    )
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    return json.dumps({
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, *second],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [ids["<s>"]], "tokens": ["<s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": ids, "merges": [f"{a} {b}" for a, b in merges(scores, ids)]},
-    }, ensure_ascii=False, indent=1)
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
+            "pre_tokenizer": None,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [bos, first],
+                "pair": [bos, first, *second],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [ids["<s>"]], "tokens": ["<s>"]}},
+            },
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": "<unk>",
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": ids,
+                "merges": [f"{a} {b}" for a, b in merges(scores, ids)],
+            },
+        },
+        ensure_ascii=False,
+        indent=1,
+    )
 
 
 def disagreements(model: bytes, texts: Iterable[str]) -> list[str]:
@@ -121,6 +160,32 @@ def disagreements(model: bytes, texts: Iterable[str]) -> list[str]:
 
 # No "<s>" among them: it is a special token to tokenizers and plain text to sentencepiece.
 ODD_TEXTS = (
-    "", " ", "  ", "a", " a", "a ", "  two  spaces  ", "\n", "\n\n", "a\n b\t c", "\r\n", "1611", "3:16", "12,345.67",
-    "naïve café", "日本語", "😀 ok", "Ünïcödé▁x", "x<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n", "LORD'S",
-    "aaaaaaaaaaaaaaaaaaaa", "eeeeeeee sssssss tttttt", "....", "((()))", "the" * 50, "\u200b\u00a0x", "\x00\x01")
+    "",
+    " ",
+    "  ",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces  ",
+    "\n",
+    "\n\n",
+    "a\n b\t c",
+    "\r\n",
+    "1611",
+    "3:16",
+    "12,345.67",
+    "naïve café",
+    "日本語",
+    "😀 ok",
+    "Ünïcödé▁x",
+    "x<|im_end|>",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "LORD'S",
+    "aaaaaaaaaaaaaaaaaaaa",
+    "eeeeeeee sssssss tttttt",
+    "....",
+    "((()))",
+    "the" * 50,
+    "\u200b\u00a0x",
+    "\x00\x01",
+)

@@ -8,6 +8,7 @@
 3. all together, with the predictors' hard mask in the forward pass, a constant of the language model's loss
 4. the predictors alone again, with missed neurons costing more
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,19 +21,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import card
 import corpus
 import evaluate
 import export
 import tokenizer
+import torch
+import torch.nn.functional as F
 from reference import FFN, Config, Reference
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-N_PIECE = 1024            # of the sentencepiece model; the added tokens follow, and rows up to N_VOCAB stay unused
+N_PIECE = 1024  # of the sentencepiece model; the added tokens follow, and rows up to N_VOCAB stay unused
 N_VOCAB = 1056
 WINDOW = 4096
 
@@ -41,31 +41,37 @@ WINDOW = 4096
 class Recipe:
     config: Config
     ranks: tuple[int, ...]
-    steps: tuple[int, int, int, int]    # of the phases
-    density_weight: float = 0.06    # of the penalty L1 / L2 on each layer's activations
-    missed_weight: float = 10.0     # in phase 3: how much heavier L1 counts activations that the mask removes
-    balance_weight: float = 0.0     # of the router's load-balancing loss
-    positive_weight: tuple[float, ...] = (0, 3, 3, 8)    # per phase, in the predictors' cross entropy: favours recall
+    steps: tuple[int, int, int, int]  # of the phases
+    density_weight: float = 0.06  # of the penalty L1 / L2 on each layer's activations
+    missed_weight: float = 10.0  # in phase 3: how much heavier L1 counts activations that the mask removes
+    balance_weight: float = 0.0  # of the router's load-balancing loss
+    positive_weight: tuple[float, ...] = (0, 3, 3, 8)  # per phase, in the predictors' cross entropy: favours recall
 
 
 RECIPES = {
     "tiny-turbosparse-mistral": Recipe(
         Config(N_VOCAB, n_embd=128, n_ff=512, n_layer=6, n_head=4, n_head_kv=2, rope_theta=10000.0, window=WINDOW),
-        ranks=(96, 64, 32, 32, 64, 64), steps=(600, 200, 500, 120)),
+        ranks=(96, 64, 32, 32, 64, 64),
+        steps=(600, 200, 500, 120),
+    ),
     "tiny-turbosparse-mixtral": Recipe(
-        Config(N_VOCAB, n_embd=96, n_ff=192, n_layer=3, n_head=3, n_head_kv=1, n_expert=8, n_expert_used=2,
-               rope_theta=1e6),
-        ranks=(64, 32, 32), steps=(900, 250, 750, 150), balance_weight=0.02),
+        Config(
+            N_VOCAB, n_embd=96, n_ff=192, n_layer=3, n_head=3, n_head_kv=1, n_expert=8, n_expert_used=2, rope_theta=1e6
+        ),
+        ranks=(64, 32, 32),
+        steps=(900, 250, 750, 150),
+        balance_weight=0.02,
+    ),
 }
-N_TOKEN = 4096            # per step
-LENGTHS = (128, 128, 256, 256)   # of the sequences, per phase
-SIDE_ROWS = 4             # phases 1 and 3: side losses look at every 4th row; same mean, a quarter of the time
-MUON_RATE = 2e-2          # peak, matrices of the layers
-ADAM_RATE = 4e-3          # peak, everything else: embeddings, output, norms, router
-RATE_SHARE = (1.0, 0.5, 0.4, 0.3)    # of these peaks, per phase
-PREDICTORS_ALONE = (1, 3) # phases, counted from 0
+N_TOKEN = 4096  # per step
+LENGTHS = (128, 128, 256, 256)  # of the sequences, per phase
+SIDE_ROWS = 4  # phases 1 and 3: side losses look at every 4th row; same mean, a quarter of the time
+MUON_RATE = 2e-2  # peak, matrices of the layers
+ADAM_RATE = 4e-3  # peak, everything else: embeddings, output, norms, router
+RATE_SHARE = (1.0, 0.5, 0.4, 0.3)  # of these peaks, per phase
+PREDICTORS_ALONE = (1, 3)  # phases, counted from 0
 MASKED = 2
-WARMUP = 100              # steps
+WARMUP = 100  # steps
 
 
 def initialise(ref: Reference) -> None:
@@ -82,16 +88,16 @@ class SideLosses:
     def __init__(self, recipe: Recipe, phase: int):
         self.positive_weight = torch.tensor(float(recipe.positive_weight[phase]))
         self.missed_weight = recipe.missed_weight if phase == MASKED else 0.0
-        self.density: list[Tensor] = []      # per FFN: L1 / L2 of the activations, whatever their scale
-        self.predictor: list[Tensor] = []    # per FFN: cross entropy of the predictor, times its rows
-        self.balance: list[Tensor] = []      # per MoE layer
+        self.density: list[Tensor] = []  # per FFN: L1 / L2 of the activations, whatever their scale
+        self.predictor: list[Tensor] = []  # per FFN: cross entropy of the predictor, times its rows
+        self.balance: list[Tensor] = []  # per MoE layer
         self.rows = 0
 
     def probe(self, ffn: FFN, p: Tensor, gate: Tensor, h: Tensor, logit: Tensor | None) -> None:
         if h.requires_grad:
             p, h, logit = p[::SIDE_ROWS], h[::SIDE_ROWS], None if logit is None else logit[::SIDE_ROWS]
             l1 = h
-            if self.missed_weight:       # the text's loss no longer sees these, so nothing else would switch them off
+            if self.missed_weight:  # the text's loss no longer sees these, so nothing else would switch them off
                 l1 = h * (1 + self.missed_weight * ~ffn.predicted(logit))
             self.density.append(l1.mean() / (h.square().mean() + 1e-12).sqrt())
         if logit is not None:
@@ -113,8 +119,9 @@ def optimizers(named: list[tuple[str, Tensor]], share: float) -> list[torch.opti
     muon = [w for name, w in named if w.ndim == 2 and ".layers." in name and "block_sparse_moe.gate" not in name]
     known = {id(w) for w in muon}
     rest = [w for _, w in named if id(w) not in known]
-    made = [torch.optim.Muon(muon, lr=share * MUON_RATE, momentum=0.95, weight_decay=0.1,
-                             adjust_lr_fn="match_rms_adamw")]
+    made = [
+        torch.optim.Muon(muon, lr=share * MUON_RATE, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ]
     if rest:
         made.append(torch.optim.AdamW(rest, lr=share * ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     return made
@@ -155,17 +162,22 @@ def run_phase(ref: Reference, recipe: Recipe, phase: int, n_step: int, sequences
             o.step()
             o.zero_grad()
         if step % 50 == 49 or step == n_step - 1:
-            print(f"phase {phase + 1} step {step + 1}/{n_step} {(time.monotonic() - start) / (step + 1):.3f} s/step: "
-                  f"text {text_loss.item():.3f} predictors {predictor_loss.item():.3f} "
-                  f"balance {sum(b.item() for b in side.balance) / max(len(side.balance), 1):.3f}", file=sys.stderr)
+            print(
+                f"phase {phase + 1} step {step + 1}/{n_step} {(time.monotonic() - start) / (step + 1):.3f} s/step: "
+                f"text {text_loss.item():.3f} predictors {predictor_loss.item():.3f} "
+                f"balance {sum(b.item() for b in side.balance) / max(len(side.balance), 1):.3f}",
+                file=sys.stderr,
+            )
 
 
 def progress(ref: Reference, ids: list[int], when: str) -> None:
     ids = ids[:8000]
     has = ref.model.layers[0].ffns[0].predictor is not None
     ppl = {s: round(evaluate.perplexity(ref, ids, s), 2) for s in (("predictor", "exact") if has else ("exact",))}
-    row = " ".join(f"{r['active']:.3f}/{r['predicted']:.3f}/{r['predicted_active'] / max(r['active'], 1e-9):.3f}"
-                   for r in ref.activity(ids[:1000]))
+    row = " ".join(
+        f"{r['active']:.3f}/{r['predicted']:.3f}/{r['predicted_active'] / max(r['active'], 1e-9):.3f}"
+        for r in ref.activity(ids[:1000])
+    )
     print(f"{when}: held-out ppl {ppl}, active/predicted/recall by layer: {row}", file=sys.stderr)
 
 
@@ -175,8 +187,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="output of: bible -f gen1:1-rev22:21")
     parser.add_argument("--out", type=Path, default=HERE, help="folder that receives the checkpoint's folder")
     parser.add_argument("--steps", type=int, nargs=4, metavar="N", help="of the phases, instead of the recipe's")
-    parser.add_argument("--state", type=Path, help="folder that keeps the weights after each phase; a later run with "
-                        "the same options starts behind the last phase found there")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        help="folder that keeps the weights after each phase; a later run with "
+        "the same options starts behind the last phase found there",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -199,7 +215,7 @@ def main() -> None:
     ref = Reference(recipe.config)
     initialise(ref)
     steps = args.steps or recipe.steps
-    cpu_s = 0.0                  # of the training alone
+    cpu_s = 0.0  # of the training alone
     for phase in range(len(steps)):
         if phase == 1:
             ref.attach_predictors(list(recipe.ranks))
@@ -226,9 +242,11 @@ def main() -> None:
     (args.out / "heldout.txt").write_text(heldout)
     export.write_checkpoint(ref, args.model, pieces, new)
     result = evaluate.measure(new, heldout) | {"model": args.model}
-    command = shlex.join(["python", "checkpoints/train.py", "--model", args.model, "--text", "kjv.txt"]
-                         + (["--steps", *map(str, args.steps)] if args.steps else [])
-                         + (["--seed", str(args.seed)] if args.seed != 1 else []))
+    command = shlex.join(
+        ["python", "checkpoints/train.py", "--model", args.model, "--text", "kjv.txt"]
+        + (["--steps", *map(str, args.steps)] if args.steps else [])
+        + (["--seed", str(args.seed)] if args.seed != 1 else [])
+    )
     readme = card.text(result, recipe, steps, LENGTHS, N_TOKEN, sequences.n_token, cpu_s / 60, command)
     (new / "README.md").write_text(readme)
     export.replace(new, final)

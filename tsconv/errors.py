@@ -36,7 +36,8 @@ class TsconvError(Exception):
             line += f"{',' if expected is not None else ':'} found {found}"
         if fix is not None:
             line += f"; {fix}"
-        super().__init__(" ".join(line.split()))
+        line = " ".join(line.split())
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))
 
 
 class CheckpointError(TsconvError):

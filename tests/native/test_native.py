@@ -9,20 +9,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from native_build import OTHER_GGML, ROOT, TOOLS, build, library_for_other_ggml
 
-ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tests"
 LLAMA = "llama-cpp-python==0.3.36"
-TOOLS = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def build(directory: Path, *options: str) -> Path:
-    """Configures and builds native/ into `directory`."""
-    configure = ["cmake", "-S", ROOT / "native", "-B", directory, "-G", "Ninja"]
-    for command in ([*configure, f"-DPython_EXECUTABLE={sys.executable}", *options], ["cmake", "--build", directory]):
-        done = subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -70,16 +60,16 @@ def test_struct_layout_equals_upstream(upstream_ggml, tmp_path):
     assert own == upstream
 
 
-def test_wrong_ggml_version_is_refused(tmp_path):
-    library = build(tmp_path / "old", "-DTSFFN_EXPECT_GGML=0.9.1") / "libggml-tsffn.so"
+def test_wrong_ggml_version_is_refused():
+    library = library_for_other_ggml()
     env = os.environ | {"TSCONV_BACKEND": str(library)}
     code = "from tsconv.runtime.backend import load_backend; load_backend()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert "BackendError: libggml-tsffn.so: built for another ggml: expected ggml 0.9.1, found " in done.stderr
+    assert f"BackendError: libggml-tsffn.so: built for another ggml: expected ggml {OTHER_GGML}, found " in done.stderr
 
     # llama.cpp's own loader, without our check in Python before it: it gets NULL and says so, and nothing crashes.
     code = f"import llama_cpp; lib = llama_cpp.llama_cpp._lib; print(lib.ggml_backend_load({os.fsencode(library)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.strip() == "0"
-    assert "expected ggml 0.9.1" in done.stderr
+    assert f"expected ggml {OTHER_GGML}" in done.stderr

@@ -145,16 +145,21 @@ class Backend:
         """
         if sparsity not in SPARSITY_VALUES:
             raise TsconvError("sparsity", expected="'predictor' or 'exact'", found=repr(sparsity))
+        from tsconv.runtime.log import quiet_unless
+
         message = ctypes.create_string_buffer(ERROR_SIZE)
-        handle = self._lib.tsffn_model_open(
-            os.fsencode(path),
-            None if sidecar is None else os.fsencode(sidecar),
-            SPARSITY_VALUES[sparsity],
-            message,
-            ERROR_SIZE,
-        )
+        with quiet_unless(False) as errors:
+            handle = self._lib.tsffn_model_open(
+                os.fsencode(path),
+                None if sidecar is None else os.fsencode(sidecar),
+                SPARSITY_VALUES[sparsity],
+                message,
+                ERROR_SIZE,
+            )
         if handle is None:
-            raise ModelFileError(message.value.decode(errors="replace"))
+            # The first thing that ggml's reader objected to, when it was ggml's reader.
+            reason = f" ({errors[0]})" if errors else ""
+            raise ModelFileError(message.value.decode(errors="replace") + reason)
         return NativeModel(self._lib, handle, self._load_lock)
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,11 @@ class SparseLlama(llama_cpp.Llama):
                 where=path,
                 found=reason,
                 fix="convert again, or run with -v for its log",
+            ) from None
+        except jinja2.TemplateError as error:
+            native.close()
+            raise ModelFileError(
+                "key tokenizer.chat_template cannot be used", where=path, found=error, fix="convert again"
             ) from None
         except BaseException:
             native.close()

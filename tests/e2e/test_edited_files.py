@@ -1,0 +1,229 @@
+"""Models and sidecars with one key or tensor changed, each refused in one line that says which (docs/format.md)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import synthetic
+import tiny
+from edited import edited
+from refused import assert_in, put, refusal, sidecar_of
+
+import tsconv
+
+N_EMBD, N_FF, N_LAYER = 128, 512, 6
+GATE, FC1, SCALE = "blk.1.ffn_gate.weight", "blk.1.ffn_pred_fc1.weight", "blk.1.ffn_pred_scale.weight"
+THRESHOLD, RANK = "turbosparse.predictor.threshold", "turbosparse.predictor.rank"
+USED = "llama.expert_used_count"
+EPSILON, TOKENS = "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens"
+UINT32, UINT64, FLOAT32 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64, gguf.GGUFValueType.FLOAT32
+
+# edit: what is changed, and what the line must say after the file's name
+MODEL_EDITS = {
+    "ffn shape": (
+        {"shapes": {GATE: (N_FF - 32, N_EMBD)}},
+        f"{GATE}: wrong shape: expected [128, 512, 1], found [128, 480, 1]; ",
+    ),
+    "transposed": (
+        {"shapes": {GATE: (N_EMBD, N_FF)}},
+        f"{GATE}: wrong shape: expected [128, 512, 1], found [512, 128, 1]; ",
+    ),
+    "attention shape": (
+        {"shapes": {"blk.1.attn_q.weight": (64, N_EMBD)}},
+        "llama.cpp cannot load the model: found",
+        "blk.1.attn_q.weight",
+        "expected",
+        "convert again",
+    ),
+    "no ffn tensor": ({"without": [GATE]}, f"{GATE}: the tensor is missing; "),
+    "no other tensor": (
+        {"without": ["blk.1.attn_q.weight"]},
+        "llama.cpp cannot load the model: found",
+        "blk.1.attn_q.weight",
+        "convert again",
+    ),
+    "extra tensor": (
+        {"extra": {"more": np.zeros(32, np.float32)}},
+        "llama.cpp cannot load the model: found",
+        "wrong number of tensors; expected 58, got 57",
+        "convert again",
+    ),
+    "format version": (
+        {"keys": {"turbosparse.format_version": 2}},
+        "unknown format version: expected 1, found 2; install the tsconv that wrote the file",
+    ),
+    "no version": (
+        {"without": ["turbosparse.format_version"]},
+        "key turbosparse.format_version is missing: expected a file written by tsconv convert; ",
+    ),
+    "version type": (
+        {"keys": {"turbosparse.format_version": (1, UINT64)}},
+        "key turbosparse.format_version has the wrong type: expected u32, found u64; ",
+    ),
+    "no activation": ({"without": ["turbosparse.activation"]}, "key turbosparse.activation is missing"),
+    "activation": (
+        {"keys": {"turbosparse.activation": "swiglu"}},
+        "key turbosparse.activation: expected 'drelu', found 'swiglu'; ",
+    ),
+    "layout": (
+        {"keys": {"turbosparse.ffn_down.layout": "usual"}},
+        "key turbosparse.ffn_down.layout: expected 'neuron_major', found 'usual'; ",
+    ),
+    "no pair id": ({"without": ["turbosparse.pair_id"]}, "key turbosparse.pair_id is missing"),
+    "pair id": (
+        {"keys": {"turbosparse.pair_id": "0" * 100}},
+        "key turbosparse.pair_id: expected at most 63 characters, found 100",
+    ),
+    "pair id type": (
+        {"keys": {"turbosparse.pair_id": (7, UINT64)}},
+        "key turbosparse.pair_id has the wrong type: expected str, found u64; ",
+    ),
+    "no layers": ({"keys": {"llama.block_count": 0}}, "key llama.block_count: expected 1 to 512, found 0"),
+    "many layers": ({"keys": {"llama.block_count": 513}}, "key llama.block_count: expected 1 to 512, found 513"),
+    "one more layer": ({"keys": {"llama.block_count": 7}}, "blk.6.ffn_gate.weight: the tensor is missing; "),
+    "experts": ({"keys": {"llama.expert_count": (8, UINT32)}}, "blk.0.ffn_gate_exps.weight: the tensor is missing; "),
+    "context": (
+        {"keys": {"llama.context_length": (2**31, UINT32)}},
+        "key llama.context_length: expected 1 to 16777216, found 2147483648; convert again",
+    ),
+    "epsilon": (
+        {"keys": {EPSILON: float("nan")}},
+        f"key {EPSILON}: expected 0 to 1, found nan; convert again",
+    ),
+    "tokenizer": (
+        {"keys": {"tokenizer.ggml.model": "bert"}},
+        "key tokenizer.ggml.model: expected 'llama', found 'bert'; ",
+    ),
+    "token twice": (
+        {"keys": {TOKENS: ["<unk>", "<s>", "</s>", *map(str, range(1052)), "7"]}},
+        f"key {TOKENS}: expected every token once, found '7' twice; convert again",
+    ),
+    "tokens type": ({"keys": {TOKENS: (1, UINT32)}}, f"key {TOKENS} has the wrong type: expected arr, found u32; "),
+    "template": (
+        {"keys": {"tokenizer.chat_template": "{% if %}"}},
+        "key tokenizer.chat_template cannot be used: found",
+        "convert again",
+    ),
+}
+
+SIDECAR_EDITS = {
+    "shape": ({"shapes": {FC1: (32, N_EMBD)}}, f"{FC1}: wrong shape: expected [128, ", "], found [128, 32, 1]; "),
+    "no tensor": ({"without": [FC1]}, "wrong number of tensors: expected 18, found 17; convert again"),
+    "other tensor": (
+        {"without": [FC1], "extra": {"more": np.zeros(32, np.float32)}},
+        f"{FC1}: the tensor is missing; ",
+    ),
+    "extra tensor": ({"extra": {"more": np.zeros(32, np.float32)}}, "wrong number of tensors: expected 18, found 19"),
+    "scale type": (
+        {"without": [SCALE], "extra": {SCALE: np.ones(N_EMBD, np.float16)}},
+        f"{SCALE}: wrong type: expected f32, found f16",
+    ),
+    "format version": ({"keys": {"turbosparse.format_version": 2}}, "unknown format version: expected 1, found 2"),
+    "no input": ({"without": ["turbosparse.predictor.input"]}, "key turbosparse.predictor.input is missing"),
+    "input": (
+        {"keys": {"turbosparse.predictor.input": "raw"}},
+        "key turbosparse.predictor.input: expected 'pre_norm' or 'normed', found 'raw'",
+    ),
+    "comparison": (
+        {"keys": {"turbosparse.predictor.comparison": "lt"}},
+        "key turbosparse.predictor.comparison: expected 'gt' or 'ge', found 'lt'",
+    ),
+    "threshold": (
+        {"keys": {THRESHOLD: [0.0] * 5 + [0.5]}},
+        f"key {THRESHOLD}: expected 0 in every layer",
+        "found 0.5 in layer 5",
+    ),
+    "threshold nan": (
+        {"keys": {THRESHOLD: [float("nan")] * N_LAYER}},
+        f"key {THRESHOLD}: expected 0 in every layer",
+        "found nan in layer 0",
+    ),
+    "threshold length": ({"keys": {THRESHOLD: [0.0] * 5}}, f"key {THRESHOLD}: expected f32[6], found f32[5]; "),
+    "threshold type": (
+        {"keys": {THRESHOLD: (0.0, FLOAT32)}},
+        f"key {THRESHOLD} has the wrong type: expected arr, found f32; ",
+    ),
+    "rank length": ({"keys": {RANK: [64] * 7}}, f"key {RANK}: expected i32[6], found i32[7]; "),
+    "rank": ({"keys": {RANK: [0] * N_LAYER}}, f"key {RANK}: expected 1 to 1048576, found 0 in layer 0"),
+    "negative rank": ({"keys": {RANK: [-64] * N_LAYER}}, f"key {RANK}: expected 1 to 1048576, found -64 in layer 0"),
+    "one rank": ({"keys": {RANK: [32] * N_LAYER}}, ".weight: wrong shape: expected [128, 32, 1], found [128, "),
+    "no type": ({"without": ["general.type"]}, "key general.type is missing"),
+    "n_ff": ({"keys": {"llama.feed_forward_length": 256}}, "other shape than", "n_ff 512", "256"),
+    "alignment": (
+        {"keys": {"general.alignment": (8, UINT32)}},
+        "key general.alignment: expected a multiple of 32, found 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", MODEL_EDITS)
+def test_edited_model(tmp_path, edit):
+    changes, *parts = MODEL_EDITS[edit]
+    model = put(tiny.converted(), tmp_path)
+    edited(tiny.converted(), model, **changes)
+    assert_in(refusal(model), f"error: {model}: ", *parts)
+
+
+@pytest.mark.parametrize("edit", SIDECAR_EDITS)
+def test_edited_sidecar(tmp_path, edit):
+    changes, *parts = SIDECAR_EDITS[edit]
+    model = put(tiny.converted(), tmp_path)
+    edited(sidecar_of(tiny.converted()), sidecar_of(model), **changes)
+    assert_in(refusal(model), f"error: {sidecar_of(model)}: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"keys": {USED: (0, UINT32)}}, f"key {USED}: expected 1 to 8, found 0"),
+        ({"keys": {USED: (9, UINT32)}}, f"key {USED}: expected 1 to 8, found 9"),
+        ({"without": [USED]}, f"key {USED} is missing"),
+    ],
+)
+def test_edited_moe_model(tmp_path, value, message):
+    original = tiny.converted("tiny-turbosparse-mixtral")
+    model = put(original, tmp_path)
+    edited(original, model, **value)
+    assert_in(refusal(model), f"error: {model}: ", message)
+
+
+def test_every_key_with_wrong_values(tmp_path):
+    """Whatever a key holds, the model works or is refused: llama.cpp, which asserts some of them, never ends us."""
+    shape = synthetic.SHAPES["mixtral"]
+    checkpoint = synthetic.save(tmp_path / "checkpoint", shape, synthetic.random_tensors(shape))
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    model = tsconv.convert(checkpoint, tmp_path / "original.gguf", "f32").model
+    command = [sys.executable, tiny.ROOT / "tests" / "sweep_keys.py", model, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False)
+    assert result.returncode == 0, result.stderr
+    ends = [line.split("\t") for line in result.stdout.splitlines()]
+    assert not [end for end in ends if end[2] not in ("works", "refused")]
+    assert sum(end[2] == "refused" for end in ends) > 40
+    assert {end[0] for end in ends} >= {"llama.context_length", "tokenizer.ggml.tokens", "turbosparse.pair_id"}
+
+
+def test_an_edit_that_changes_nothing_loads(tmp_path):
+    """The refusals above are due to the edits, not to the way that the files are copied."""
+    model = put(tiny.converted(), tmp_path)
+    edited(tiny.converted(), model)
+    edited(sidecar_of(tiny.converted()), sidecar_of(model))
+    llamas = [tsconv.load(path, n_threads=1) for path in (model, tiny.converted())]
+    a, b = (llama.token_logits([1, 20, 300]) for llama in llamas)
+    assert (a == b).all()
+    for llama in llamas:
+        llama.close()
+
+
+def test_ordinary_llama_model(tmp_path):
+    """A file that other programs made: nothing about it is turbosparse."""
+    writer = gguf.GGUFWriter(model := tmp_path / "m.gguf", "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_in(refusal(model), model, "expected general.architecture 'turbosparse', found 'llama'", "tsconv convert")

@@ -1,0 +1,33 @@
+"""`tsconv doctor`: prints what tsconv.runtime.doctor finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from tsconv.cli.text import table
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(as_json: bool) -> None:
+    """Check this installation and say how to mend it. Exits with 1 when something does not work."""
+    from tsconv.runtime.doctor import diagnose, is_healthy
+
+    checks = diagnose()
+    healthy = is_healthy(checks)
+    if as_json:
+        click.echo(
+            json.dumps({"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2)
+        )
+    else:
+        click.echo(table([(check.status, check.name, check.value) for check in checks]))
+        for check in checks:
+            if check.fix:
+                click.echo(f"{check.status}: {check.name}: {check.fix}")
+        if healthy:
+            click.echo("everything needed is there")
+    if not healthy:
+        raise click.exceptions.Exit(1)

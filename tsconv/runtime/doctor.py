@@ -1,0 +1,226 @@
+"""Looks at an installation and the machine: what is there, what is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import tsconv
+from tsconv.errors import BackendError
+from tsconv.runtime.backend import library_path, load_backend
+from tsconv.runtime.cpu import physical_cores
+
+OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
+MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers
+PROBE_SECONDS = 60
+MIN_AVAILABLE_BYTES = 1 << 30
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `status` is "ok", "warning" (works, but slower or with less), or "problem" (does not work)."""
+
+    name: str
+    value: str
+    status: str = "ok"
+    fix: str | None = None
+
+
+def diagnose() -> list[Check]:
+    """All findings. Loads llama.cpp and the native backend into this process."""
+    checks = [Check("tsconv", tsconv.__version__), Check("python", platform.python_version())]
+    for find in (_packages, _ggml, _backend, _openmp, _cpu, _memory):
+        checks += find()
+    return checks
+
+
+def is_healthy(checks: list[Check]) -> bool:
+    """Whether none of them is a problem."""
+    return all(check.status != "problem" for check in checks)
+
+
+def _required_llama_cpp_python() -> str | None:
+    """The version that this installation of tsconv was built for, "X.Y.Z"."""
+    try:
+        requirements = metadata.requires("tsconv") or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = (re.match(r"llama-cpp-python(?:\[.*?\])?==([\w.]+)", line) for line in requirements)
+    return next((match[1] for match in found if match), None)
+
+
+def _packages() -> Iterator[Check]:
+    required = _required_llama_cpp_python()
+    for name in ("llama-cpp-python", "gguf", "numpy"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wanted = f"{name}=={required}" if name == "llama-cpp-python" and required else name
+            yield Check(name, "missing", "problem", f"pip install '{wanted}'")
+            continue
+        if name == "llama-cpp-python" and required not in (None, version):
+            yield Check(
+                name,
+                f"{version}, but tsconv needs {required}",
+                "problem",
+                f"pip install 'llama-cpp-python[server]=={required}'",
+            )
+        else:
+            yield Check(name, version)
+
+
+def _ggml() -> Iterator[Check]:
+    try:
+        from llama_cpp import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Check("ggml", f"llama.cpp cannot be loaded: {error}", "problem", "reinstall llama-cpp-python")
+        return
+    version, commit = (_text_function(llama_cpp._lib, name) for name in ("ggml_version", "ggml_commit"))
+    yield Check("ggml", f"{version()} ({commit()})")
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        yield _amx()
+
+
+def _amx() -> Check:
+    """llama.cpp's AMX kernels are on: do they compute a prompt?
+
+    Compilers have got them wrong: GCC 12.2 believes that _tile_loadconfig reads 8 bytes and drops the other 56 of the
+    tile configuration (llama.cpp issue 20824).
+    """
+    fix = (
+        "reinstall llama-cpp-python with GCC 13.3 or newer, or: CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-dse pip install "
+        "--force-reinstall --no-deps --no-cache-dir "
+        f"--no-binary llama-cpp-python llama-cpp-python=={_required_llama_cpp_python()}"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tsconv.runtime.probe"],
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Check(
+            "AMX", f"on; a tiny prompt took more than {PROBE_SECONDS} s", "warning", "look at the load of the machine"
+        )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return Check("AMX", f"on, but a prompt crashes llama.cpp ({name}): its compiler broke them", "problem", fix)
+    if done.returncode > 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return Check("AMX", f"on, but llama.cpp cannot compute a prompt: {reason}", "problem", fix)
+    error = float(done.stdout)
+    if not error <= MAX_AMX_ERROR:
+        return Check("AMX", f"on, but wrong: the logits of a prompt are off by {error:.1e}", "problem", fix)
+    return Check("AMX", "on, computes a prompt")
+
+
+def _text_function(library: ctypes.CDLL, name: str) -> Callable[[], str]:
+    function = getattr(library, name)
+    function.argtypes, function.restype = [], ctypes.c_char_p
+    return lambda: function().decode()
+
+
+def _backend() -> Iterator[Check]:
+    try:
+        path = library_path()
+        yield Check("backend", str(path))
+        backend = load_backend()
+    except BackendError as error:
+        override = "unset TSCONV_BACKEND or " if "TSCONV_BACKEND" in os.environ else ""
+        yield Check("backend loads", str(error), "problem", f"{override}reinstall tsconv into this environment")
+        return
+    except (ImportError, OSError, RuntimeError):
+        return  # no llama.cpp: reported above
+    yield Check("backend loads", f"yes, built for ggml {backend.ggml_version}")
+    limit = os.environ.get("TSFFN_ISA")
+    if backend.isa == "ref":
+        fix = "unset TSFFN_ISA" if limit else "a processor with AVX2 is several times faster"
+        yield Check("kernels", "ref (plain C)", "warning", fix)
+    else:
+        yield Check("kernels", backend.isa + (f" (TSFFN_ISA={limit})" if limit else ""))
+
+
+def _openmp() -> Iterator[Check]:
+    """ggml-cpu and the backend must share one pool of threads: two would compete for the cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    found = sorted(
+        {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if OPENMP_LIBRARY.search(line)}
+    )
+    if len(found) == 1:
+        yield Check("OpenMP", found[0])
+    elif found:
+        yield Check(
+            "OpenMP",
+            " and ".join(found),
+            "problem",
+            "two thread pools compete for the cores: build llama-cpp-python on this machine "
+            "(pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python), then reinstall tsconv",
+        )
+    else:
+        yield Check("OpenMP", "none loaded", "warning", "llama.cpp was built without OpenMP: threads are not shared")
+
+
+def _cpu() -> Iterator[Check]:
+    n_usable, n_cpu = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    value = f"{physical_cores()} cores usable ({n_usable} of {n_cpu} CPUs), {_cpu_model()}"
+    quota = _cpu_quota()
+    if quota is not None and quota < n_usable:
+        yield Check(
+            "CPU",
+            f"{value}, limited to {quota:g} CPUs of time",
+            "warning",
+            f"use -t {max(1, int(quota))}, or raise the limit",
+        )
+    else:
+        yield Check("CPU", value)
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.machine()
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that the container may use (cgroup v2)."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _memory() -> Iterator[Check]:
+    try:
+        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+        total, available = (1024 * int(fields[key]) for key in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError):
+        return
+    value = f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        limit = total
+    if limit < total:
+        value += f", limited to {limit / 1e9:.1f} GB"
+    if min(available, limit) < MIN_AVAILABLE_BYTES:
+        yield Check("memory", value, "warning", "close other programs: a model is read from the file system's cache")
+    else:
+        yield Check("memory", value)
