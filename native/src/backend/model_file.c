@@ -1,0 +1,134 @@
+#include "model_file.h"
+
+#include "llama_keys.h"
+#include "row_types.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+// One of the hyper-parameters both files carry, within its limit.
+static bool read_dimension(const struct tsffn_gguf * file, const char * key, uint32_t limit, int64_t * value) {
+    uint32_t found;
+    if (!tsffn_gguf_u32(file, key, &found)) {
+        return false;
+    }
+    if (found == 0 || found > limit) {
+        return tsffn_fail(file->error, file->error_size, "%s: key %s: expected 1 to %u, found %u", file->path, key,
+                          limit, found);
+    }
+    *value = found;
+    return true;
+}
+
+bool tsffn_check_format(const struct tsffn_gguf * file) {
+    const char * architecture;
+    if (!tsffn_gguf_string(file, "general.architecture", &architecture)) {
+        return false;
+    }
+    if (strcmp(architecture, "turbosparse") != 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: not a tsconv model: expected general.architecture 'turbosparse', found '%s'; convert the "
+            "checkpoint with tsconv convert",
+            file->path, architecture);
+    }
+    uint32_t version;
+    if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
+        return false;
+    }
+    if (version != TSFFN_FORMAT_VERSION) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: unknown format version: expected %d, found %u; install the tsconv that wrote the file, or "
+            "convert again",
+            file->path, TSFFN_FORMAT_VERSION, version);
+    }
+    return true;
+}
+
+bool tsffn_read_shape(const struct tsffn_gguf * file, struct tsffn_model * model) {
+    uint32_t n_expert;
+    if (!read_dimension(file, "llama.block_count", TSFFN_MAX_LAYERS, &model->n_layer) ||
+        !read_dimension(file, "llama.embedding_length", TSFFN_MAX_DIM, &model->n_embd) ||
+        !read_dimension(file, "llama.feed_forward_length", TSFFN_MAX_DIM, &model->n_ff) ||
+        !tsffn_gguf_optional_u32(file, "llama.expert_count", &n_expert)) {
+        return false;
+    }
+    if (n_expert > TSFFN_MAX_EXPERTS) {
+        return tsffn_fail(file->error, file->error_size, "%s: key llama.expert_count: expected at most %d, found %u",
+                          file->path, TSFFN_MAX_EXPERTS, n_expert);
+    }
+    model->n_expert = n_expert;
+    return true;
+}
+
+bool tsffn_check_type(const struct tsffn_gguf * file, const char * name, enum ggml_type type, int64_t n_cols) {
+    const struct tsffn_row_type * row = tsffn_row_type_for(type);
+    if (row == NULL) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: %s: type %s cannot be computed by this ggml; convert with another --outtype", file->path,
+                          name, ggml_type_name(type));
+    }
+    if (n_cols % row->block_size != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: %s: type %s needs rows of a multiple of %" PRId64 " weights, found %" PRId64
+                          "; convert with another --tensor-type for it",
+                          file->path, name, row->name, row->block_size, n_cols);
+    }
+    return true;
+}
+
+static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn_model * model) {
+    static const char * const parts[] = {"gate", "up", "down"};
+    const char * suffix = model->n_expert > 0 ? "_exps" : "";
+    const int64_t n_expert = tsffn_model_ffns_per_layer(model);
+    for (int64_t layer = 0; layer < model->n_layer; ++layer) {
+        for (int part = 0; part < 3; ++part) {
+            char name[TSFFN_TENSOR_NAME_SIZE];
+            snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_%s%s.weight", layer, parts[part], suffix);
+            const bool is_down = part == 2;
+            struct tsffn_gguf_tensor tensor;
+            if (!tsffn_gguf_tensor(file, name, is_down ? model->n_ff : model->n_embd,
+                                   is_down ? model->n_embd : model->n_ff, n_expert, &tensor) ||
+                !tsffn_check_type(file, name, tensor.type, model->n_embd)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool tsffn_copy_string(const struct tsffn_gguf * file, const char * key, char * out, size_t size) {
+    const char * value;
+    if (!tsffn_gguf_string(file, key, &value)) {
+        return false;
+    }
+    if (strlen(value) >= size) {
+        return tsffn_fail(file->error, file->error_size, "%s: key %s: expected at most %zu characters, found %zu",
+                          file->path, key, size - 1, strlen(value));
+    }
+    strcpy(out, value);
+    return true;
+}
+
+bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * model, struct tsffn_identity * id) {
+    if (!tsffn_check_format(file)) {
+        return false;
+    }
+    const int64_t type = gguf_find_key(file->ctx, "general.type");
+    if (type >= 0 && gguf_get_kv_type(file->ctx, type) == GGUF_TYPE_STRING &&
+        strcmp(gguf_get_val_str(file->ctx, type), "predictor") == 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: is a predictor sidecar: expected the model; name NAME.gguf, its sidecar is found by itself",
+            file->path);
+    }
+    return tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
+           tsffn_gguf_expect(file, "turbosparse.ffn_down.layout", "neuron_major") &&
+           tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
+           tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&
+           tsffn_copy_string(file, "turbosparse.predictor.kind", id->predictor_kind, sizeof(id->predictor_kind)) &&
+           tsffn_read_shape(file, model) && check_ffn_tensors(file, model) &&
+           tsffn_check_llama_keys(file, model->n_expert);
+}

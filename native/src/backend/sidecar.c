@@ -1,0 +1,220 @@
+#include "sidecar.h"
+
+#include "row_types.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// Refuses a model where its sidecar should be, with more help than the key's value gives.
+static bool check_is_sidecar(const struct tsffn_gguf * file, const char * model_path) {
+    const char * type;
+    if (!tsffn_gguf_string(file, "general.type", &type)) {
+        return false;
+    }
+    if (strcmp(type, "model") == 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: is a model: expected its predictor sidecar; use the NAME.predictor.gguf that was written "
+            "with %s",
+            file->path, model_path);
+    }
+    return tsffn_gguf_expect(file, "general.type", "predictor");
+}
+
+static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_path, const struct tsffn_model * model,
+                       const struct tsffn_identity * id) {
+    struct tsffn_identity own;
+    struct tsffn_model shape;
+    memset(&shape, 0, sizeof(shape));
+    if (!tsffn_check_format(sidecar) || !check_is_sidecar(sidecar, model_path) ||
+        !tsffn_copy_string(sidecar, "turbosparse.pair_id", own.pair_id, sizeof(own.pair_id)) ||
+        !tsffn_copy_string(sidecar, "turbosparse.neuron_order", own.order, sizeof(own.order)) ||
+        !tsffn_read_shape(sidecar, &shape)) {
+        return false;
+    }
+    if (strcmp(own.pair_id, id->pair_id) != 0) {
+        return tsffn_fail(
+            sidecar->error, sidecar->error_size,
+            "%s: is the sidecar of another model than %s: expected pair_id %s, found %s; use the two files "
+            "that one conversion wrote",
+            sidecar->path, model_path, id->pair_id, own.pair_id);
+    }
+    if (strcmp(own.order, id->order) != 0) {
+        return tsffn_fail(sidecar->error, sidecar->error_size,
+                          "%s: other neuron order than %s: expected %s, found %s; reorder both files together",
+                          sidecar->path, model_path, id->order, own.order);
+    }
+    if (shape.n_layer != model->n_layer || shape.n_embd != model->n_embd || shape.n_ff != model->n_ff ||
+        shape.n_expert != model->n_expert) {
+        return tsffn_fail(sidecar->error, sidecar->error_size,
+                          "%s: other shape than %s: expected %" PRId64 " layers, n_embd %" PRId64 ", n_ff %" PRId64
+                          ", %" PRId64 " experts, found %" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
+                          "; convert again",
+                          sidecar->path, model_path, model->n_layer, model->n_embd, model->n_ff, model->n_expert,
+                          shape.n_layer, shape.n_embd, shape.n_ff, shape.n_expert);
+    }
+    return true;
+}
+
+// Thresholds, comparison and what the predictor is fed with.
+static bool read_decision(const struct tsffn_gguf * file, struct tsffn_model * model, bool * pre_norm) {
+    const char * input;
+    const char * comparison;
+    const void * threshold;
+    if (!tsffn_gguf_string(file, "turbosparse.predictor.input", &input) ||
+        !tsffn_gguf_string(file, "turbosparse.predictor.comparison", &comparison) ||
+        !tsffn_gguf_array(file, "turbosparse.predictor.threshold", GGUF_TYPE_FLOAT32, (size_t)model->n_layer,
+                          &threshold)) {
+        return false;
+    }
+    *pre_norm = strcmp(input, "pre_norm") == 0;
+    if (!*pre_norm && strcmp(input, "normed") != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: key turbosparse.predictor.input: expected 'pre_norm' or 'normed', found '%s'",
+                          file->path, input);
+    }
+    model->on_when_equal = strcmp(comparison, "ge") == 0;
+    if (!model->on_when_equal && strcmp(comparison, "gt") != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: key turbosparse.predictor.comparison: expected 'gt' or 'ge', found '%s'", file->path,
+                          comparison);
+    }
+    memcpy(model->threshold, threshold, (size_t)model->n_layer * sizeof(float));
+    for (int64_t layer = 0; *pre_norm && layer < model->n_layer; ++layer) {
+        if (model->threshold[layer] != 0.0f) {
+            return tsffn_fail(
+                file->error, file->error_size,
+                "%s: key turbosparse.predictor.threshold: expected 0 in every layer, because only the sign "
+                "of a pre-norm predictor survives the norm, found %g in layer %" PRId64,
+                file->path, (double)model->threshold[layer], layer);
+        }
+    }
+    return true;
+}
+
+static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model * model, const char * name,
+                       int64_t n_cols, int64_t n_rows, struct tsffn_matrix * matrix) {
+    struct tsffn_gguf_tensor tensor;
+    if (!tsffn_gguf_tensor(file, name, n_cols, n_rows, 1, &tensor) ||
+        !tsffn_check_type(file, name, tensor.type, n_cols)) {
+        return false;
+    }
+    *matrix = (struct tsffn_matrix){
+        .type = tsffn_row_type_for(tensor.type),
+        .data = (const uint8_t *)model->sidecar + tensor.offset,
+        .n_rows = n_rows,
+        .n_cols = n_cols,
+    };
+    return true;
+}
+
+static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
+    bool pre_norm;
+    const void * ranks;
+    if (!read_decision(file, model, &pre_norm) ||
+        !tsffn_gguf_array(file, "turbosparse.predictor.rank", GGUF_TYPE_INT32, (size_t)model->n_layer, &ranks)) {
+        return false;
+    }
+    const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    const int64_t n_expected = model->n_layer * (2 * n_ffns + (pre_norm ? 1 : 0));
+    if (gguf_get_n_tensors(file->ctx) != n_expected) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: wrong number of tensors: expected %" PRId64 ", found %" PRId64 "; convert again",
+                          file->path, n_expected, gguf_get_n_tensors(file->ctx));
+    }
+    for (int64_t layer = 0; layer < model->n_layer; ++layer) {
+        const int64_t rank = ((const int32_t *)ranks)[layer];
+        if (rank < 1 || rank > TSFFN_MAX_DIM) {
+            return tsffn_fail(file->error, file->error_size,
+                              "%s: key turbosparse.predictor.rank: expected 1 to %d, found %" PRId64
+                              " in layer %" PRId64,
+                              file->path, TSFFN_MAX_DIM, rank, layer);
+        }
+        char name[TSFFN_TENSOR_NAME_SIZE];
+        if (pre_norm) {
+            struct tsffn_matrix scale;
+            snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_scale.weight", layer);
+            if (!map_matrix(file, model, name, model->n_embd, 1, &scale)) {
+                return false;
+            }
+            if (scale.type != tsffn_row_type_for(GGML_TYPE_F32)) {
+                return tsffn_fail(file->error, file->error_size, "%s: %s: wrong type: expected f32, found %s",
+                                  file->path, name, scale.type->name);
+            }
+            model->pred_scale[layer] = (const float *)scale.data;
+        }
+        for (int64_t e = 0; e < n_ffns; ++e) {
+            struct tsffn_predictor * predictor = &model->predictors[layer * n_ffns + e];
+            char expert[24] = "";
+            if (model->n_expert > 0) {
+                snprintf(expert, sizeof(expert), ".%" PRId64, e);
+            }
+            snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc1%s.weight", layer, expert);
+            if (!map_matrix(file, model, name, model->n_embd, rank, &predictor->fc1)) {
+                return false;
+            }
+            snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc2%s.weight", layer, expert);
+            if (!map_matrix(file, model, name, rank, model->n_ff, &predictor->fc2)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static bool map_sidecar(const struct tsffn_gguf * file, struct tsffn_model * model) {
+    const int fd = open(file->path, O_RDONLY | O_CLOEXEC);
+    void * memory = fd >= 0 ? mmap(NULL, file->file_size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+    const int reason = errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (memory == MAP_FAILED) {
+        return tsffn_fail(file->error, file->error_size, "%s: cannot be mapped: %s", file->path, strerror(reason));
+    }
+    model->sidecar = memory;
+    model->sidecar_size = file->file_size;
+    return true;
+}
+
+// NAME.predictor.gguf beside NAME.gguf.
+static bool default_sidecar_path(const char * model_path, char * out, size_t size) {
+    const char suffix[] = ".gguf";
+    const size_t length = strlen(model_path);
+    const size_t stem = length >= strlen(suffix) && strcmp(model_path + length - strlen(suffix), suffix) == 0
+                            ? length - strlen(suffix)
+                            : length;
+    return snprintf(out, size, "%.*s.predictor.gguf", (int)stem, model_path) < (int)size;
+}
+
+bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, const char * sidecar_path,
+                        const struct tsffn_identity * id, char * error, size_t error_size) {
+    char beside[PATH_MAX];
+    if (sidecar_path == NULL) {
+        if (!default_sidecar_path(model_path, beside, sizeof(beside))) {
+            return tsffn_fail(error, error_size, "%s: the path is too long", model_path);
+        }
+        if (access(beside, F_OK) != 0) {
+            return tsffn_fail(
+                error, error_size,
+                "%s: the predictor sidecar is missing: expected it beside %s; put it there, name it, or run "
+                "with exact sparsity",
+                beside, model_path);
+        }
+        sidecar_path = beside;
+    }
+    struct tsffn_gguf file;
+    if (!tsffn_gguf_open(&file, sidecar_path, error, error_size)) {
+        return false;
+    }
+    const bool ok =
+        check_pair(&file, model_path, model, id) && map_sidecar(&file, model) && read_predictors(&file, model);
+    tsffn_gguf_close(&file);
+    return ok;
+}

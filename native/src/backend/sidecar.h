@@ -1,0 +1,12 @@
+// The predictor sidecar.
+#ifndef TSFFN_SIDECAR_H
+#define TSFFN_SIDECAR_H
+
+#include "model_file.h"
+
+// Opens, checks and maps the sidecar of a model that was read; path NULL looks for NAME.predictor.gguf beside
+// NAME.gguf.
+bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, const char * sidecar_path,
+                        const struct tsffn_identity * id, char * error, size_t error_size);
+
+#endif

@@ -1,0 +1,44 @@
+// The counters of a model, which several contexts may add to at once.
+#include "model.h"
+
+#include <string.h>
+
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, const struct tsffn_counts * counts) {
+    pthread_mutex_lock(&model->stats_mutex);
+    struct tsffn_layer_stats * stats = &model->stats[layer];
+    stats->calls += 1;
+    stats->rows += (uint64_t)rows;
+    stats->neurons += counts->neurons;
+    stats->predicted += counts->predicted;
+    stats->gate_positive += counts->gate_positive;
+    stats->active += counts->active;
+    stats->bytes_predictor += counts->bytes_predictor;
+    stats->bytes_ffn += counts->bytes_ffn;
+    stats->bytes_dense += counts->bytes_dense;
+    stats->ns_predictor += counts->ns_predictor;
+    stats->ns_ffn += counts->ns_ffn;
+    pthread_mutex_unlock(&model->stats_mutex);
+}
+
+void tsffn_model_count_single(struct tsffn_model * model, int64_t layer) {
+    pthread_mutex_lock(&model->stats_mutex);
+    model->stats[layer].single_ops += 1;
+    pthread_mutex_unlock(&model->stats_mutex);
+}
+
+bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats) {
+    if (layer < 0 || layer >= model->n_layer) {
+        return false;
+    }
+    pthread_mutex_t * mutex = (pthread_mutex_t *)&model->stats_mutex;
+    pthread_mutex_lock(mutex);
+    *stats = model->stats[layer];
+    pthread_mutex_unlock(mutex);
+    return true;
+}
+
+void tsffn_model_reset_stats(struct tsffn_model * model) {
+    pthread_mutex_lock(&model->stats_mutex);
+    memset(model->stats, 0, (size_t)model->n_layer * sizeof(*model->stats));
+    pthread_mutex_unlock(&model->stats_mutex);
+}
