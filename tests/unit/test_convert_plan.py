@@ -37,9 +37,10 @@ def types(
 @pytest.mark.parametrize(
     ("outtype", "expected"),
     [
-        ("q4_0", "q4_0 q6_k f32 f32 q4_0 q4_0 q8_0 q8_0 f32"),
-        ("q8_0", "q8_0 q8_0 f32 f32 q8_0 q8_0 f16 f16 f32"),
-        ("q4_K", "q4_k q6_k f32 f32 q4_k q4_k q8_0 q8_0 f32"),
+        ("q4_0", "q4_0 q6_k f32 f32 q4_0 q4_0 q4_0 q4_0 f32"),
+        ("q8_0", "q8_0 q8_0 f32 f32 q8_0 q8_0 q8_0 q8_0 f32"),
+        ("q4_K", "q4_k q6_k f32 f32 q4_k q4_k q4_0 q4_0 f32"),
+        ("q5_0", "q5_0 q6_k f32 f32 q5_0 q5_0 q8_0 q8_0 f32"),
         ("bf16", "bf16 bf16 f32 f32 bf16 bf16 bf16 bf16 f32"),
         ("f32", "f32 f32 f32 f32 f32 f32 f32 f32 f32"),
     ],
@@ -53,7 +54,7 @@ def test_tied_embeddings_take_the_output_type() -> None:
 
 
 def test_predictor_type() -> None:
-    assert types([OUTPUT, FC1, FC2], "q4_0", "q4_0") == ["q6_k", "q4_0", "q4_0"]
+    assert types([OUTPUT, FC1, FC2], "q4_0", "f16") == ["q6_k", "f16", "f16"]
 
 
 def test_overrides_win_and_the_first_of_them_counts() -> None:

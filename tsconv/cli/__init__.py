@@ -16,6 +16,7 @@ COMMANDS = {
     "run": ("tsconv.cli.run", "Generate text or chat."),
     "serve": ("tsconv.cli.serve", "Serve an OpenAI-compatible HTTP API."),
     "inspect": ("tsconv.cli.inspect", "Show what is in a converted model or sidecar."),
+    "perplexity": ("tsconv.cli.perplexity", "Measure what a conversion costs: perplexity, KL divergence."),
     "doctor": ("tsconv.cli.doctor", "Check this installation and say how to mend it."),
 }
 

@@ -19,17 +19,18 @@ T = GGMLQuantizationType
 # output.weight is read whole for every token and is the tensor whose rounding moves the logits most. Quantized files
 # take q6_K, as llama.cpp's do, so that the two compare like with like: at 32000 x 4096 it is 107 MB where q8_0 is 139,
 # and ggml's q6_K product took 9.6 ms where q8_0's took 12.7 (2 cores, Sapphire-Rapids class, weights not in cache).
-# The predictor decides which neurons are computed at all, so it is kept finer than the FFN.
+# The predictor is read whole for every token, so its bytes weigh as much as those of the neurons it saves; only the
+# sign of its output counts, and four bits keep that: perplexity stays (docs/measurements.md).
 DEFAULTS = {
     T.F32: (T.F32, T.F32),
     T.F16: (T.F16, T.F16),
     T.BF16: (T.BF16, T.BF16),
-    T.Q8_0: (T.Q8_0, T.F16),
-    T.Q4_0: (T.Q6_K, T.Q8_0),
-    T.Q4_1: (T.Q6_K, T.Q8_0),
+    T.Q8_0: (T.Q8_0, T.Q8_0),
+    T.Q4_0: (T.Q6_K, T.Q4_0),
+    T.Q4_1: (T.Q6_K, T.Q4_0),
     T.Q5_0: (T.Q6_K, T.Q8_0),
     T.Q5_1: (T.Q6_K, T.Q8_0),
-    T.Q4_K: (T.Q6_K, T.Q8_0),
+    T.Q4_K: (T.Q6_K, T.Q4_0),
     T.Q5_K: (T.Q6_K, T.Q8_0),
     T.Q6_K: (T.Q6_K, T.Q8_0),
 }

@@ -1,0 +1,58 @@
+"""`tsconv perplexity`: what a conversion costs in quality."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command("perplexity")
+@click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
+@click.option(
+    "-f",
+    "--file",
+    "text",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to predict.",
+)
+@click.option("--baseline", metavar="FILE", help="Another conversion of the same checkpoint, f32 say, to diverge from.")
+@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens.")
+@click.option("--chunks", type=click.IntRange(min=1), help="At most so many pieces of the text.  [default: all]")
+@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]")
+@click.option("--sparsity", type=click.Choice(["predictor", "exact"]), help="Of both.  [default: what the model has]")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(
+    *,
+    model: str,
+    text: Path,
+    baseline: str | None,
+    n_ctx: int,
+    chunks: int | None,
+    n_threads: int | None,
+    sparsity: str | None,
+    as_json: bool,
+) -> None:
+    """Measure perplexity on a text, and the KL divergence from another conversion."""
+    from tqdm import tqdm
+
+    from tsconv.eval.perplexity import measure, pieces
+    from tsconv.runtime.model import load
+
+    found = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity)
+    other = load(baseline, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity) if baseline else None
+    sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]
+    with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:
+        quality = measure(found, sequences, other, lambda done, _: bar.update(done - bar.n))
+    if as_json:
+        click.echo(json.dumps({"model": model, "baseline": baseline, "n_ctx": n_ctx} | dataclasses.asdict(quality)))
+        return
+    click.echo(f"perplexity  {quality.perplexity:.4f} over {quality.n_tokens} tokens in pieces of {n_ctx}")
+    if quality.kl is not None and quality.same_top is not None:
+        click.echo(f"KL          {quality.kl:.6f} nats from {baseline}")
+        click.echo(f"same top    {quality.same_top:.2%} of the tokens")
+    click.echo(f"neurons     {quality.predicted:.1%} predicted, {quality.active:.1%} active")

@@ -1,0 +1,99 @@
+"""Perplexity of a converted model on a text, and its Kullback-Leibler divergence from another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.errors import TsconvError
+from tsconv.runtime.model import SparseLlama
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over `n_tokens` predicted tokens.
+
+    Attributes:
+        perplexity: exp of the mean negative log likelihood.
+        kl: mean over tokens of sum_v p_v log(p_v / q_v), in nats; p is the baseline's distribution, q the model's.
+            None without a baseline.
+        same_top: share of the tokens where both find the same token likeliest; None without a baseline.
+        predicted, active: mean shares of the neurons that the predictor let through, and that were not zero.
+    """
+
+    n_tokens: int
+    perplexity: float
+    kl: float | None
+    same_top: float | None
+    predicted: float
+    active: float
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """log p of each row: [n, n_vocab]."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def pieces(model: SparseLlama, text: bytes, n_ctx: int) -> list[list[int]]:
+    """The text's tokens in pieces of n_ctx - 1, each behind the begin-of-text token; what is left over is dropped.
+
+    Raises:
+        TsconvError: the text is shorter than one piece.
+    """
+    tokens = model.tokenize(text, add_bos=False, special=False)
+    step = n_ctx - 1
+    whole = [[model.token_bos(), *tokens[i : i + step]] for i in range(0, len(tokens) - step + 1, step)]
+    if not whole:
+        raise TsconvError(
+            "the text is too short", expected=f"at least {step} tokens", found=len(tokens), fix="lower --ctx-size"
+        )
+    return whole
+
+
+def measure(
+    model: SparseLlama,
+    sequences: Sequence[Sequence[int]],
+    baseline: SparseLlama | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
+    """Every token of every sequence, predicted from those before it.
+
+    Args:
+        sequences: tokens, each at most the models' context; from `pieces`.
+        baseline: the model to diverge from, of the same vocabulary.
+        progress: called with (sequences done, sequences in all).
+
+    Raises:
+        TsconvError: the vocabularies differ.
+    """
+    if baseline is not None and baseline.n_vocab() != model.n_vocab():
+        raise TsconvError(
+            "another vocabulary", where=baseline.model_path, expected=model.n_vocab(), found=baseline.n_vocab()
+        )
+    model.reset_ffn_stats()
+    n_tokens, likelihood, kl, same_top = 0, 0.0, 0.0, 0
+    for i, sequence in enumerate(sequences):
+        log_q = log_softmax(model.token_logits(sequence)[:-1])
+        likelihood += log_q[np.arange(len(log_q)), list(sequence[1:])].sum()
+        n_tokens += len(log_q)
+        if baseline is not None:
+            log_p = log_softmax(baseline.token_logits(sequence)[:-1])
+            kl += (np.exp(log_p) * (log_p - log_q)).sum()
+            same_top += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
+        if progress is not None:
+            progress(i + 1, len(sequences))
+    stats = model.ffn_stats()
+    n_ff = sum(layer["n_ff"] for layer in stats)
+    return Quality(
+        n_tokens=n_tokens,
+        perplexity=float(np.exp(-likelihood / n_tokens)),
+        kl=float(kl / n_tokens) if baseline is not None else None,
+        same_top=same_top / n_tokens if baseline is not None else None,
+        predicted=sum(layer["predicted"] for layer in stats) / n_ff,
+        active=sum(layer["active"] for layer in stats) / n_ff,
+    )
