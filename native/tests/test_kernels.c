@@ -21,6 +21,20 @@ static uint16_t random_half(void) {
     return (uint16_t)((random_bits() & 0x83ffu) | ((1 + random_bits() % 15) << 10));
 }
 
+// What a finite half is, from its definition.
+static double half_value(uint16_t h) {
+    const int exponent = (h >> 10) & 31;
+    const double mantissa = (h & 0x3ff) / 1024.0;
+    const double magnitude = exponent == 0 ? ldexp(mantissa, -14) : ldexp(1.0 + mantissa, exponent - 15);
+    return (h & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// The scale of a block: either sign, and one in eight subnormal.
+static uint16_t random_scale(void) {
+    const uint16_t half = random_half();
+    return random_bits() % 8 == 0 ? half & 0x83ff : half;
+}
+
 // Fills `row` with n random weights of `format`, and `w` with what they are. Written from the layouts in kernels.h.
 static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, double * w) {
     for (int64_t j = 0; j < n; ++j) {
@@ -33,8 +47,7 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
             break;
         case TSFFN_FORMAT_F16: {
             memcpy(row + 2 * j, &half, 2);
-            const double magnitude = ldexp(1.0 + (half & 0x3ff) / 1024.0, ((half >> 10) & 31) - 15);
-            w[j] = (half & 0x8000) != 0 ? -magnitude : magnitude;
+            w[j] = half_value(half);
             break;
         }
         case TSFFN_FORMAT_BF16: {
@@ -54,11 +67,11 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
             uint8_t * block = row + j / TSFFN_BLOCK_SIZE * (is_q8 ? TSFFN_Q8_0_BYTES : TSFFN_Q4_0_BYTES);
             const int64_t k = j % TSFFN_BLOCK_SIZE;
             if (k == 0) {
-                half &= 0x3fff; // positive, at most 2^0
+                half = random_scale();
                 memcpy(block, &half, 2);
             }
             memcpy(&half, block, 2);
-            const double d = ldexp(1.0 + (half & 0x3ff) / 1024.0, ((half >> 10) & 31) - 15);
+            const double d = half_value(half);
             if (is_q8) {
                 const int8_t q = (int8_t)random_bits();
                 memcpy(block + 2 + k, &q, 1);
@@ -117,6 +130,15 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
 }
 
 static void test_half(void) {
+    for (uint32_t h = 0; h < 0x10000; ++h) {
+        if ((h & 0x7c00) != 0x7c00) {
+            const int32_t bits = tsffn_f16_bits_scaled((uint16_t)h);
+            float scaled;
+            memcpy(&scaled, &bits, sizeof(scaled));
+            CHECK((double)tsffn_f16_to_f32((uint16_t)h) == half_value((uint16_t)h), "half 0x%04x", h);
+            CHECK((double)(scaled * TSFFN_F16_SCALE_BACK) == half_value((uint16_t)h), "scaled half 0x%04x", h);
+        }
+    }
     CHECK(tsffn_f16_to_f32(0x0001) == 0x1p-24f, "smallest subnormal");
     CHECK(tsffn_f16_to_f32(0x03ff) == 1023 * 0x1p-24f, "largest subnormal");
     CHECK(tsffn_f16_to_f32(0x8400) == -0x1p-14f, "smallest normal");

@@ -27,6 +27,14 @@ static inline float tsffn_f16_to_f32(uint16_t h) {
     return (sign != 0) ? -value : value;
 }
 
+// The bits of f * 2^-112 for a finite half f, exactly: exponent and mantissa moved into place, the bias not mended.
+// Integer instructions do this beside the vector units; a sum of many such values is mended by one multiplication with
+// 2^112.
+static inline int32_t tsffn_f16_bits_scaled(uint16_t h) {
+    return (int32_t)((uint32_t)((int32_t)(int16_t)h * (1 << 13)) & 0x8fffffffu);
+}
+#define TSFFN_F16_SCALE_BACK 0x1p112f
+
 static inline uint16_t tsffn_load_u16(const void * p) {
     uint16_t value;
     memcpy(&value, p, sizeof(value));

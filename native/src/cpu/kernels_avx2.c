@@ -85,8 +85,9 @@ static inline __m256 products_q4_0(const uint8_t * block, const int16_t * x) {
     return products32(low, high, x);
 }
 
+// d * 2^-112: see tsffn_f16_bits_scaled.
 static inline __m256 block_scale(const uint8_t * block) {
-    return _mm256_set1_ps(_cvtsh_ss(tsffn_load_u16(block)));
+    return _mm256_castsi256_ps(_mm256_set1_epi32(tsffn_f16_bits_scaled(tsffn_load_u16(block))));
 }
 
 // Two accumulators: the sums of one block depend on nothing of the next.
@@ -103,7 +104,7 @@ static inline __m256 block_scale(const uint8_t * block) {
         if (j < n) {                                                                                                   \
             s0 = _mm256_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
         }                                                                                                              \
-        return hsum(_mm256_add_ps(s0, s1)) * tsffn_i16_scale(activations);                                             \
+        return hsum(_mm256_add_ps(s0, s1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations);                      \
     }
 
 DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
