@@ -73,58 +73,17 @@ static inline __m512 products_q4_0(const uint8_t * block, const int16_t * x) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
 }
 
-// d * 2^-112: see tsffn_f16_bits_scaled. Converting halves in the vector units took three of their twelve steps per
-// block.
-static inline __m512 block_scale(const uint8_t * block) {
-    return _mm512_castsi512_ps(_mm512_set1_epi32(tsffn_f16_bits_scaled(tsffn_load_u16(block))));
-}
-
-// Two accumulators: the sums of one block depend on nothing of the next.
-#define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
-        const uint8_t * block = row;                                                                                   \
-        const int16_t * x = tsffn_i16_values(activations);                                                             \
-        __m512 s0 = _mm512_setzero_ps(), s1 = s0;                                                                      \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            s0 = _mm512_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
-            s1 = _mm512_fmadd_ps(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);    \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            s0 = _mm512_fmadd_ps(block_scale(block), products_##SUFFIX(block, x + j), s0);                             \
-        }                                                                                                              \
-        return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations);      \
-    }
-
-DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
-DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
-
 static inline void axpy16_i8(__m512 d, __m128i q, float * y) {
     const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
     _mm512_storeu_ps(y, _mm512_fmadd_ps(d, w, _mm512_loadu_ps(y)));
 }
 
-static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
-    const uint8_t * block = row;
-    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
-        const __m512 d = _mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block)));
-        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 2)), y + j);
-        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 18)), y + j + 16);
-    }
-}
-
-static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
-    const uint8_t * block = row;
-    const __m128i low_mask = _mm_set1_epi8(15);
-    const __m128i eight = _mm_set1_epi8(8);
-    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
-        const __m512 d = _mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block)));
-        const __m128i q = _mm_loadu_si128((const __m128i *)(block + 2));
-        const __m128i low = _mm_sub_epi8(_mm_and_si128(q, low_mask), eight);
-        const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), low_mask), eight);
-        axpy16_i8(d, low, y + j);
-        axpy16_i8(d, high, y + j + 16);
-    }
-}
+typedef __m512 vec;
+#define vec_zero _mm512_setzero_ps
+#define vec_set1 _mm512_set1_ps
+#define vec_fmadd _mm512_fmadd_ps
+#define vec_add _mm512_add_ps
+#define vec_sum _mm512_reduce_add_ps
+#include "blocks_x86.h"
 
 TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512);

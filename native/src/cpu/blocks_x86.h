@@ -1,0 +1,66 @@
+// Loops over the blocks of Q8_0 and Q4_0 rows, shared by the x86 tiers. The including file has defined
+//   vec                          its vector of floats
+//   vec_zero(), vec_set1(f)      0 and f in every lane
+//   vec_fmadd(a, b, c), vec_add  a * b + c, a + b
+//   vec_sum(v)                   the sum of the lanes
+//   products_q8_0(block, x), products_q4_0(block, x)
+//                                the products of a block's 32 weights with x[0..32), summed into the lanes
+//   axpy16_i8(d, q, y)           y[0..16) += d * q, 16 signed bytes
+#ifndef TSFFN_BLOCKS_X86_H
+#define TSFFN_BLOCKS_X86_H
+
+#include "half.h"
+#include "kernels.h"
+
+#include <immintrin.h>
+
+// d * 2^-112 from the bits of the half d: converting halves in the vector units took three of their twelve steps per
+// block.
+static inline vec block_scale(const uint8_t * block) {
+    return vec_set1(tsffn_float_from_bits((uint32_t)tsffn_f16_bits_scaled(tsffn_load_u16(block))));
+}
+
+// Two accumulators: the sums of one block depend on nothing of the next.
+#define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+        const uint8_t * block = row;                                                                                   \
+        const int16_t * x = tsffn_i16_values(activations);                                                             \
+        vec s0 = vec_zero(), s1 = s0;                                                                                  \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
+            s0 = vec_fmadd(block_scale(block), products_##SUFFIX(block, x + j), s0);                                   \
+            s1 = vec_fmadd(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);          \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            s0 = vec_fmadd(block_scale(block), products_##SUFFIX(block, x + j), s0);                                   \
+        }                                                                                                              \
+        return vec_sum(vec_add(s0, s1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations);                         \
+    }
+
+DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
+DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
+
+static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
+        const vec d = vec_set1(a * _cvtsh_ss(tsffn_load_u16(block)));
+        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 2)), y + j);
+        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 18)), y + j + 16);
+    }
+}
+
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
+    const uint8_t * block = row;
+    const __m128i low_mask = _mm_set1_epi8(15);
+    const __m128i eight = _mm_set1_epi8(8);
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
+        const vec d = vec_set1(a * _cvtsh_ss(tsffn_load_u16(block)));
+        const __m128i q = _mm_loadu_si128((const __m128i *)(block + 2));
+        const __m128i low = _mm_sub_epi8(_mm_and_si128(q, low_mask), eight);
+        const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), low_mask), eight);
+        axpy16_i8(d, low, y + j);
+        axpy16_i8(d, high, y + j + 16);
+    }
+}
+
+#endif
