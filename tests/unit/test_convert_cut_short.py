@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -103,11 +104,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_fills_up_while_writing(large: Path, small_disk: Path) -> None:
     """There was room when the conversion began (27 MB and the header's allowance), then another program takes it."""
     process = start(large, small_disk / "m.gguf")
-    wait_for(small_disk / "m.gguf.part", process)
-    free = os.statvfs(small_disk)
-    with open(small_disk / "other", "wb") as other:
-        os.posix_fallocate(other.fileno(), 0, free.f_bavail * free.f_bsize)
+    try:
+        wait_for(small_disk / "m.gguf.part", process)
+        with open(small_disk / "other", "wb", buffering=0) as other, contextlib.suppress(OSError):
+            while True:  # until the disk is full; the conversion takes room at the same time
+                other.write(bytes(1 << 20))
         stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert (process.returncode, stdout) == (OUTPUT, "")
     assert "No space left on device; free some room" in stderr and stderr.count("\n") == 1
     assert os.listdir(small_disk) == ["other"]
