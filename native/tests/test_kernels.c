@@ -117,6 +117,22 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
               format_names[format], (int)n, found, sum);
     }
+    if (kernels->dot4[format] != NULL) { // block formats: four different vectors
+        static _Alignas(64) char four[4][TSFFN_I16_HEADER + 2 * MAX_N];
+        const void * const pointers[4] = {four[0], four[1], four[2], four[3]};
+        float sums[4];
+        for (int k = 0; k < 4; ++k) {
+            for (int64_t j = 0; j < n; ++j) {
+                x[j] = random_float();
+            }
+            tsffn_convert_i16(x, four[k], n);
+        }
+        kernels->dot4[format](n, row, pointers, sums);
+        for (int k = 0; k < 4; ++k) {
+            CHECK(sums[k] == kernels->dot[format](n, row, four[k]), "%s %s n=%d: dot4 differs from dot", kernels->name,
+                  format_names[format], (int)n);
+        }
+    }
     const float a = random_float();
     for (int64_t j = 0; j < n; ++j) {
         y[j] = random_float();

@@ -40,6 +40,44 @@ static inline vec block_scale(const uint8_t * block) {
 DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
 
+// Adds one block's products with four activation vectors to four accumulators: unpacking the weights and their scale,
+// two thirds of the work of a single product, is shared.
+#define BLOCK_DOT4_STEP(SUFFIX, block, offset, s)                                                                      \
+    do {                                                                                                               \
+        const vec scale = block_scale(block);                                                                          \
+        s##_0 = vec_fmadd(scale, products_##SUFFIX(block, x0 + (offset)), s##_0);                                      \
+        s##_1 = vec_fmadd(scale, products_##SUFFIX(block, x1 + (offset)), s##_1);                                      \
+        s##_2 = vec_fmadd(scale, products_##SUFFIX(block, x2 + (offset)), s##_2);                                      \
+        s##_3 = vec_fmadd(scale, products_##SUFFIX(block, x3 + (offset)), s##_3);                                      \
+    } while (0)
+
+// Bit for bit what four single dots give: the order of the sums is the same.
+#define DEFINE_BLOCK_DOT4(SUFFIX, BYTES)                                                                               \
+    static void dot4_##SUFFIX(int64_t n, const void * row, const void * const activations[4], float out[4]) {          \
+        const uint8_t * block = row;                                                                                   \
+        const int16_t * x0 = tsffn_i16_values(activations[0]);                                                         \
+        const int16_t * x1 = tsffn_i16_values(activations[1]);                                                         \
+        const int16_t * x2 = tsffn_i16_values(activations[2]);                                                         \
+        const int16_t * x3 = tsffn_i16_values(activations[3]);                                                         \
+        vec even_0 = vec_zero(), even_1 = even_0, even_2 = even_0, even_3 = even_0;                                    \
+        vec odd_0 = even_0, odd_1 = even_0, odd_2 = even_0, odd_3 = even_0;                                            \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
+            BLOCK_DOT4_STEP(SUFFIX, block, j, even);                                                                   \
+            BLOCK_DOT4_STEP(SUFFIX, block + (BYTES), j + 32, odd);                                                     \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            BLOCK_DOT4_STEP(SUFFIX, block, j, even);                                                                   \
+        }                                                                                                              \
+        out[0] = vec_sum(vec_add(even_0, odd_0)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[0]);             \
+        out[1] = vec_sum(vec_add(even_1, odd_1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[1]);             \
+        out[2] = vec_sum(vec_add(even_2, odd_2)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[2]);             \
+        out[3] = vec_sum(vec_add(even_3, odd_3)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[3]);             \
+    }
+
+DEFINE_BLOCK_DOT4(q8_0, TSFFN_Q8_0_BYTES)
+DEFINE_BLOCK_DOT4(q4_0, TSFFN_Q4_0_BYTES)
+
 static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
     const uint8_t * block = row;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {

@@ -9,6 +9,8 @@
 
 // s = sum_j row[j] * x[j] over n weights; x in the format that tsffn_x_format tells.
 typedef float (*tsffn_dot_fn)(int64_t n, const void * row, const void * x);
+// The same row with four activation vectors at once; bit for bit what four calls of the dot give.
+typedef void (*tsffn_dot4_fn)(int64_t n, const void * row, const void * const x[4], float s[4]);
 // y[j] += a * row[j] over n weights.
 typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y);
 
@@ -68,15 +70,17 @@ struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
     tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
+    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT]; // NULL: four dots are as good
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier.
-#define TSFFN_DEFINE_KERNELS(tier, tier_isa)                                                                           \
+#define TSFFN_DEFINE_KERNELS(tier, tier_isa, dot4_of_q8_0, dot4_of_q4_0)                                               \
     const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
         .isa = (tier_isa),                                                                                             \
         .name = #tier,                                                                                                 \
         .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},                                                       \
+        .dot4 = {NULL, NULL, NULL, dot4_of_q8_0, dot4_of_q4_0},                                                        \
         .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
     }
 

@@ -86,4 +86,4 @@ typedef __m512 vec;
 #define vec_sum _mm512_reduce_add_ps
 #include "blocks_x86.h"
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512);
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, dot4_q8_0, dot4_q4_0);

@@ -36,6 +36,20 @@ static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, c
     return sum;
 }
 
+// Row i times each of n activation vectors.
+static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x,
+                                     float * s) {
+    int k = 0;
+    if (m->type->own_dot4 != NULL) {
+        for (; k + 4 <= n; k += 4) {
+            m->type->own_dot4(m->n_cols, tsffn_matrix_row(m, i), x + k, s + k);
+        }
+    }
+    for (; k < n; ++k) {
+        s[k] = tsffn_matrix_dot(m, i, x[k]);
+    }
+}
+
 // y += a * row i. The host's formats are widened to f32 first, into `scratch` [n_cols].
 static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch) {
     const struct tsffn_row_type * type = m->type;

@@ -7,15 +7,21 @@
 static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
     const struct tsffn_ffn * ffn = g->ffn;
     const int64_t ahead = tsffn_matrix_rows_ahead(&ffn->fc2);
+    const void * hidden[TILE_ROWS];
+    float logit[TILE_ROWS];
+    const int n = (int)(g->r1 - g->r0);
+    for (int k = 0; k < n; ++k) {
+        hidden[k] = g->s->h1_converted + (size_t)(g->r0 + k) * g->s->h1_bytes;
+    }
     for (int64_t i = i0; i < i1; ++i) {
         if (i + ahead < i1) {
             tsffn_matrix_prefetch(&ffn->fc2, i + ahead);
         }
+        tsffn_matrix_dots(&ffn->fc2, i, n, hidden, logit);
         uint64_t bits = 0;
-        for (int64_t r = g->r0; r < g->r1; ++r) {
-            const float logit = tsffn_matrix_dot(&ffn->fc2, i, g->s->h1_converted + (size_t)r * g->s->h1_bytes);
-            const bool on = ffn->on_when_equal ? logit >= ffn->threshold : logit > ffn->threshold;
-            bits |= (uint64_t)on << r;
+        for (int k = 0; k < n; ++k) {
+            const bool on = ffn->on_when_equal ? logit[k] >= ffn->threshold : logit[k] > ffn->threshold;
+            bits |= (uint64_t)on << (g->r0 + k);
         }
         mask[i - i0] = bits;
         if (bits != 0) {
@@ -46,13 +52,20 @@ static uint64_t multiply(const struct segment * g, const struct tsffn_matrix * m
         if (k + ahead < list->n) {
             tsffn_matrix_prefetch(m, list->neuron[k + ahead]);
         }
-        uint64_t positive = 0;
+        const void * activations[TILE_ROWS];
+        float v[TILE_ROWS];
+        int n = 0;
         for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
+            activations[n++] = x + (size_t)g->rows[__builtin_ctzll(b)].token * x_bytes;
+        }
+        tsffn_matrix_dots(m, list->neuron[k], n, activations, v);
+        uint64_t positive = 0;
+        n = 0;
+        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1, ++n) {
             const int r = __builtin_ctzll(b);
-            const float v = tsffn_matrix_dot(m, list->neuron[k], x + (size_t)g->rows[r].token * x_bytes);
-            if (v > 0.0f) {
+            if (v[n] > 0.0f) {
                 positive |= (uint64_t)1 << r;
-                list->h[kept][r] = v * list->h[k][r]; // kept <= k
+                list->h[kept][r] = v[n] * list->h[k][r]; // kept <= k
             }
         }
         if (positive != 0) {

@@ -22,6 +22,7 @@ struct tsffn_row_type {
 
     // Own kernels; NULL selects the host's functions below.
     float (*own_dot)(int64_t n, const void * row, const void * x);
+    void (*own_dot4)(int64_t n, const void * row, const void * const x[4], float s[4]); // NULL: four own_dots
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
 
     // The host's functions, with ggml's signatures.
