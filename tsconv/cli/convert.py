@@ -24,7 +24,11 @@ TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
 @click.argument("src")
 @click.option("--outfile", metavar="FILE", help="Model to write.  [default: NAME-OUTTYPE.gguf in this folder]")
 @click.option("--outtype", metavar="TYPE", default="q4_0", show_default=True, help=f"Type of the weights: {TYPES}.")
-@click.option("--predictor-outtype", metavar="TYPE", help="Type of the predictor.  [default: finer than OUTTYPE]")
+@click.option(
+    "--predictor-outtype",
+    metavar="TYPE",
+    help="Type of the predictor.  [default: OUTTYPE; q4_0 beside 4-bit, q8_0 beside 5- and 6-bit weights]",
+)
 @click.option("--predictor", metavar="DIR|REPO", help="Separate predictors (model_N.pt) of a Bamboo model.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 @click.option(
