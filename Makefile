@@ -26,11 +26,10 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)
 	    echo "compiling $(LLAMA): this takes some minutes, once" && \
 	    CXXFLAGS="-include $(COMPAT)" $(PIP) wheel --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) $(LLAMA); }
 	$(PIP) install -c constraints.txt --find-links $(WHEELS) --only-binary llama-cpp-python "llama-cpp-python[server]"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 demo: setup

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import synthetic
 
 import tsconv
@@ -38,6 +39,11 @@ def of_bytes() -> Path:
     checkpoint = synthetic.save(directory / "checkpoint", shape, synthetic.random_tensors(shape))
     (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}")
     return tsconv.convert(checkpoint, directory / "bytes.gguf", "f32").model
+
+
+def nmse(found: np.ndarray, expected: np.ndarray) -> float:
+    """Squared error over squared size."""
+    return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
 def run(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from reference import Reference
+from tiny import nmse
 
 import tsconv
 from tsconv.errors import BackendError
@@ -42,10 +43,6 @@ def write_adapter(path: Path, parts: tuple[str, ...], model: Reference) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def nmse(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
 def load(adapter: Path, sparsity: str) -> tsconv.SparseLlama:

@@ -13,6 +13,7 @@ import tiny
 import torch
 from reference import Reference
 from safetensors.torch import load_file, save_file
+from tiny import nmse
 
 import tsconv
 from tsconv.errors import CheckpointError, ModelFileError
@@ -54,10 +55,6 @@ def logits(path: Path, tokens: list[int], **kwargs) -> np.ndarray:
     found = model.token_logits(tokens)
     model.close()
     return found
-
-
-def nmse(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
 def test_with_its_predictors(bamboo, tokens, tmp_path):

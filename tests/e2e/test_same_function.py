@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from reference import Reference
+from tiny import nmse
 
 import tsconv
 from tsconv.runtime.backend import load_backend
@@ -23,11 +24,6 @@ N_TOKENS = 512
 F32 = llama_cpp.GGML_TYPE_F32
 NMSE_LIMITS = {"f32": 1e-5, "f16": 1e-4, "bf16": 1e-4, "q8_0": 5e-3}
 FOUR_AND_FIVE_BITS = ["q4_0", "q4_1", "q5_0", "q5_1"]  # own kernels for q4_0, ggml's for the others
-
-
-def nmse(found: np.ndarray, expected: np.ndarray) -> float:
-    """Squared error over squared size."""
-    return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
 def perplexity(logits: np.ndarray, tokens: list[int]) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from synthetic import SHAPES, random_tensors, save
 
-from tsconv import cli
 from tsconv.bench.synthetic import Shape
 from tsconv.cli.convert import TYPES as LISTED
 from tsconv.cli.text import size, table
@@ -23,14 +22,13 @@ Run = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(run: Callable[..., tuple[int, str, str]]) -> Run:
+    """`tsconv convert ARGUMENTS`, which must succeed: (stdout, stderr)."""
+
     def call(*arguments: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsconv", "convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        assert left.value.code == 0, captured.err
-        return captured.out, captured.err
+        code, stdout, stderr = run("convert", *arguments)
+        assert code == 0, stderr
+        return stdout, stderr
 
     return call
 

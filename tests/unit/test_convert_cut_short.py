@@ -20,15 +20,6 @@ from tsconv.bench.synthetic import Shape, write_checkpoint
 OUTPUT = 6
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    """The output of a conversion that must fail: its folder has to stay empty."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    yield folder / "m.gguf"
-    assert os.listdir(folder) == []
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that takes some seconds to q4_K: 42 M weights."""

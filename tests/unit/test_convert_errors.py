@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from synthetic import SHAPES, random_tensors, save, write_predictors, write_shard
 
-from tsconv import cli
 from tsconv.bench.synthetic import Shape
 
 CHECKPOINT, OUTPUT, HUB, USAGE = 3, 6, 7, 1
@@ -21,29 +19,6 @@ DENSE = SHAPES["mistral"]
 NAN = 0x7FC0
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsconv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    """The output of a conversion that must fail: its folder has to stay empty."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    yield folder / "m.gguf"
-    assert os.listdir(folder) == []
 
 
 def refused(run: Run, out: Path, checkpoint: Path, code: int, *parts: str, options: tuple[object, ...] = ()) -> None:

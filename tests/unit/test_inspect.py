@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic import SHAPES, random_tensors, save
 
-from tsconv import cli, convert
+from tsconv import convert
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import read_header
 
@@ -21,15 +21,8 @@ MODEL_FILE = 4
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsconv", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return call
+def run(run: Run) -> Run:
+    return functools.partial(run, "inspect")
 
 
 @pytest.fixture

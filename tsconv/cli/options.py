@@ -10,12 +10,22 @@ import click
 
 DEFAULT_CONTEXT = 4096
 
+model_option = click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
+threads_option = click.option(
+    "-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]"
+)
+sparsity_option = click.option(
+    "--sparsity",
+    type=click.Choice(["predictor", "exact"]),
+    help="The checkpoint's own mask, or every neuron that is not zero.  [default: what the model has]",
+)
+
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that loads a model, passed on as model, n_ctx, n_threads, sparsity, verbose."""
     for option in reversed(
         (
-            click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf."),
+            model_option,
             click.option(
                 "-c",
                 "--ctx-size",
@@ -25,18 +35,8 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Tokens of prompt and answer together.",
             ),
-            click.option(
-                "-t",
-                "--threads",
-                "n_threads",
-                type=click.IntRange(min=1),
-                help="Threads.  [default: physical cores]",
-            ),
-            click.option(
-                "--sparsity",
-                type=click.Choice(["predictor", "exact"]),
-                help="The checkpoint's own mask, or every neuron that is not zero.  [default: what the model has]",
-            ),
+            threads_option,
+            sparsity_option,
             click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
         )
     ):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 
+from tsconv.cli.options import model_option, sparsity_option, threads_option
+
 
 @click.command("perplexity")
-@click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
+@model_option
 @click.option(
     "-f",
     "--file",
@@ -23,8 +25,8 @@ import click
 @click.option("--baseline", metavar="FILE", help="Another conversion of the same checkpoint, f32 say, to diverge from.")
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens.")
 @click.option("--chunks", type=click.IntRange(min=1), help="At most so many pieces of the text.  [default: all]")
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]")
-@click.option("--sparsity", type=click.Choice(["predictor", "exact"]), help="Of both.  [default: what the model has]")
+@threads_option
+@sparsity_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     *,

@@ -91,7 +91,7 @@ def command(
         limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
         with _interruptible() as interrupted:
             generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
-            text = _collect(generation) if as_json else _stream(generation)
+            text = "".join(generation) if as_json else _stream(generation)
         summary = generation.summary
         if as_json:
             click.echo(json.dumps(_as_dict(llama, prompt, text, summary)))
@@ -129,10 +129,6 @@ def _stream(generation: Generation) -> str:
         click.echo(piece, nl=False)
         pieces.append(piece)
     return "".join(pieces)
-
-
-def _collect(generation: Generation) -> str:
-    return "".join(generation)
 
 
 def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
@@ -204,7 +200,6 @@ def _quiet_when_nobody_reads() -> Iterator[None]:
 
 
 def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: Summary) -> dict[str, Any]:
-
     return {
         "model": llama.model_path,
         "sparsity": llama.sparsity,

@@ -60,8 +60,10 @@ class SparseLlama(llama_cpp.Llama):
         self._native = native
         self.sparsity: str = native.sparsity
         n_threads = n_threads or physical_cores()
+        undo = ExitStack()
+        undo.callback(native.close)
         try:
-            with native.armed(), quiet_unless(verbose) as errors:
+            with undo, native.armed(), quiet_unless(verbose) as errors:
                 super().__init__(
                     str(path),
                     n_threads=n_threads,
@@ -71,8 +73,8 @@ class SparseLlama(llama_cpp.Llama):
                     verbose=verbose,
                     **kwargs,
                 )
+                undo.pop_all()
         except ValueError as error:
-            native.close()
             reason = next((line for line in errors if line), str(error))
             raise ModelFileError(
                 "llama.cpp cannot load the model",
@@ -81,13 +83,9 @@ class SparseLlama(llama_cpp.Llama):
                 fix="convert again, or run with -v for its log",
             ) from None
         except jinja2.TemplateError as error:
-            native.close()
             raise ModelFileError(
                 "key tokenizer.chat_template cannot be used", where=path, found=error, fix="convert again"
             ) from None
-        except BaseException:
-            native.close()
-            raise
         # Runs after llama.cpp has freed context and weights.
         self._model._exit_stack.callback(native.close)
 

@@ -41,15 +41,14 @@ struct worklist {
 
 // Multiplies h with relu(row . x) of every neuron and row in the list, and drops from it what becomes zero. What is
 // kept will need its row of `next`, which is asked for at once: random rows reach the sequential bandwidth only when
-// they are asked for early, and at this point nothing is asked for in vain. Returns how many (neuron, row) pairs are
-// left.
+// they are asked for early, and at this point nothing is asked for in vain. `ahead` is how far in advance to ask for
+// m's own rows, 0 when that was done. Returns how many (neuron, row) pairs are left.
 static uint64_t multiply(const struct segment * g, const struct tsffn_matrix * m, const char * x, size_t x_bytes,
-                         const struct tsffn_matrix * next, struct worklist * list) {
-    const int ahead = (int)tsffn_matrix_rows_ahead(m);
+                         int64_t ahead, const struct tsffn_matrix * next, struct worklist * list) {
     uint64_t n_positive = 0;
     int kept = 0;
     for (int k = 0; k < list->n; ++k) {
-        if (k + ahead < list->n) {
+        if (ahead > 0 && k + ahead < list->n) {
             tsffn_matrix_prefetch(m, list->neuron[k + ahead]);
         }
         const void * activations[TILE_ROWS];
@@ -148,8 +147,10 @@ static void fused_neurons(const struct segment * g, int64_t i0, int64_t i1, cons
             ++list.n;
         }
     }
-    g->counts->gate_positive += multiply(g, &ffn->gate, s->x_gate, s->x_gate_bytes, &ffn->up, &list);
-    g->counts->active += multiply(g, &ffn->up, s->x_up, s->x_up_bytes, &ffn->down, &list);
+    // predict() has asked for the gates of the neurons that are on; without it all of them are.
+    const int64_t ahead = needs_predictor(s->call) ? 0 : tsffn_matrix_rows_ahead(&ffn->gate);
+    g->counts->gate_positive += multiply(g, &ffn->gate, s->x_gate, s->x_gate_bytes, ahead, &ffn->up, &list);
+    g->counts->active += multiply(g, &ffn->up, s->x_up, s->x_up_bytes, 0, &ffn->down, &list);
     add_down(g, &list);
     g->counts->neurons += (uint64_t)((i1 - i0) * (g->r1 - g->r0));
     g->counts->bytes_dense +=
