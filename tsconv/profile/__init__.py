@@ -1,0 +1,1 @@
+"""Which neurons are hot, on what text, and where they should live."""
