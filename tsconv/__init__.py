@@ -1,6 +1,6 @@
 """tsconv: TurboSparse dReLU checkpoints to GGUF, run sparsely inside unmodified llama.cpp.
 
-`convert` and `load` are imported on first use, so that `import tsconv` stays cheap.
+These are imported on first use, so that `import tsconv` stays cheap.
 """
 
 from __future__ import annotations
@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsconv.conversion import convert
+    from tsconv.reordering import reorder
     from tsconv.runtime.model import SparseLlama, load
 
 __version__ = "0.1.0"
-__all__ = ["SparseLlama", "__version__", "convert", "load"]
+__all__ = ["SparseLlama", "__version__", "convert", "load", "reorder"]
 
-_LAZY = {"convert": "tsconv.conversion", "load": "tsconv.runtime.model", "SparseLlama": "tsconv.runtime.model"}
+_LAZY = {
+    "SparseLlama": "tsconv.runtime.model",
+    "convert": "tsconv.conversion",
+    "load": "tsconv.runtime.model",
+    "reorder": "tsconv.reordering",
+}
 
 
 def __getattr__(name: str) -> object:

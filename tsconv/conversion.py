@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -14,18 +15,25 @@ from tsconv.arch import FAMILIES
 from tsconv.arch.family import Family
 from tsconv.arch.match import Matched, has_predictors, match, predictor_ranks, refuse_leftovers
 from tsconv.checkpoint.config import ModelConfig, read_config
+from tsconv.checkpoint.fingerprint import fingerprint
 from tsconv.checkpoint.predictor import external_tensors
 from tsconv.checkpoint.safetensors_reader import open_checkpoint
 from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, resolve
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from tsconv.errors import CheckpointError, OutputError
+from tsconv.errors import CheckpointError, ModelFileError, OutputError
 from tsconv.export import keys
 from tsconv.export.stream import Job, write_tensors
-from tsconv.export.writer import OutputFiles, StreamedFile, sigterm_exits
+from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
+from tsconv.profile import stats as activation_stats
+from tsconv.profile.heat import described, hot_order
+from tsconv.profile.stats import Stats
+from tsconv.transform.neuron_order import CHECKPOINT, HOT_FIRST, Order, by_tensor
 from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
 from tsconv.transform.quantize import type_name
 
 Progress = Callable[[int, int], None]
+
+GATE = re.compile(r"\.ffn_gate(_exps)?\.weight$")
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class ConversionResult:
     sidecar: Path | None
     outtype: str
     predictor_kind: str
+    neuron_order: str
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
     model_bytes: int
@@ -73,6 +82,7 @@ class _Contents:
     ranks: list[int]
     model: list[Matched]
     sidecar: list[Matched]
+    fingerprint: str
 
 
 def convert(
@@ -82,6 +92,7 @@ def convert(
     *,
     predictor_outtype: str | None = None,
     predictor: str | Path | None = None,
+    profile: str | Path | None = None,
     revision: str | None = None,
     tensor_types: Iterable[str] = (),
     dry_run: bool = False,
@@ -97,6 +108,8 @@ def convert(
         outtype: ggml type of the weights, see tsconv.transform.quantize.TYPES.
         predictor_outtype: type of the predictor's matrices; the default depends on `outtype`.
         predictor: directory or repository with Bamboo's separate predictors (model_N.pt).
+        profile: statistics of this checkpoint (tsconv profile); its hot neurons come first then, as after
+            tsconv.reordering.reorder. Default: the neurons stay in the checkpoint's order.
         revision: branch, tag or commit of `src` on the Hub.
         tensor_types: "REGEX=TYPE" strings, overriding the type of tensors whose name the expression finds.
         dry_run: plan and check everything but the weights' values, and write nothing.
@@ -105,6 +118,7 @@ def convert(
 
     Raises:
         CheckpointError: the checkpoint is damaged or not one that tsconv converts.
+        ModelFileError: the statistics are damaged, or those of another checkpoint.
         HubError: a download failed.
         OutputError: the output exists, or cannot be written.
         TsconvError: an unknown type or a bad override.
@@ -112,13 +126,19 @@ def convert(
     kind = parse_type(outtype)
     predictor_kind = parse_type(predictor_outtype) if predictor_outtype is not None else None
     overrides = [parse_override(text) for text in tensor_types]
+    stats = activation_stats.load(Path(profile)) if profile is not None else None
     source = resolve(src, revision, CHECKPOINT_FILES)
     started = time.perf_counter()
 
     contents = _read(source, predictor)
     outputs = [item.output for item in contents.model + contents.sidecar]
     choices = choose_types(outputs, kind, predictor_kind, overrides)
-    jobs = [Job(item, choice.kind) for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)]
+    order = None if stats is None else _hot_order(stats, contents, Path(profile))
+    rows = {} if order is None else {k: v for part in by_tensor(order, contents.family.is_moe) for k, v in part.items()}
+    jobs = [
+        Job(item, choice.kind, rows.get(item.output.name))
+        for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)
+    ]
     input_bytes = sum(job.input_bytes for job in jobs)
     notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
 
@@ -126,6 +146,7 @@ def convert(
     if model.suffix != ".gguf":
         raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
     sidecar = model.with_suffix(".predictor.gguf")
+    refuse_inputs([model, sidecar], [Path(profile)] if profile is not None else [])
     n_model = len(contents.model)
     files = [(StreamedFile(model, keys.ARCHITECTURE), jobs[:n_model])]
     if contents.sidecar:
@@ -133,18 +154,21 @@ def convert(
 
     sizes = [0, 0]
     if not dry_run:
-        _fill_headers(files, contents, kind)
+        _fill_headers(files, contents, kind, CHECKPOINT if order is None else HOT_FIRST)
+        if order is not None:
+            keys.add_neuron_order(files[0][0].header, order, described(stats), stats.subject.sparsity)
         obsolete = [] if contents.sidecar else [sidecar]
         with sigterm_exits(), OutputFiles([file for file, _ in files], obsolete, force) as output_files:
             for file, _ in files:
                 file.begin()
-            write_tensors(files, contents.config.head_dim, _counter(progress, input_bytes))
+            write_tensors(files, contents.config.head_dim, counter(progress, input_bytes))
             sizes = output_files.commit()
     return ConversionResult(
         model=model,
         sidecar=sidecar if contents.sidecar else None,
         outtype=type_name(kind),
         predictor_kind=contents.kind,
+        neuron_order=CHECKPOINT if order is None else HOT_FIRST,
         tensors=tuple(_described("model" if i < n_model else "sidecar", job) for i, job in enumerate(jobs)),
         notes=tuple(note for note in notes if note),
         model_bytes=sizes[0],
@@ -176,15 +200,32 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
     sidecar = match(family.predictor_outputs(config, ranks), tensors)
     refuse_leftovers(family, config, tensors, model + sidecar)
     tokenizer = load_tokenizer(source.directory, config.n_vocab)
-    return _Contents(source, config, family, tokenizer, kind, ranks, model, sidecar)
+    gates = (source for item in model if GATE.search(item.output.name) for source in item.sources)
+    return _Contents(source, config, family, tokenizer, kind, ranks, model, sidecar, fingerprint(config, gates))
+
+
+def _hot_order(stats: Stats, contents: _Contents, path: Path) -> Order:
+    """The order that `stats`, read from `path`, give the neurons of this checkpoint."""
+    if stats.subject.fingerprint != contents.fingerprint:
+        raise ModelFileError(
+            "the statistics are of another checkpoint",
+            where=path,
+            expected=f"{contents.source.name}, fingerprint {contents.fingerprint[:12]}",
+            found=f"{stats.subject.name}, {stats.subject.fingerprint[:12]}",
+            fix="name statistics of a model converted from this checkpoint",
+        )
+    config = contents.config
+    return hot_order(stats, (config.n_layer, max(1, config.n_expert), config.n_ff))
 
 
 def _fill_headers(
-    files: list[tuple[StreamedFile, list[Job]]], contents: _Contents, outtype: GGMLQuantizationType
+    files: list[tuple[StreamedFile, list[Job]]], contents: _Contents, outtype: GGMLQuantizationType, neuron_order: str
 ) -> None:
     """Keys and tensor tables of the model, files[0], and the sidecar, files[1] if there is one."""
     source = contents.source
-    provenance = keys.Provenance(source, secrets.token_hex(16), keys.read_card(source.directory))
+    provenance = keys.Provenance(
+        source, secrets.token_hex(16), contents.fingerprint, neuron_order, keys.read_card(source.directory)
+    )
     for file, jobs in files:
         keys.add_common(file.header, provenance, contents.config, contents.family)
         for job in jobs:
@@ -195,7 +236,7 @@ def _fill_headers(
         keys.add_sidecar(files[1][0].header, contents.family, contents.kind, contents.ranks)
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+def counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     """Turns increments into (done, total)."""
     if progress is None:
         return None

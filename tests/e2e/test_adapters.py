@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from random_stats import random_stats, save_stats
 from reference import Reference
 from tiny import nmse
 
 import tsconv
-from tsconv.errors import BackendError
+from tsconv.errors import BackendError, ModelFileError
 
 TOKENS = list(range(10, 60))
 RANK = 4
@@ -86,3 +87,13 @@ def test_adapted_gate_under_the_mask(tmp_path, reference, capfd):
     assert "an adapter changes the gate of layer 0" in (log := capfd.readouterr().err)
     assert "run with exact sparsity" in log
     model.close()
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_neurons_in_another_order(tmp_path, reference, part):
+    """The adapter's rows are in the order of the checkpoint; the model's are not."""
+    adapter = write_adapter(tmp_path / "adapter.gguf", (part,), reference)
+    stats = save_stats(random_stats(tiny.converted()), tmp_path / "stats.gguf")
+    model = tsconv.reorder(tiny.converted(), stats, tmp_path / "hot.gguf").model
+    with pytest.raises(ModelFileError, match=f"the adapter changes blk.0.ffn_{part}.weight, whose neurons are in"):
+        tsconv.load(model, lora_path=str(adapter))

@@ -185,6 +185,7 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "turbosparse.neuron_order": "checkpoint",
         "turbosparse.pair_id": model["turbosparse.pair_id"],
         "turbosparse.predictor.kind": "embedded",
+        "turbosparse.source.fingerprint": model["turbosparse.source.fingerprint"],
         "turbosparse.source.sliding_window": 64,
     }
     assert sidecar == {
@@ -203,6 +204,7 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "turbosparse.predictor.rank": [32, 64],
         "turbosparse.predictor.threshold": [0.0, 0.0],
         "turbosparse.predictor.comparison": "gt",
+        "turbosparse.source.fingerprint": model["turbosparse.source.fingerprint"],
     }
     assert len(bytes.fromhex(model["turbosparse.pair_id"])) == 16
     assert len(model["tokenizer.ggml.tokens"]) == 320

@@ -30,6 +30,7 @@ TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
     help="Type of the predictor.  [default: OUTTYPE; q4_0 beside 4-bit, q8_0 beside 5- and 6-bit weights]",
 )
 @click.option("--predictor", metavar="DIR|REPO", help="Separate predictors (model_N.pt) of a Bamboo model.")
+@click.option("--profile", metavar="STATS", help="Statistics of this checkpoint (tsconv profile): hot neurons first.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 @click.option(
     "--tensor-type",
@@ -52,7 +53,7 @@ def command(
     """
     from tsconv.conversion import convert
 
-    with _progress_bar() as progress:
+    with progress_bar("converting") as progress:
         result = convert(src, progress=progress, **options)  # type: ignore[arg-type]
     for line in _summarised(result.notes):
         click.echo(line, err=True)
@@ -60,14 +61,14 @@ def command(
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
+def progress_bar(what: str) -> Iterator[Progress | None]:
     """A bar on stderr with bytes per second, when stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, desc="converting", file=sys.stderr, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, desc=what, file=sys.stderr, leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -110,8 +111,9 @@ def _summary(result: ConversionResult) -> str:
     files = [("model", str(result.model), size(result.model_bytes))]
     if result.sidecar is not None:
         files.append(("sidecar", str(result.sidecar), size(result.sidecar_bytes)))
+    order = "neurons: hottest first\n" if result.neuron_order == "hot_first" else ""
     return (
-        f"{table(files, right=(2,))}\n"
+        f"{table(files, right=(2,))}\n{order}"
         f"{size(result.input_bytes)} of weights in {result.seconds:.1f} s ({_rate(result):.0f} MB/s)\n"
         f"next: tsconv run -m {shlex.quote(str(result.model))}"
     )

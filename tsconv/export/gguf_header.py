@@ -52,12 +52,25 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class ValueType:
+    """Type of a key's value; `element` and `length` are those of an array."""
+
+    kind: GGUFValueType
+    element: GGUFValueType | None = None
+    length: int = 0
+
+    def __str__(self) -> str:
+        return self.kind.name.lower() if self.element is None else f"{self.element.name.lower()}[{self.length}]"
+
+
+@dataclass(frozen=True)
 class Header:
-    """What stands before the tensor data. Strings are str, arrays are lists."""
+    """What stands before the tensor data. Strings are str, arrays are lists; `types` has the type of every key."""
 
     path: Path
     file_bytes: int
     keys: dict[str, Any]
+    types: dict[str, ValueType]
     tensors: tuple[TensorEntry, ...]
 
 
@@ -98,18 +111,19 @@ class _Cursor:
         except ValueError:
             raise ModelFileError("unknown value type", where=self.path, found=code, fix=DAMAGED) from None
 
-    def value(self, kind: GGUFValueType) -> Any:
+    def value(self) -> tuple[Any, ValueType]:
+        kind = self.value_type()
         if kind == GGUFValueType.STRING:
-            return self.string()
+            return self.string(), ValueType(kind)
         if kind != GGUFValueType.ARRAY:
-            return self.scalars(SCALARS[kind])[0]
+            return self.scalars(SCALARS[kind])[0], ValueType(kind)
         element = self.value_type()
         (n,) = self.scalars("Q")
         if element == GGUFValueType.ARRAY:
             raise ModelFileError("array of arrays", where=self.path, fix=DAMAGED)
         if element == GGUFValueType.STRING:
-            return [self.string() for _ in range(n)]
-        return list(self.scalars(SCALARS[element], n))
+            return [self.string() for _ in range(n)], ValueType(kind, element, n)
+        return list(self.scalars(SCALARS[element], n)), ValueType(kind, element, n)
 
 
 DAMAGED = "it is truncated or damaged: convert or download it again"
@@ -141,11 +155,12 @@ def _parse(cursor: _Cursor, n_bytes: int) -> Header:
         )
     n_tensors, n_keys = cursor.count("tensors"), cursor.count("keys")
     keys: dict[str, Any] = {}
+    types: dict[str, ValueType] = {}
     for _ in range(n_keys):
         key = cursor.string()
         if key in keys:
             raise ModelFileError(f"key {key} occurs twice", where=path, fix=DAMAGED)
-        keys[key] = cursor.value(cursor.value_type())
+        keys[key], types[key] = cursor.value()
 
     rows = [_tensor_row(cursor) for _ in range(n_tensors)]
     alignment = keys.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
@@ -155,7 +170,7 @@ def _parse(cursor: _Cursor, n_bytes: int) -> Header:
     tensors = tuple(_located(path, n_bytes, start, alignment, row) for row in rows)
     if len({tensor.name for tensor in tensors}) != n_tensors:
         raise ModelFileError("a tensor occurs twice", where=path, fix=DAMAGED)
-    return Header(path, n_bytes, keys, tensors)
+    return Header(path, n_bytes, keys, types, tensors)
 
 
 def _tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gguf
-from gguf import GGMLQuantizationType, LlamaFileType
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from tsconv.arch.family import Family
 from tsconv.checkpoint.config import ModelConfig
 from tsconv.checkpoint.source import Source
+from tsconv.transform import neuron_order
 
 ARCHITECTURE = "turbosparse"
 FORMAT_VERSION = 1
+FINGERPRINT = "turbosparse.source.fingerprint"
 
 PredictorKind = Literal["none", "embedded", "external"]
 
@@ -42,6 +45,8 @@ class Provenance:
 
     source: Source
     pair_id: str  # 32 lower-case hex digits
+    fingerprint: str  # tsconv.checkpoint.fingerprint
+    neuron_order: str  # "checkpoint" or "hot_first"
     card: dict[str, Any]  # front matter of the checkpoint's model card; empty when it has none
 
 
@@ -70,9 +75,10 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
         writer.add_string("turbosparse.source.repo", source.repo)
     if source.revision is not None:
         writer.add_string("turbosparse.source.revision", source.revision)
+    writer.add_string(FINGERPRINT, provenance.fingerprint)
     writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
     writer.add_string("turbosparse.pair_id", provenance.pair_id)
-    writer.add_string("turbosparse.neuron_order", "checkpoint")
+    writer.add_string(neuron_order.KEY, provenance.neuron_order)
     writer.add_uint32("llama.block_count", config.n_layer)
     writer.add_uint32("llama.embedding_length", config.n_embd)
     writer.add_uint32("llama.feed_forward_length", config.n_ff)
@@ -110,3 +116,18 @@ def add_sidecar(writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ra
     writer.add_array("turbosparse.predictor.rank", ranks)
     writer.add_array("turbosparse.predictor.threshold", [0.0] * len(ranks))
     writer.add_string("turbosparse.predictor.comparison", COMPARISON[kind])
+
+
+def add_neuron_order(writer: gguf.GGUFWriter, order: neuron_order.Order, profile: str, sparsity: str) -> None:
+    """Keys of a model whose neurons are not in the checkpoint's order.
+
+    Args:
+        order: int32 [n_layer, n_ffn, n_ff], see tsconv.transform.neuron_order.
+        profile: the text whose statistics chose it, for people.
+        sparsity: the function that was profiled.
+    """
+    writer.add_string(f"{neuron_order.KEY}.profile", profile)
+    writer.add_string(f"{neuron_order.KEY}.sparsity", sparsity)
+    for layer, neurons in enumerate(order):
+        values = np.ascontiguousarray(neurons).reshape(-1).data
+        writer.add_key_value(neuron_order.layer_key(layer), values, GGUFValueType.ARRAY, GGUFValueType.INT32)

@@ -1,7 +1,7 @@
 """The conversion's data path: slabs of rows, read, reshaped and quantized in a thread pool, written in order.
 
-At most `workers + QUEUED` slabs are in flight, so memory is bounded by them and by the largest ffn_down of the
-checkpoint, which is read whole because its columns become rows.
+At most `workers + QUEUED` slabs are in flight, so memory is bounded by them, by the largest ffn_down of the checkpoint,
+which is read whole because its columns become rows, and, when neurons are reordered, by one FFN's matrix as stored.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
 from tsconv.export.writer import StreamedFile
 from tsconv.transform.layout import columns_as_rows, reciprocal
+from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.quantize import BadWeightError, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
 
@@ -31,10 +32,15 @@ QUEUED = 2  # slabs waiting beyond one per worker
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor to write: what it is made of and the type it takes."""
+    """One tensor to write: what it is made of and the type it takes.
+
+    `order` is [sources, rows]: stored row i of a source is the row order[source, i] that a conversion without it has
+    there. None: all rows where they are.
+    """
 
     matched: Matched
     kind: GGMLQuantizationType
+    order: Order | None = None
 
     @property
     def output(self) -> Output:
@@ -68,21 +74,21 @@ def write_tensors(
         CheckpointError: a weight is not finite or too large for its type, or a shard cannot be read.
         OutputError: from the writer.
     """
-    pending: deque[tuple[StreamedFile, int, Future[np.ndarray]]] = deque()
+    pending: deque[tuple[_Slab, Future[np.ndarray]]] = deque()
 
     def write_next() -> None:
-        file, input_bytes, future = pending.popleft()
-        file.write(future.result())
+        slab, future = pending.popleft()
+        slab.write(future.result())
         if done:
-            done(input_bytes)
+            done(slab.input_bytes)
 
     limit = workers()
     pool = ThreadPoolExecutor(limit)
     try:
         for file, jobs in files:
             for job in jobs:
-                for input_bytes, slab in _slabs(job, head_dim):
-                    pending.append((file, input_bytes, pool.submit(slab)))
+                for slab in _slabs(job, head_dim, file.write):
+                    pending.append((slab, pool.submit(slab.make)))
                     if len(pending) >= limit + QUEUED:
                         write_next()
         while pending:
@@ -91,21 +97,46 @@ def write_tensors(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _slabs(job: Job, head_dim: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """(input bytes, function that makes the slab), in the order of the file."""
+class _Scatter:
+    """Rows of one source, taken slab by slab, each put where it belongs, and written when the last is there."""
+
+    def __init__(self, positions: Order, write: Callable[[np.ndarray], None]) -> None:
+        self.positions, self.write = positions, write
+        self.start, self.rows = 0, np.empty((0, 0), np.uint8)
+
+    def __call__(self, slab: np.ndarray) -> None:
+        if self.start == 0:
+            self.rows = np.empty((len(self.positions), slab.shape[1]), np.uint8)
+        stop = self.start + len(slab)
+        self.rows[self.positions[self.start : stop]] = slab
+        self.start = stop
+        if stop == len(self.positions):
+            self.write(self.rows)
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Some rows: how many bytes of input, the function that makes them, and the one that takes them, in order."""
+
+    input_bytes: int
+    make: Callable[[], np.ndarray]
+    write: Callable[[np.ndarray], None]
+
+
+def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iterator[_Slab]:
+    """The slabs of a tensor, in order; `write` appends to its file."""
     output = job.output
-    for source in job.matched.sources:
+    for i, source in enumerate(job.matched.sources):
         bytes_per_row = output.row_length * DTYPES[source.dtype].itemsize
         step = max(1, SLAB_BYTES // bytes_per_row)
         if output.op == "rope":
             step = max(head_dim, step // head_dim * head_dim)
         whole = source.read_rows(0, source.shape[0]) if output.op == "neuron_major" else None
+        put = write if job.order is None else _Scatter(inverse(job.order[i]), write)
         for start in range(0, output.n_rows, step):
             stop = min(start + step, output.n_rows)
-            yield (
-                (stop - start) * bytes_per_row,
-                functools.partial(_make, job, source, whole, head_dim, (start, stop)),
-            )
+            make = functools.partial(_make, job, source, whole, head_dim, (start, stop))
+            yield _Slab((stop - start) * bytes_per_row, make, put)
 
 
 def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: int, span: tuple[int, int]) -> np.ndarray:

@@ -11,11 +11,13 @@ from typing import Any
 
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
-from tsconv.export.keys import ARCHITECTURE, FORMAT_VERSION
+from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, FORMAT_VERSION
+from tsconv.transform import neuron_order
 from tsconv.transform.quantize import type_name
 
 SIDECAR_SUFFIX = ".predictor.gguf"
 PAIR_ID = re.compile(r"[0-9a-f]{32}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 # Part of the model -> expression that finds its tensors; the first that matches counts.
 PARTS = {
@@ -136,6 +138,30 @@ def check_keys(header: Header) -> None:
         raise ModelFileError(
             "bad turbosparse.pair_id", where=header.path, expected="32 lower-case hex digits", found=repr(pair_id)
         )
+    if FINGERPRINT in header.keys:
+        fingerprint(header)
+    if is_sidecar(header):
+        neuron_order.kind_of(header)
+    else:
+        neuron_order.neuron_order(header)
+
+
+def fingerprint(header: Header) -> str:
+    """`turbosparse.source.fingerprint`: equal for all conversions of one checkpoint.
+
+    Raises:
+        ModelFileError: the file has none, as those of older versions, or it is no SHA-256.
+    """
+    found = header.keys.get(FINGERPRINT)
+    if not isinstance(found, str) or not DIGEST.fullmatch(found):
+        raise ModelFileError(
+            f"bad {FINGERPRINT}",
+            where=header.path,
+            expected="64 lower-case hex digits",
+            found="nothing" if found is None else repr(found),
+            fix="convert the checkpoint again",
+        )
+    return found
 
 
 def _types(tensors: list[TensorEntry]) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -166,6 +166,14 @@ class OutputFiles:
     def __exit__(self, *_: object) -> None:
         for file in self.files:
             file.discard()
+
+
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises OutputError when an output is one of the inputs, which --force would otherwise replace."""
+    inputs = [path for path in inputs if path.exists()]
+    for output in outputs:
+        if output.exists() and any(output.samefile(path) for path in inputs):
+            raise OutputError("the output would replace an input", where=output, fix="choose another --outfile")
 
 
 @contextlib.contextmanager

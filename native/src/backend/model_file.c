@@ -5,6 +5,7 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 // One of the hyper-parameters both files carry, within its limit.
@@ -99,6 +100,56 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
     return true;
 }
 
+// Every neuron of `order` once: an FFN's part of turbosparse.neuron_order.N. `seen` has room for n_ff.
+static bool is_permutation(const int32_t * order, size_t n_ff, bool * seen) {
+    memset(seen, 0, n_ff * sizeof(*seen));
+    for (size_t i = 0; i < n_ff; ++i) {
+        if (order[i] < 0 || (size_t)order[i] >= n_ff || seen[order[i]]) {
+            return false;
+        }
+        seen[order[i]] = true;
+    }
+    return true;
+}
+
+// Computing needs no order, but the neurons of a file whose order is damaged cannot be told apart.
+static bool check_neuron_order(const struct tsffn_gguf * file, struct tsffn_model * model, const char * order) {
+    if (strcmp(order, "checkpoint") == 0) {
+        return true;
+    }
+    if (strcmp(order, "hot_first") != 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: key turbosparse.neuron_order: expected 'checkpoint' or 'hot_first', found '%s'; install the tsconv "
+            "that wrote the file, or convert again",
+            file->path, order);
+    }
+    model->hot_first = true;
+    const size_t n_ffns = (size_t)tsffn_model_ffns_per_layer(model);
+    const size_t n_ff = (size_t)model->n_ff;
+    bool * seen = malloc(n_ff * sizeof(*seen));
+    if (seen == NULL) {
+        return tsffn_fail(file->error, file->error_size, "out of memory");
+    }
+    bool ok = true;
+    for (int64_t layer = 0; ok && layer < model->n_layer; ++layer) {
+        char key[64];
+        const void * neurons;
+        snprintf(key, sizeof(key), "turbosparse.neuron_order.%" PRId64, layer);
+        ok = tsffn_gguf_array(file, key, GGUF_TYPE_INT32, n_ffns * n_ff, &neurons);
+        for (size_t e = 0; ok && e < n_ffns; ++e) {
+            if (!is_permutation((const int32_t *)neurons + e * n_ff, n_ff, seen)) {
+                ok = tsffn_fail(file->error, file->error_size,
+                                "%s: key %s: expected each of %zu neurons once, found another list in FFN %zu; convert "
+                                "and reorder again",
+                                file->path, key, n_ff, e);
+            }
+        }
+    }
+    free(seen);
+    return ok;
+}
+
 bool tsffn_copy_string(const struct tsffn_gguf * file, const char * key, char * out, size_t size) {
     const char * value;
     if (!tsffn_gguf_string(file, key, &value)) {
@@ -129,6 +180,6 @@ bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * 
            tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
            tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&
            tsffn_copy_string(file, "turbosparse.predictor.kind", id->predictor_kind, sizeof(id->predictor_kind)) &&
-           tsffn_read_shape(file, model) && check_ffn_tensors(file, model) &&
-           tsffn_check_llama_keys(file, model->n_expert);
+           tsffn_read_shape(file, model) && check_neuron_order(file, model, id->order) &&
+           check_ffn_tensors(file, model) && tsffn_check_llama_keys(file, model->n_expert);
 }
