@@ -1,6 +1,7 @@
 // Every kernel of every ISA tier of this machine against the plain C one and against doubles, at odd sizes and
 // misaligned.
 #include "check.h"
+#include "cpu/gemm.h"
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 
@@ -145,6 +146,51 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
           nmse(y, expected, n));
 }
 
+// Dense products of 32 rows with n_x vectors, rows and vectors misaligned.
+static void test_gemm(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, int n_x) {
+    enum { MAX_GEMM_N = 416 };
+    static uint8_t rows[TSFFN_GEMM_ROWS * MAX_GEMM_N * 4 + GUARD];
+    static double w[TSFFN_GEMM_ROWS][MAX_N];
+    static float x[TSFFN_GEMM_MAX_X][MAX_GEMM_N];
+    static uint16_t halves[TSFFN_GEMM_MAX_X][2 * MAX_GEMM_N];
+    static float s[TSFFN_GEMM_ROWS][TSFFN_GEMM_MAX_X];
+    const struct tsffn_gemm * gemm = kernels->gemm;
+    const size_t block_bytes = format == TSFFN_FORMAT_Q8_0   ? TSFFN_Q8_0_BYTES
+                               : format == TSFFN_FORMAT_Q4_0 ? TSFFN_Q4_0_BYTES
+                                                             : 2;
+    const size_t row_bytes = (size_t)(n / block_size(format)) * block_bytes;
+    for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {
+        random_row(format, n, rows + 2 + (size_t)i * row_bytes, w[i]);
+    }
+    const uint16_t * pointers[TSFFN_GEMM_MAX_X];
+    for (int t = 0; t < n_x; ++t) {
+        for (int64_t j = 0; j < n; ++j) {
+            x[t][j] = random_float();
+        }
+        gemm->split(n, x[t], halves[t]);
+        pointers[t] = halves[t];
+    }
+    char * packed = aligned_alloc(64, gemm->packed_bytes(n, n_x));
+    CHECK(packed != NULL, "out of memory");
+    for (int group = 0; group * TSFFN_GEMM_GROUP < n_x; ++group) {
+        gemm->pack(n, n_x, pointers, group, packed);
+    }
+    gemm->multiply(format, n, rows + 2, n_x, packed, &s[0][0]);
+    free(packed);
+    for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {
+        for (int t = 0; t < n_x; ++t) {
+            double sum = 0.0, size = 1e-30;
+            for (int64_t j = 0; j < n; ++j) {
+                sum += w[i][j] * (double)x[t][j];
+                size += fabs(w[i][j] * (double)x[t][j]);
+            }
+            // Each product is off by at most 2^-16 of its size, sums of f32 by less.
+            CHECK(fabs((double)s[i][t] - sum) <= 0x1p-15 * size, "%s %s n=%d, %d vectors: row %d, vector %d: %g not %g",
+                  kernels->name, format_names[format], (int)n, n_x, i, t, (double)s[i][t], sum);
+        }
+    }
+}
+
 static void test_half(void) {
     for (uint32_t h = 0; h < 0x10000; ++h) {
         if ((h & 0x7c00) != 0x7c00) {
@@ -169,7 +215,7 @@ static void test_dispatch(void) {
     unsetenv("TSFFN_ISA");
     const enum tsffn_isa best = tsffn_kernels_best()->isa;
     for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
-        static const char * const names[TSFFN_ISA_COUNT] = {"ref", "avx2", "avx512"};
+        static const char * const names[TSFFN_ISA_COUNT] = {"ref", "avx2", "avx512", "amx"};
         setenv("TSFFN_ISA", names[isa], 1);
         const enum tsffn_isa chosen = tsffn_kernels_best()->isa;
         CHECK(chosen == (isa < (int)best ? (enum tsffn_isa)isa : best), "asked for %s, got %s", names[isa],
@@ -198,6 +244,10 @@ int main(void) {
                 for (size_t offset = 0; offset < 4; ++offset) {
                     test_size(kernels, (enum tsffn_format)format, sizes[i], offset);
                 }
+            }
+            for (int n_x = 1; kernels->gemm != NULL && format != TSFFN_FORMAT_F32 && n_x <= TSFFN_GEMM_MAX_X; ++n_x) {
+                test_gemm(kernels, (enum tsffn_format)format, 32, n_x);
+                test_gemm(kernels, (enum tsffn_format)format, 128 + 32 * (n_x % 10), n_x);
             }
         }
         printf("%s: ok\n", kernels->name);

@@ -61,6 +61,8 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
         row->own_dot = kernels->dot[format];
         row->own_dot4 = kernels->dot4[format];
         row->own_axpy = kernels->axpy[format];
+        row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits
+        row->gemm_format = format;
     }
     row->block_size = traits->blck_size;
     row->block_bytes = traits->type_size;

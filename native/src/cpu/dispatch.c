@@ -1,8 +1,33 @@
 // Choice of the ISA tier at run time. This file is compiled without ISA flags.
+#define _GNU_SOURCE // syscall
 #include "kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(TSFFN_HAVE_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// AMX-TILE, AMX-BF16 and AVX512_BF16, and Linux's leave to use the tile registers, which a process must ask for. ggml
+// asks for the same.
+static int machine_has_amx(void) {
+    enum {
+        LEAF_7_AMX_BF16 = 1 << 22,     // EDX of leaf 7, subleaf 0
+        LEAF_7_AMX_TILE = 1 << 24,     //
+        LEAF_7_1_AVX512_BF16 = 1 << 5, // EAX of leaf 7, subleaf 1
+        ARCH_REQ_XCOMP_PERM = 0x1023,  // asm/prctl.h
+        XFEATURE_XTILEDATA = 18,
+    };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & LEAF_7_AMX_BF16) == 0 || (d & LEAF_7_AMX_TILE) == 0 ||
+        !__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & LEAF_7_1_AVX512_BF16) == 0) {
+        return 0;
+    }
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
 
 // __builtin_cpu_supports reads CPUID and, for the AVX families, XGETBV: the operating system must save the registers.
 static int machine_has(enum tsffn_isa isa) {
@@ -15,6 +40,8 @@ static int machine_has(enum tsffn_isa isa) {
     case TSFFN_ISA_AVX512:
         return machine_has(TSFFN_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case TSFFN_ISA_AMX:
+        return machine_has(TSFFN_ISA_AVX512) && machine_has_amx();
     default:
         return 0;
     }
@@ -29,6 +56,7 @@ const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa) {
 #if defined(TSFFN_HAVE_X86)
         [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,
         [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512,
+        [TSFFN_ISA_AMX] = &tsffn_kernels_amx,
 #endif
     };
     return ((unsigned)isa < TSFFN_ISA_COUNT && machine_has(isa)) ? tiers[isa] : NULL;

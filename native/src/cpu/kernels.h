@@ -50,6 +50,7 @@ enum tsffn_isa {
     TSFFN_ISA_REF,
     TSFFN_ISA_AVX2,   // AVX2, FMA, F16C
     TSFFN_ISA_AVX512, // AVX-512 F, BW, DQ, VL
+    TSFFN_ISA_AMX,    // the row kernels of AVX512, and dense products with AMX-BF16 (gemm.h)
     TSFFN_ISA_COUNT,
 };
 
@@ -65,6 +66,8 @@ static inline float tsffn_i16_scale(const void * activations) {
 // it.
 void tsffn_convert_i16(const float * x, void * converted, int64_t n);
 
+struct tsffn_gemm;
+
 // The kernels of one tier.
 struct tsffn_kernels {
     enum tsffn_isa isa;
@@ -72,28 +75,31 @@ struct tsffn_kernels {
     tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
     tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT]; // NULL: four dots are as good
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
+    const struct tsffn_gemm * gemm; // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier.
-#define TSFFN_DEFINE_KERNELS(tier, tier_isa, dot4_of_q8_0, dot4_of_q4_0)                                               \
+#define TSFFN_DEFINE_KERNELS(tier, tier_isa, dot4_of_q8_0, dot4_of_q4_0, gemm_of_tier)                                 \
     const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
         .isa = (tier_isa),                                                                                             \
         .name = #tier,                                                                                                 \
         .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},                                                       \
         .dot4 = {NULL, NULL, NULL, dot4_of_q8_0, dot4_of_q4_0},                                                        \
         .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
+        .gemm = (gemm_of_tier),                                                                                        \
     }
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
 const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
 
-// The best tier of this machine. The environment variable TSFFN_ISA (ref, avx2, avx512) can only lower it.
+// The best tier of this machine. The environment variable TSFFN_ISA (ref, avx2, avx512, amx) can only lower it.
 const struct tsffn_kernels * tsffn_kernels_best(void);
 
 extern const struct tsffn_kernels tsffn_kernels_ref;
 #if defined(TSFFN_HAVE_X86)
 extern const struct tsffn_kernels tsffn_kernels_avx2;
 extern const struct tsffn_kernels tsffn_kernels_avx512;
+extern const struct tsffn_kernels tsffn_kernels_amx;
 #endif
 
 #endif

@@ -2,6 +2,7 @@
 #ifndef TSFFN_CALL_H
 #define TSFFN_CALL_H
 
+#include "../cpu/gemm.h"
 #include "ffn.h"
 
 #include <time.h>
@@ -27,6 +28,25 @@ struct shared {
     float * scratch;              // [n_threads][max(n_embd, max_rank)]
     struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
     size_t counts_stride;
+    struct histograms * histograms; // [n_threads] when profiling
+
+    // Dense products of gate and up on a matrix unit (cpu/gemm.h), when profiling and there is one; else NULL.
+    const struct tsffn_gemm * gemm;
+    uint16_t * x_split; // [n_tokens][2 n_embd]
+    char * x_packed;    // [MAX_GROUPS], of the tile's segments one after the other
+    size_t x_group_bytes;
+};
+
+// A segment takes part in dense products from TSFFN_GEMM_MIN_X rows on, and fills groups of TSFFN_GEMM_GROUP.
+enum { MAX_GROUPS = TILE_ROWS / TSFFN_GEMM_MIN_X };
+_Static_assert(TSFFN_GEMM_GROUP <= 2 * TSFFN_GEMM_MIN_X, "a tile fits into its groups");
+_Static_assert((int)TSFFN_GEMM_MAX_X == (int)TILE_ROWS, "a product takes a whole tile");
+
+// One thread's histograms of one call. Neighbouring values often fall into one bin, and an increment must wait for the
+// one before it: they take turns in LANES copies.
+enum { LANES = 4 };
+struct histograms {
+    uint32_t bins[TSFFN_PROFILE_HISTOGRAMS][LANES][TSFFN_PROFILE_BINS];
 };
 
 static inline bool needs_predictor(const struct tsffn_call * call) {
@@ -48,9 +68,27 @@ struct segment {
     float * acc;     // [TILE_ROWS][n_embd], of this thread
     float * scratch; // [n_embd], of this thread
     struct tsffn_counts * counts;
+    struct histograms * histograms; // of this thread, when profiling
+    const char * packed;            // the rows' x for dense products, NULL when row kernels serve them better
+};
+
+// Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
+struct worklist {
+    int n;
+    int64_t neuron[CHUNK_NEURONS];
+    uint64_t rows[CHUNK_NEURONS];
+    float h[CHUNK_NEURONS][TILE_ROWS];
 };
 
 // Computes the neurons [i0, i1), at most CHUNK_NEURONS, for the rows of the segment: mask, gate, up, down.
 void tsffn_compute_neurons(const struct segment * segment, int64_t i0, int64_t i1);
+
+// Gate and up of all neurons [i0, i1), counted; lists those that are active and on. mask[i - i0] has bit r set when the
+// predictor lets neuron i through for row r.
+void tsffn_profile_neurons(const struct segment * segment, int64_t i0, int64_t i1, const uint64_t * mask,
+                           struct worklist * list);
+
+// Adds one thread's histograms to those of the layer.
+void tsffn_profile_add(const struct tsffn_profile * profile, const struct histograms * histograms);
 
 #endif

@@ -70,6 +70,9 @@ static void convert_inputs(const struct shared * s, int ith, int nth) {
         if (s->x_up != NULL && s->x_up != s->x_gate) {
             convert_x(ffn->up.type, x, s->x_up + (size_t)t * s->x_up_bytes, s->n_embd);
         }
+        if (s->gemm != NULL) {
+            s->gemm->split(s->n_embd, x, s->x_split + t * 2 * s->n_embd);
+        }
         if (s->x_pred != NULL) {
             const float * p = x;
             if (ffn->pred_scale != NULL) {
@@ -147,6 +150,30 @@ static int64_t segment_end(const struct tsffn_row * rows, int64_t r0, int64_t n_
     return r1;
 }
 
+static int64_t groups_of(int64_t r0, int64_t r1) {
+    return r1 - r0 < TSFFN_GEMM_MIN_X ? 0 : (r1 - r0 + TSFFN_GEMM_GROUP - 1) / TSFFN_GEMM_GROUP;
+}
+
+// The tile's activations for dense products, segment by segment.
+static void pack_tile(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    int64_t done = 0;
+    for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
+        r1 = segment_end(rows, r0, n_rows);
+        const int64_t groups = groups_of(r0, r1);
+        const uint16_t * x[TILE_ROWS];
+        for (int64_t r = r0; r < r1; ++r) {
+            x[r - r0] = s->x_split + (int64_t)rows[r].token * 2 * s->n_embd;
+        }
+        for (int64_t group = 0; group < groups; ++group) {
+            if ((done + group) % nth == ith) {
+                s->gemm->pack(s->n_embd, (int)(r1 - r0), x, (int)group, s->x_packed + (size_t)done * s->x_group_bytes);
+            }
+        }
+        done += groups;
+    }
+}
+
 static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth,
                          struct tsffn_counts * counts) {
     const struct tsffn_row * rows = s->call->rows + tile;
@@ -169,6 +196,11 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
     if (writes_embd) {
         memset(acc, 0, (size_t)(n_rows * s->n_embd) * sizeof(float));
     }
+    if (s->gemm != NULL) {
+        pack_tile(s, tile, n_rows, ith, nth);
+#pragma omp barrier
+    }
+    int64_t group = 0;
     for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
         r1 = segment_end(rows, r0, n_rows);
         const struct segment segment = {
@@ -180,7 +212,10 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             .acc = acc,
             .scratch = scratch,
             .counts = counts,
+            .histograms = s->histograms != NULL ? &s->histograms[ith] : NULL,
+            .packed = s->gemm != NULL && groups_of(r0, r1) > 0 ? s->x_packed + (size_t)group * s->x_group_bytes : NULL,
         };
+        group += groups_of(r0, r1);
         for (int64_t i0 = (int64_t)ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)nth * CHUNK_NEURONS) {
             tsffn_compute_neurons(&segment, i0, min_i64(i0 + CHUNK_NEURONS, s->n_ff));
         }
@@ -233,6 +268,14 @@ static size_t lay_out(struct shared * s, char * base) {
     s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
     s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
     s->counts = (struct tsffn_counts *)carve(base, &used, nth * s->counts_stride);
+    if (call->profile != NULL) {
+        s->histograms = (struct histograms *)carve(base, &used, nth * sizeof(*s->histograms));
+    }
+    if (s->gemm != NULL) {
+        s->x_split = (uint16_t *)carve(base, &used, n_tokens * 2 * (size_t)s->n_embd * sizeof(*s->x_split));
+        s->x_group_bytes = s->gemm->packed_bytes(s->n_embd, TSFFN_GEMM_GROUP);
+        s->x_packed = carve(base, &used, MAX_GROUPS * s->x_group_bytes);
+    }
     return used;
 }
 
@@ -280,11 +323,21 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
     for (int64_t e = 0; e < call->n_ffns; ++e) {
         s.max_rank = max_i64(s.max_rank, call->ffns[e].fc1.n_rows);
     }
+    const struct tsffn_ffn * ffn = &call->ffns[0];
+    if (call->profile != NULL && ffn->up.type->gemm != NULL && s.n_embd % TSFFN_GEMM_K == 0) {
+        s.gemm = ffn->gate.type->gemm;
+    }
     if (!reserve(ws, lay_out(&s, NULL))) {
         return false;
     }
     lay_out(&s, ws->memory);
     memset(s.counts, 0, (size_t)call->n_threads * s.counts_stride);
+    if (call->profile != NULL) {
+        memset(s.histograms, 0, (size_t)call->n_threads * sizeof(*s.histograms));
+        for (int64_t r = 0; r < call->n_rows; ++r) {
+            call->profile->tokens[call->rows[r].ffn] += 1;
+        }
+    }
 
 // Always the caller's thread count, however small the layer: libgomp ends the threads that a smaller team leaves out,
 // and ggml-cpu, which shares the pool, would start them again for its next operation.
@@ -301,5 +354,8 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
         }
     }
     add_counts(counts, &s);
+    for (int thread = 0; call->profile != NULL && thread < call->n_threads; ++thread) {
+        tsffn_profile_add(call->profile, &s.histograms[thread]);
+    }
     return true;
 }

@@ -43,6 +43,18 @@ struct tsffn_row {
     float * h;     // FUSED: [n_ff], receives relu(gate . x) * relu(up . x) * m; NULL when nobody wants it
 };
 
+// Activation statistics of one layer, which a call adds to (tsffn.h says what is counted).
+enum {
+    TSFFN_PROFILE_COUNTS = 6,
+    TSFFN_PROFILE_HISTOGRAMS = 3,
+    TSFFN_PROFILE_BINS = 130,
+};
+struct tsffn_profile {
+    uint64_t * tokens;     // [n_ffns]
+    uint64_t * neurons;    // [TSFFN_PROFILE_COUNTS][n_ffns][n_ff]
+    uint64_t * histograms; // [TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS]
+};
+
 struct tsffn_call {
     enum tsffn_op op;
     const struct tsffn_ffn *
@@ -54,6 +66,8 @@ struct tsffn_call {
     size_t x_stride; // bytes
     int64_t n_tokens;
     int n_threads;
+    const struct tsffn_profile *
+        profile; // FUSED: add statistics here, and compute gate and up of every neuron; or NULL
 };
 
 // Counts of one call. A "neuron" is one neuron of one row; bytes are weight bytes touched at least once.

@@ -31,14 +31,6 @@ static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t *
     g->counts->bytes_predictor += (uint64_t)(i1 - i0) * tsffn_row_bytes(ffn->fc2.type, ffn->fc2.n_cols);
 }
 
-// Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
-struct worklist {
-    int n;
-    int64_t neuron[CHUNK_NEURONS];
-    uint64_t rows[CHUNK_NEURONS];
-    float h[CHUNK_NEURONS][TILE_ROWS];
-};
-
 // Multiplies h with relu(row . x) of every neuron and row in the list, and drops from it what becomes zero. What is
 // kept will need its row of `next`, which is asked for at once: random rows reach the sequential bandwidth only when
 // they are asked for early, and at this point nothing is asked for in vain. `ahead` is how far in advance to ask for
@@ -124,33 +116,45 @@ static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
     }
 }
 
-// The whole FFN of the neurons [i0, i1): gate for those that are on, up where gate > 0, down where both are.
-static void fused_neurons(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask) {
+// Gate for the neurons [i0, i1) that are on, up where gate > 0; lists what is left.
+static void sparse_neurons(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask,
+                           struct worklist * list) {
     const struct shared * s = g->s;
     const struct tsffn_ffn * ffn = g->ffn;
-    struct worklist list;
-    list.n = 0;
-    for (int64_t r = g->r0; r < g->r1; ++r) {
-        if (g->rows[r].h != NULL) {
-            memset(g->rows[r].h + i0, 0, (size_t)(i1 - i0) * sizeof(float));
-        }
-    }
+    list->n = 0;
     for (int64_t i = i0; i < i1; ++i) {
         const uint64_t rows = mask[i - i0];
         if (rows != 0) {
             g->counts->predicted += (uint64_t)__builtin_popcountll(rows);
             for (int64_t r = g->r0; r < g->r1; ++r) {
-                list.h[list.n][r] = 1.0f;
+                list->h[list->n][r] = 1.0f;
             }
-            list.neuron[list.n] = i;
-            list.rows[list.n] = rows;
-            ++list.n;
+            list->neuron[list->n] = i;
+            list->rows[list->n] = rows;
+            ++list->n;
         }
     }
     // predict() has asked for the gates of the neurons that are on; without it all of them are.
     const int64_t ahead = needs_predictor(s->call) ? 0 : tsffn_matrix_rows_ahead(&ffn->gate);
-    g->counts->gate_positive += multiply(g, &ffn->gate, s->x_gate, s->x_gate_bytes, ahead, &ffn->up, &list);
-    g->counts->active += multiply(g, &ffn->up, s->x_up, s->x_up_bytes, 0, &ffn->down, &list);
+    g->counts->gate_positive += multiply(g, &ffn->gate, s->x_gate, s->x_gate_bytes, ahead, &ffn->up, list);
+    g->counts->active += multiply(g, &ffn->up, s->x_up, s->x_up_bytes, 0, &ffn->down, list);
+}
+
+// The whole FFN of the neurons [i0, i1): gate and up, then down for the neurons whose product is not 0.
+static void fused_neurons(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask) {
+    const struct shared * s = g->s;
+    const struct tsffn_ffn * ffn = g->ffn;
+    struct worklist list;
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        if (g->rows[r].h != NULL) {
+            memset(g->rows[r].h + i0, 0, (size_t)(i1 - i0) * sizeof(float));
+        }
+    }
+    if (s->call->profile != NULL) {
+        tsffn_profile_neurons(g, i0, i1, mask, &list);
+    } else {
+        sparse_neurons(g, i0, i1, mask, &list);
+    }
     add_down(g, &list);
     g->counts->neurons += (uint64_t)((i1 - i0) * (g->r1 - g->r0));
     g->counts->bytes_dense +=

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct tsffn_gemm;
+
 struct tsffn_row_type {
     const char * name;
     int64_t block_size; // weights per block; the length of a row is a multiple of it
@@ -24,6 +26,10 @@ struct tsffn_row_type {
     float (*own_dot)(int64_t n, const void * row, const void * x);
     void (*own_dot4)(int64_t n, const void * row, const void * const x[4], float s[4]); // NULL: four own_dots
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
+
+    // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
+    const struct tsffn_gemm * gemm;
+    int gemm_format;
 
     // The host's functions, with ggml's signatures.
     void (*host_dot)(int n, float * s, size_t bs, const void * row, size_t bx, const void * x, size_t by, int nrc);
