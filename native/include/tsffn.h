@@ -76,7 +76,66 @@ struct tsffn_layer_stats {
 TSFFN_API bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats);
 TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);
 
-// The ISA tier in use: "ref", "avx2", "avx512".
+// Activation statistics. While they are on, gate and up are computed for every neuron, so that what the predictor
+// misses is seen too; the output stays the model's.
+#define TSFFN_N_COUNTS 6     // gate > 0, up > 0, both (active), predicted, predicted and gate > 0, predicted and active
+#define TSFFN_N_HISTOGRAMS 3 // |gate . x|, |up . x|, relu(gate . x) * relu(up . x), over all neurons
+#define TSFFN_N_BINS 130     // below 2^-20 (and 0); four to an octave up to 2^12, linear within it; the rest
+// Begins counting from 0, or stops and drops the counts. Call it while nothing computes. False: out of memory.
+TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
+// Copies the counts of one layer: tokens [n_ffn] that each FFN (expert) saw, neurons [TSFFN_N_COUNTS][n_ffn][n_ff],
+// histograms [TSFFN_N_HISTOGRAMS][TSFFN_N_BINS]. False when counting is off or there is no such layer.
+TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, uint64_t * tokens,
+                                        uint64_t * neurons, uint64_t * histograms);
+
+// Measuring this machine. Both return false for arguments that make no sense, and when OpenMP grants fewer threads.
+//
+// Reads one row of every `every` consecutive ones of memory [n_rows][row_bytes], in ascending order, each thread an
+// equal contiguous share, rows asked for 4 KB ahead: every = 1 reads all of it, every = 10 is an FFN at a tenth of its
+// neurons. Which row of the `every` is random but fixed; another `pass` (below `every`) reads others. row_bytes is a
+// multiple of 8, memory aligned to it. `seconds` is wall time, `sum` the sum of all 64-bit words read, modulo 2^64.
+TSFFN_API bool tsffn_measure_rows(const void * memory, size_t n_rows, size_t row_bytes, size_t every, uint64_t pass,
+                                  int n_threads, double * seconds, uint64_t * sum);
+// Q4_0 rows of 4096 weights multiplied per second by n_threads threads, out of the caches, for min_seconds (at most
+// 60).
+TSFFN_API bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_second);
+
+// What tsffn_model_place does with the pages of a loaded model.
+enum tsffn_place_flags {
+    TSFFN_PLACE_PREFAULT = 1,    // the hot neurons and the sidecar: into this process, from disk where need be
+    TSFFN_PLACE_LOCK = 2,        // the same: into RAM until the model is freed, as far as the system allows
+    TSFFN_PLACE_RANDOM_REST = 4, // the other neurons: no read-ahead
+};
+
+// What it did, in bytes of whole pages. An errno is 0 when nothing failed.
+struct tsffn_placed {
+    uint64_t ffn;              // gate, up and down weights of the model (not of whole pages)
+    uint64_t hot;              // of them, the pages of the hot neurons
+    uint64_t hot_resident;     // of these, in this process's memory afterwards
+    uint64_t hot_locked;       // of these, locked in RAM
+    uint64_t sidecar;          // the predictor sidecar; 0 in exact mode
+    uint64_t sidecar_resident; //
+    uint64_t sidecar_locked;   //
+    uint64_t random;           // pages without read-ahead
+    int32_t prefault_errno;    // the first failure of each kind
+    int32_t lock_errno;        // ENOMEM: RLIMIT_MEMLOCK, or too many mappings (vm.max_map_count)
+    int32_t advice_errno;      //
+};
+
+// Decides where the memory of a model that llama.cpp has loaded is: `hot` [n_layer][n_ffn] says how many neurons at the
+// front of each FFN belong in RAM (n_ffn: experts, 1 for a dense model; n_hot numbers in all). Their gate, up and down
+// rows and the whole sidecar are treated as `flags` (tsffn_place_flags) say. When the limit does not allow to lock all
+// of it, what is locked is the sidecar, which every token reads, and then an equal share of every FFN's front. Replaces
+// what an earlier call did; ends when the model is freed. Returns false and writes one line to `error` when a number is
+// out of range or missing, when the weights are not loaded, or without memory.
+TSFFN_API bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n_hot, uint32_t flags,
+                                 struct tsffn_placed * placed, char * error, size_t error_size);
+
+// A llama_context_params.cb_eval that ends the graph before the output matrix: layers are computed, logits are not.
+// `tensor` is a struct ggml_tensor.
+TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data);
+
+// The ISA tier in use: "ref", "avx2", "avx512", "amx".
 TSFFN_API const char * tsffn_isa_name(void);
 
 // The ggml version this library was built for.

@@ -29,6 +29,20 @@ def test_program(native_tests, name):
     assert "ref: ok" in done.stdout
 
 
+def test_measure(native_tests):
+    done = subprocess.run([native_tests / "test_measure"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "measure: ok\n"), done.stderr
+
+
+def test_what_is_installed(native_tests, tmp_path):
+    """What CMake puts into a wheel: the library and the machine profiles."""
+    command = ["cmake", "--install", native_tests.parent, "--prefix", tmp_path]
+    subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=True)
+    installed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    profiles = {f"tsconv/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.toml")}
+    assert installed == {"tsconv/lib/libggml-tsffn.so"} | profiles
+
+
 @pytest.fixture(scope="session")
 def upstream_ggml(tmp_path_factory) -> Path:
     """The ggml folder of llama-cpp-python's source distribution (77 MB), kept beside the other build products."""

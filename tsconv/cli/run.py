@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tsconv.cli.interrupt import interruptible
+from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.options import finite, model_options
 from tsconv.errors import TsconvError
 
@@ -27,6 +28,7 @@ CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C sto
 
 @click.command("run")
 @model_options
+@machine_options
 @click.option("-p", "--prompt", help="Text to continue.")
 @click.option("-f", "--file", "prompt_file", metavar="FILE", help="File with the text to continue, - for stdin.")
 @click.option(
@@ -57,6 +59,8 @@ def command(
     n_threads: int | None,
     sparsity: str | None,
     verbose: bool,
+    machine: str | None,
+    placement: str | None,
     prompt: str | None,
     prompt_file: str | None,
     n_predict: int | None,
@@ -78,10 +82,11 @@ def command(
         raise click.UsageError("A prompt is needed: -p, -f or stdin.")
 
     from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
-    from tsconv.runtime.model import load
 
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    llama = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose)
+    llama, chosen = load_model(
+        model, machine, placement, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose
+    )
     sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
     with _quiet_when_nobody_reads():
         if prompt is None:
@@ -89,12 +94,13 @@ def command(
             return
         tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
         limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
-        with _interruptible() as interrupted:
+        with interruptible() as interrupted:
             generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
             text = "".join(generation) if as_json else _stream(generation)
         summary = generation.summary
         if as_json:
-            click.echo(json.dumps(_as_dict(llama, prompt, text, summary)))
+            answer = _as_dict(llama, prompt, text, summary)
+            click.echo(json.dumps(answer if chosen is None else answer | {"machine": chosen}))
         else:
             click.echo("" if text.endswith("\n") else "\n", nl=False)
         click.echo(_line(summary), err=True)
@@ -157,7 +163,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            with _interruptible() as interrupted:
+            with interruptible() as interrupted:
                 generation = Generation(llama, chat_tokens(llama, messages), limit, sampling, should_stop=interrupted)
                 answer = _stream(generation)
         except TsconvError as error:
@@ -169,23 +175,6 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
         summaries.append(generation.summary)
     if summaries:
         click.echo(_line(combined(summaries)), err=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
-    pressed = []
-
-    def handler(signum: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(signum)
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import ipaddress
 
 import click
 
+from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.options import model_options
 
 
 @click.command("serve")
 @model_options
+@machine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option("--api-key", envvar="TSCONV_API_KEY", help="Key that clients must send.  [env: TSCONV_API_KEY]")
@@ -21,12 +23,13 @@ def command(
     n_threads: int | None,
     sparsity: str | None,
     verbose: bool,
+    machine: str | None,
+    placement: str | None,
     host: str,
     port: int,
     api_key: str | None,
 ) -> None:
     """Serve /v1/chat/completions, /v1/completions and /v1/models over HTTP until Ctrl-C."""
-    from tsconv.runtime.model import load
     from tsconv.runtime.server import create_app, listen, serve
 
     with listen(host, port) as listener:
@@ -35,7 +38,9 @@ def command(
             click.echo(
                 f"warning: everyone who can reach {host} can use this server; --api-key asks for a key", err=True
             )
-        llama = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose)
+        llama, _ = load_model(
+            model, machine, placement, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose
+        )
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"serving {llama.model_path} on http://{shown}:{bound_port}/v1 (Ctrl-C stops)", err=True)
         try:

@@ -14,8 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 import tsconv
 from tsconv.errors import BackendError, ModelFileError, TsconvError
+
+Ints = npt.NDArray[np.int64]
 
 LIBRARY_NAME = "libggml-tsffn.so"
 ERROR_SIZE = 2048
@@ -44,6 +49,31 @@ class LayerStats(ctypes.Structure):
             "ns_ffn",
             "single_ops",
         )
+    )
+
+
+# enum tsffn_place_flags (native/include/tsffn.h)
+PLACE_PREFAULT, PLACE_LOCK, PLACE_RANDOM_REST = 1, 2, 4
+
+
+class Placed(ctypes.Structure):
+    """struct tsffn_placed (native/include/tsffn.h)."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_uint64)
+            for name in (
+                "ffn",
+                "hot",
+                "hot_resident",
+                "hot_locked",
+                "sidecar",
+                "sidecar_resident",
+                "sidecar_locked",
+                "random",
+            )
+        ),
+        *((name, ctypes.c_int32) for name in ("prefault_errno", "lock_errno", "advice_errno")),
     )
 
 
@@ -105,6 +135,7 @@ class Backend:
 
     def _declare(self) -> None:
         handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+        double_out = ctypes.POINTER(ctypes.c_double)
         prototypes = {
             "tsffn_check_abi": ([text, size], ctypes.c_bool),
             "tsffn_model_open": ([text, text, ctypes.c_int, text, size], handle),
@@ -114,6 +145,17 @@ class Backend:
             "tsffn_model_n_layer": ([handle], ctypes.c_int32),
             "tsffn_model_stats": ([handle, ctypes.c_int32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
             "tsffn_model_reset_stats": ([handle], None),
+            "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),
+            "tsffn_model_read_profile": ([handle, ctypes.c_int32, handle, handle, handle], ctypes.c_bool),
+            "tsffn_model_place": (
+                [handle, handle, size, ctypes.c_uint32, ctypes.POINTER(Placed), text, size],
+                ctypes.c_bool,
+            ),
+            "tsffn_measure_rows": (
+                [handle, size, size, size, ctypes.c_uint64, ctypes.c_int, double_out, ctypes.POINTER(ctypes.c_uint64)],
+                ctypes.c_bool,
+            ),
+            "tsffn_measure_compute": ([ctypes.c_int, ctypes.c_double, double_out], ctypes.c_bool),
             "tsffn_isa_name": ([], text),
             "tsffn_ggml_version": ([], text),
         }
@@ -123,14 +165,47 @@ class Backend:
             function.restype = result
 
     @property
+    def stop_before_output(self) -> ctypes._CFuncPtr:
+        """For `llama_context_params.cb_eval`: layers are computed, logits are not."""
+        from llama_cpp import llama_cpp
+
+        return llama_cpp.ggml_backend_sched_eval_callback(("tsffn_stop_before_output", self._lib))
+
+    @property
     def isa(self) -> str:
-        """The ISA tier of the kernels in use: ref, avx2 or avx512."""
+        """The ISA tier of the kernels in use: ref, avx2, avx512 or amx."""
         return self._lib.tsffn_isa_name().decode()
 
     @property
     def ggml_version(self) -> str:
         """The ggml version the library was built for."""
         return self._lib.tsffn_ggml_version().decode()
+
+    def measure_rows(
+        self, address: int, n_rows: int, row_bytes: int, *, every: int, nth: int, n_threads: int
+    ) -> tuple[float, int]:
+        """Reads one row of every `every` consecutive ones of the memory [n_rows, row_bytes] at `address`: all of them
+        for every = 1, others for another `nth` below `every`.
+
+        Returns:
+            seconds, and the sum of all 64-bit words read, modulo 2^64.
+
+        Raises:
+            BackendError: memory or sizes that are not a multiple of 8 bytes, or fewer threads than asked for.
+        """
+        seconds, total = ctypes.c_double(), ctypes.c_uint64()
+        measure = self._lib.tsffn_measure_rows
+        if not measure(address, n_rows, row_bytes, every, nth, n_threads, seconds, total):
+            raise BackendError(
+                "memory cannot be measured", found=f"{n_rows} rows, {row_bytes} bytes, {n_threads} threads"
+            )
+        return seconds.value, total.value
+
+    def measure_compute(self, n_threads: int, seconds: float) -> float | None:
+        """Q4_0 rows of 4096 weights that n_threads threads multiply per second out of the caches, measured for some
+        seconds (at most 60); None when OpenMP grants fewer threads."""
+        rate = ctypes.c_double()
+        return rate.value if self._lib.tsffn_measure_compute(n_threads, seconds, rate) else None
 
     def open_model(self, path: Path, sidecar: Path | None, sparsity: str | None) -> NativeModel:
         """Opens and checks a model and its sidecar (docs/format.md).
@@ -192,6 +267,47 @@ class NativeModel:
     def reset_stats(self) -> None:
         """Sets all counters to 0."""
         self._lib.tsffn_model_reset_stats(self._handle)
+
+    def profile(self, on: bool) -> None:
+        """Begins counting activations from 0, or stops and drops the counts. Not while the model computes.
+
+        Raises:
+            BackendError: no memory for the counters.
+        """
+        if not self._lib.tsffn_model_profile(self._handle, on):
+            raise BackendError("no memory for the activation counters")
+
+    def read_profile(self, layer: int, tokens: Ints, neurons: Ints, histograms: Ints) -> None:
+        """Copies one layer's counts into contiguous int64 arrays: tokens [n_ffn], neurons [6, n_ffn, n_ff] in the order
+        of the file, histograms [3, 130]; tsconv.profile.stats says of what.
+
+        Raises:
+            BackendError: counting is off.
+        """
+        arrays = (tokens, neurons, histograms)
+        assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays)
+        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in arrays)
+        if not self._lib.tsffn_model_read_profile(self._handle, layer, *pointers):
+            raise BackendError("activations are not being counted")
+
+    def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
+        """Decides which weights are in RAM; tsconv.runtime.residency says what that means.
+
+        Args:
+            hot: int32 [n_layer, n_ffn], neurons at the front of each FFN that belong in RAM.
+            flags: PLACE_PREFAULT | PLACE_LOCK | PLACE_RANDOM_REST, as wanted.
+
+        Raises:
+            BackendError: counts that do not fit the model, or llama.cpp has not loaded it, or no memory.
+        """
+        if self._handle is None:
+            raise BackendError("the model is closed")
+        hot = np.ascontiguousarray(hot, dtype=np.int32)
+        place = self._lib.tsffn_model_place
+        placed, message = Placed(), ctypes.create_string_buffer(ERROR_SIZE)
+        if not place(self._handle, hot.ctypes.data, hot.size, flags, ctypes.byref(placed), message, ERROR_SIZE):
+            raise BackendError(message.value.decode(errors="replace"))
+        return placed
 
     def close(self) -> None:
         """Drops this reference; llama.cpp's weight buffers hold their own."""

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import tsconv
 from tsconv.errors import BackendError
+from tsconv.runtime import limits
 from tsconv.runtime.backend import library_path, load_backend
-from tsconv.runtime.cpu import physical_cores
+from tsconv.runtime.cpu import cpu_model, physical_cores
 
 OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers
 PROBE_SECONDS = 60
 MIN_AVAILABLE_BYTES = 1 << 30
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def _openmp() -> Iterator[Check]:
 
 def _cpu() -> Iterator[Check]:
     n_usable, n_cpu = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    value = f"{physical_cores()} cores usable ({n_usable} of {n_cpu} CPUs), {_cpu_model()}"
-    quota = _cpu_quota()
+    value = f"{physical_cores()} cores usable ({n_usable} of {n_cpu} CPUs), {cpu_model()}"
+    quota = limits.cpu_quota()
     if quota is not None and quota < n_usable:
         yield Check(
             "CPU",
@@ -190,37 +190,10 @@ def _cpu() -> Iterator[Check]:
         yield Check("CPU", value)
 
 
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1] if match else platform.machine()
-
-
-def _cpu_quota() -> float | None:
-    """CPUs' worth of time that the container may use (cgroup v2)."""
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def _memory() -> Iterator[Check]:
-    try:
-        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-        total, available = (1024 * int(fields[key]) for key in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError):
-        return
-    value = f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-    except (OSError, ValueError):  # no cgroup, or "max"
-        limit = total
-    if limit < total:
-        value += f", limited to {limit / 1e9:.1f} GB"
-    if min(available, limit) < MIN_AVAILABLE_BYTES:
+    available = limits.available_memory()
+    value = f"{limits.total_memory() / 1e9:.1f} GB, {available / 1e9:.1f} GB available"
+    if available < MIN_AVAILABLE_BYTES:
         yield Check("memory", value, "warning", "close other programs: a model is read from the file system's cache")
     else:
         yield Check("memory", value)

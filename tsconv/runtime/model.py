@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
-from tsconv.runtime.backend import load_backend
+from tsconv.export.gguf_header import read_header
+from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.cpu import physical_cores
 from tsconv.runtime.log import quiet_unless
+from tsconv.runtime.residency import Residency, place_in_memory
+from tsconv.transform.neuron_order import refuse_adapter
 
 CONTEXT_STEP = 256  # llama_init_from_model pads n_ctx to a multiple of it (llama-context.cpp)
 
@@ -56,6 +59,8 @@ class SparseLlama(llama_cpp.Llama):
         # llama_cpp.Llama's destructor closes this, also when loading fails before its own constructor runs.
         self._stack = ExitStack()
         path = Path(model_path)
+        if kwargs.get("lora_path"):
+            refuse_adapter(read_header(path), read_header(Path(kwargs["lora_path"])))
         native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
         self._native = native
         self.sparsity: str = native.sparsity
@@ -119,6 +124,15 @@ class SparseLlama(llama_cpp.Llama):
         self._ctx.kv_cache_clear()
         return logits
 
+    @contextmanager
+    def profiling(self) -> Iterator[NativeModel]:
+        """While this holds, activations are counted; read them from what it yields (`NativeModel.read_profile`)."""
+        self._native.profile(True)
+        try:
+            yield self._native
+        finally:
+            self._native.profile(False)
+
     def _decode(self) -> None:
         try:
             self._ctx.decode(self._batch)
@@ -161,6 +175,20 @@ class SparseLlama(llama_cpp.Llama):
     def reset_ffn_stats(self) -> None:
         """Sets the counters of `ffn_stats` to 0."""
         self._native.reset_stats()
+
+    def place_in_memory(
+        self, hot: npt.ArrayLike, *, prefault: bool = True, lock: bool = False, read_ahead: bool = True
+    ) -> Residency:
+        """Brings the first `hot` [n_layer, n_ffn] neurons of each FFN into RAM; see `tsconv.runtime.residency`."""
+        return place_in_memory(self._native, hot, prefault=prefault, lock=lock, read_ahead=read_ahead)
+
+    def warm_up(self) -> None:
+        """Computes one token, which touches what every token reads: attention, router, norms, output, predictors.
+
+        Leaves the context and the counters of `ffn_stats` empty.
+        """
+        self.token_logits([max(0, self.token_bos())])
+        self.reset_ffn_stats()
 
 
 def load(model_path: str | os.PathLike[str], **kwargs: Any) -> SparseLlama:

@@ -1,6 +1,8 @@
 // Host memory: mapped model files and compute buffers. Every entry of a vtable is written out.
 #include "buffer.h"
 
+#include "residency.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +11,7 @@ enum { ALIGNMENT = 64 };
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
     struct tsffn_buffer * context = buffer->context;
+    tsffn_residency_forget(context);
     tsffn_model_close(context->model);
     if (context->owned) {
         free(context->base);
@@ -18,6 +21,14 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
 
 static void * buffer_get_base(ggml_backend_buffer_t buffer) {
     return ((const struct tsffn_buffer *)buffer->context)->base;
+}
+
+static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor) {
+    struct tsffn_weight weight;
+    if (tsffn_identify(tensor, &weight) && !tsffn_residency_remember(buffer->context, &weight, tensor)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    return GGML_STATUS_SUCCESS;
 }
 
 static void buffer_memset_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, uint8_t value, size_t offset,
@@ -54,7 +65,7 @@ static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
 static const struct ggml_backend_buffer_i buffer_interface = {
     .free_buffer = buffer_free,
     .get_base = buffer_get_base,
-    .init_tensor = NULL,
+    .init_tensor = buffer_init_tensor,
     .memset_tensor = buffer_memset_tensor,
     .set_tensor = buffer_set_tensor,
     .get_tensor = buffer_get_tensor,

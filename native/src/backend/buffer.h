@@ -2,14 +2,18 @@
 #ifndef TSFFN_BUFFER_H
 #define TSFFN_BUFFER_H
 
-#include "ggml_iface.h"
-#include "model.h"
+#include "weight.h"
 
 // The context of a weight buffer: which model its tensors belong to.
 struct tsffn_buffer {
     void * base;
     bool owned;                 // allocated here, not mapped by the caller
     struct tsffn_model * model; // NULL for compute buffers
+    // The FFN weights in here, expert after expert: [n_layer][TSFFN_N_PARTS], data NULL where it lies elsewhere; NULL
+    // until the first is known. All below is guarded by the model's residency_mutex.
+    struct tsffn_matrix * weights;
+    struct tsffn_buffer * next; // of the model's buffers with weights
+    bool locked;                // pages of them may be locked in RAM
 };
 
 // The one buffer type of this backend. Its device is the backend's to set.

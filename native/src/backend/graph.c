@@ -5,76 +5,11 @@
 #include "graph.h"
 
 #include "row_types.h"
+#include "weight.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum part {
-    PART_NONE,
-    PART_GATE,
-    PART_UP,
-    PART_DOWN,
-};
-
-// An FFN weight: which matrix of which layer of which model.
-struct weight {
-    struct tsffn_model * model;
-    int64_t layer;
-    enum part part;
-};
-
-// Parses "blk.N.ffn_{gate,up,down}.weight", with "_exps" before ".weight" for MoE.
-static bool parse_name(const char * name, int64_t * layer, enum part * part, bool * is_moe) {
-    static const struct {
-        const char * name;
-        enum part part;
-        bool is_moe;
-    } kinds[] = {
-        {"ffn_gate.weight", PART_GATE, false}, {"ffn_up.weight", PART_UP, false},
-        {"ffn_down.weight", PART_DOWN, false}, {"ffn_gate_exps.weight", PART_GATE, true},
-        {"ffn_up_exps.weight", PART_UP, true}, {"ffn_down_exps.weight", PART_DOWN, true},
-    };
-    if (strncmp(name, "blk.", 4) != 0) {
-        return false;
-    }
-    char * end;
-    *layer = strtoll(name + 4, &end, 10);
-    if (end == name + 4 || *end != '.') {
-        return false;
-    }
-    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); ++i) {
-        if (strcmp(end + 1, kinds[i].name) == 0) {
-            *part = kinds[i].part;
-            *is_moe = kinds[i].is_moe;
-            return true;
-        }
-    }
-    return false;
-}
-
-// The model of a weight tensor. While llama.cpp chooses buffer types it asks with a dummy buffer of size 0: then it is
-// the model that is being loaded.
-static struct tsffn_model * model_of(const tsffn_tensor * w) {
-    if (w->buffer == NULL || w->buffer->buft != tsffn_buffer_type()) {
-        return NULL;
-    }
-    const struct tsffn_buffer * buffer = w->buffer->context;
-    return buffer != NULL ? buffer->model : tsffn_model_armed();
-}
-
-static bool identify(const tsffn_tensor * w, struct weight * weight) {
-    bool is_moe;
-    weight->model = model_of(w);
-    if (weight->model == NULL || !parse_name(w->name, &weight->layer, &weight->part, &is_moe)) {
-        return false;
-    }
-    const struct tsffn_model * model = weight->model;
-    const bool is_down = weight->part == PART_DOWN;
-    return weight->layer >= 0 && weight->layer < model->n_layer && is_moe == (model->n_expert > 0) &&
-           w->ne[0] == (is_down ? model->n_ff : model->n_embd) && w->ne[1] == (is_down ? model->n_embd : model->n_ff) &&
-           w->ne[2] == tsffn_model_ffns_per_layer(model) && w->ne[3] == 1 && tsffn_row_type_for(w->type) != NULL;
-}
 
 static bool is_matmul(const tsffn_tensor * op) {
     return op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID;
@@ -86,23 +21,23 @@ static bool is_swiglu(const tsffn_tensor * op) {
 
 // Whether `t` is a gate product of ours, or is made of one by adding to it or scaling it (as LoRA adapters do). Such a
 // SWIGLU must never fall to a backend that would really compute SiLU.
-static bool comes_from_gate(const tsffn_tensor * t, struct weight * weight) {
+static bool comes_from_gate(const tsffn_tensor * t, struct tsffn_weight * weight) {
     while (t != NULL && (t->op == GGML_OP_ADD || t->op == GGML_OP_MUL || t->op == GGML_OP_SCALE ||
                          t->op == GGML_OP_ADD_ID || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW)) {
         t = t->src[0];
     }
-    return t != NULL && is_matmul(t) && identify(t->src[0], weight) && weight->part == PART_GATE;
+    return t != NULL && is_matmul(t) && tsffn_identify(t->src[0], weight) && weight->part == TSFFN_PART_GATE;
 }
 
 bool tsffn_supports_op(const tsffn_tensor * op) {
-    struct weight weight;
+    struct tsffn_weight weight;
     if (op->op == GGML_OP_NONE) {
-        return identify(op, &weight); // the weight itself: it belongs here
+        return tsffn_identify(op, &weight); // the weight itself: it belongs here
     }
     if (is_swiglu(op)) {
         return comes_from_gate(op->src[0], &weight) && op->type == GGML_TYPE_F32;
     }
-    if (!is_matmul(op) || !identify(op->src[0], &weight)) {
+    if (!is_matmul(op) || !tsffn_identify(op->src[0], &weight)) {
         return false;
     }
     const tsffn_tensor * x = op->src[1];
@@ -135,7 +70,7 @@ static struct tsffn_matrix matrix_of(const tsffn_tensor * w, const struct tsffn_
 }
 
 // Describes the FFNs of a layer; `gate`, `up` and `down` are the weight tensors, NULL where the operation has none.
-static bool describe_ffns(struct tsffn_stream * stream, const struct weight * weight, const tsffn_tensor * gate,
+static bool describe_ffns(struct tsffn_stream * stream, const struct tsffn_weight * weight, const tsffn_tensor * gate,
                           const tsffn_tensor * up, const tsffn_tensor * down) {
     const struct tsffn_model * model = weight->model;
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
@@ -224,7 +159,7 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
 
 // Computes the rows of `out`, and of `h` where there is one, from activations `x` with the FFNs described in the
 // stream.
-static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct weight * weight,
+static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
                                 const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
                                 const tsffn_tensor * out) {
     int64_t n_rows;
@@ -238,6 +173,8 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
         fprintf(stderr, "tsffn: %s: activations are not contiguous\n", out->name);
         return GGML_STATUS_FAILED;
     }
+    struct tsffn_profile profile;
+    const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
     const struct tsffn_call call = {
         .op = op,
         .ffns = stream->ffns,
@@ -248,9 +185,14 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
         .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
         .n_tokens = x->ne[1] * x->ne[2],
         .n_threads = stream->n_threads,
+        .profile = profiling ? &profile : NULL,
     };
     struct tsffn_counts counts = {0};
-    if (!tsffn_compute(stream->workspace, &call, &counts)) {
+    const bool computed = tsffn_compute(stream->workspace, &call, &counts);
+    if (profiling) {
+        tsffn_model_unlock_profile(weight->model);
+    }
+    if (!computed) {
         return GGML_STATUS_ALLOC_FAILED;
     }
     if (op == TSFFN_OP_FUSED) {
@@ -262,15 +204,15 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
 }
 
 static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn_tensor * op) {
-    struct weight weight;
-    if (!identify(op->src[0], &weight)) {
+    struct tsffn_weight weight;
+    if (!tsffn_identify(op->src[0], &weight)) {
         fprintf(stderr, "tsffn: %s: not an FFN weight of an opened model\n", op->src[0]->name);
         return GGML_STATUS_FAILED;
     }
     const tsffn_tensor * w = op->src[0];
-    const enum tsffn_op kind = weight.part == PART_GATE ? TSFFN_OP_GATE
-                               : weight.part == PART_UP ? TSFFN_OP_UP
-                                                        : TSFFN_OP_DOWN;
+    const enum tsffn_op kind = weight.part == TSFFN_PART_GATE ? TSFFN_OP_GATE
+                               : weight.part == TSFFN_PART_UP ? TSFFN_OP_UP
+                                                              : TSFFN_OP_DOWN;
     if (!describe_ffns(stream, &weight, kind == TSFFN_OP_GATE ? w : NULL, kind == TSFFN_OP_UP ? w : NULL,
                        kind == TSFFN_OP_DOWN ? w : NULL)) {
         return GGML_STATUS_ALLOC_FAILED;
@@ -282,7 +224,7 @@ static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn
 static enum ggml_status compute_glu(const tsffn_tensor * op) {
     const tsffn_tensor * gate = op->src[0];
     const tsffn_tensor * up = op->src[1];
-    struct weight weight;
+    struct tsffn_weight weight;
     if (!comes_from_gate(gate, &weight)) {
         return GGML_STATUS_FAILED;
     }
@@ -290,6 +232,13 @@ static enum ggml_status compute_glu(const tsffn_tensor * op) {
         fprintf(stderr,
                 "tsffn: %s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
                 "with exact sparsity\n",
+                op->name, (long long)weight.layer);
+        return GGML_STATUS_FAILED;
+    }
+    if ((!is_matmul(gate) || !is_matmul(up)) && weight.model->hot_first) {
+        fprintf(stderr,
+                "tsffn: %s: an adapter changes the FFN of layer %lld, whose neurons are in another order; use a model "
+                "that was converted without --profile\n",
                 op->name, (long long)weight.layer);
         return GGML_STATUS_FAILED;
     }
@@ -315,7 +264,7 @@ static bool is_computed(const tsffn_tensor * node) {
 }
 
 // Whether the four operations are one FFN whose intermediate results nobody else asks for.
-static bool is_ffn(tsffn_tensor * const op[4], struct weight * weight) {
+static bool is_ffn(tsffn_tensor * const op[4], struct tsffn_weight * weight) {
     const tsffn_tensor * glu = op[2];
     const tsffn_tensor * down = op[3];
     if (!is_swiglu(glu) || !is_matmul(op[0]) || !is_matmul(op[1]) || !is_matmul(down) || down->src[1] != glu) {
@@ -326,13 +275,15 @@ static bool is_ffn(tsffn_tensor * const op[4], struct weight * weight) {
     if (!((gate == op[0] && up == op[1]) || (gate == op[1] && up == op[0]))) {
         return false;
     }
-    struct weight w_up, w_down;
-    if (!identify(gate->src[0], weight) || !identify(up->src[0], &w_up) || !identify(down->src[0], &w_down)) {
+    struct tsffn_weight w_up, w_down;
+    if (!tsffn_identify(gate->src[0], weight) || !tsffn_identify(up->src[0], &w_up) ||
+        !tsffn_identify(down->src[0], &w_down)) {
         return false;
     }
-    const bool same_layer = weight->part == PART_GATE && w_up.part == PART_UP && w_down.part == PART_DOWN &&
-                            w_up.model == weight->model && w_down.model == weight->model &&
-                            w_up.layer == weight->layer && w_down.layer == weight->layer;
+    const bool same_layer = weight->part == TSFFN_PART_GATE && w_up.part == TSFFN_PART_UP &&
+                            w_down.part == TSFFN_PART_DOWN && w_up.model == weight->model &&
+                            w_down.model == weight->model && w_up.layer == weight->layer &&
+                            w_down.layer == weight->layer;
     return same_layer && gate->src[1] == up->src[1] && gate->src[2] == up->src[2] && gate->src[2] == down->src[2] &&
            ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT) == 0;
 }
@@ -356,7 +307,7 @@ enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_c
         if (n_ops == 0) {
             break;
         }
-        struct weight weight;
+        struct tsffn_weight weight;
         enum ggml_status status;
         if (n_ops == 4 && is_ffn(op, &weight)) {
             const tsffn_tensor * gate = op[2]->src[0];

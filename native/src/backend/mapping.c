@@ -1,6 +1,8 @@
 #define _DEFAULT_SOURCE // madvise
 #include "mapping.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -8,7 +10,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { LINE_SIZE = 4096 + 128 }; // PATH_MAX and what stands before the path
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 // glibc before 2.35
+#endif
+
+enum {
+    LINE_SIZE = 4096 + 128, // PATH_MAX and what stands before the path
+    PAGEMAP_ENTRIES = 512,
+};
 
 // The path of the file that [begin, end) is one shared mapping of, in `line`; NULL when it is none. A line of
 // /proc/self/maps (proc(5)): begin-end rwxp offset device inode path, with 's' instead of 'p' for a shared mapping and
@@ -42,6 +51,48 @@ void tsffn_release_pages(void * address, size_t size) {
     if (begin < end && shared_file(begin, end, line) != NULL) {
         madvise((void *)begin, end - begin, MADV_DONTNEED);
     }
+}
+
+int tsffn_prefault_pages(void * pages, size_t size) {
+    if (madvise(pages, size, MADV_POPULATE_READ) == 0) {
+        return 0;
+    }
+    if (errno != EINVAL) {
+        return errno;
+    }
+    // Linux before 5.14.
+    madvise(pages, size, MADV_WILLNEED);
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (size_t offset = 0; offset < size; offset += page) {
+        (void)*(const volatile uint8_t *)((const char *)pages + offset);
+    }
+    return 0;
+}
+
+// /proc/self/pagemap has 64 bits for every page, bit 63 set when it is present (Linux, admin-guide/mm/pagemap.rst).
+// mincore would tell of the page cache instead, and of files that the caller may not write that all of them is there.
+size_t tsffn_resident_bytes(const void * pages, size_t size, size_t unknown) {
+    const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return unknown;
+    }
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t n_pages = size / page;
+    size_t n_present = 0;
+    uint64_t entries[PAGEMAP_ENTRIES];
+    for (size_t i = 0; i < n_pages; i += PAGEMAP_ENTRIES) {
+        const size_t n = n_pages - i < PAGEMAP_ENTRIES ? n_pages - i : PAGEMAP_ENTRIES;
+        const off_t at = (off_t)(((uintptr_t)pages / page + i) * sizeof(entries[0]));
+        if (pread(fd, entries, n * sizeof(entries[0]), at) != (ssize_t)(n * sizeof(entries[0]))) {
+            close(fd);
+            return unknown;
+        }
+        for (size_t k = 0; k < n; ++k) {
+            n_present += entries[k] >> 63;
+        }
+    }
+    close(fd);
+    return n_present * page;
 }
 
 // By way of the path, because the device and inode numbers in /proc/self/maps are not always those of stat (overlayfs,

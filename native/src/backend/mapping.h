@@ -12,6 +12,12 @@
 // be lost.
 void tsffn_release_pages(void * address, size_t size);
 
+// Brings whole pages into this process, reading them when they are on disk. Returns 0 or an errno.
+int tsffn_prefault_pages(void * pages, size_t size);
+
+// How many bytes of whole pages are in this process's memory now; `unknown` when the kernel does not tell.
+size_t tsffn_resident_bytes(const void * pages, size_t size, size_t unknown);
+
 // Whether [address, address + size) is known to be mapped from another file than the one with this device and inode
 // number (stat). False when it cannot be told.
 bool tsffn_is_mapped_from_another_file(const void * address, size_t size, uint64_t device, uint64_t inode);

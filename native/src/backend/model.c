@@ -50,7 +50,9 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
         return NULL;
     }
     atomic_init(&model->references, 1);
+    pthread_mutex_init(&model->residency_mutex, NULL);
     pthread_mutex_init(&model->stats_mutex, NULL);
+    pthread_mutex_init(&model->profile_mutex, NULL);
 
     struct tsffn_gguf file;
     struct tsffn_identity id;
@@ -86,11 +88,14 @@ void tsffn_model_close(struct tsffn_model * model) {
     if (model->sidecar != NULL) {
         munmap(model->sidecar, model->sidecar_size);
     }
+    pthread_mutex_destroy(&model->residency_mutex);
     pthread_mutex_destroy(&model->stats_mutex);
+    pthread_mutex_destroy(&model->profile_mutex);
     free(model->predictors);
     free(model->pred_scale);
     free(model->threshold);
     free(model->stats);
+    free(model->profile);
     free(model);
 }
 

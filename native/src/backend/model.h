@@ -14,11 +14,14 @@ struct tsffn_predictor {
     struct tsffn_matrix fc2; // [n_ff][rank]
 };
 
+struct tsffn_buffer;
+
 struct tsffn_model {
     atomic_int references;
     enum tsffn_sparsity sparsity;
     int64_t n_layer, n_embd, n_ff;
     int64_t n_expert;       // 0 for a dense model
+    bool hot_first;         // the neurons are not in the order of the checkpoint
     uint64_t device, inode; // of the model file
     void * sidecar;         // the mapped file, NULL in exact mode
     size_t sidecar_size;
@@ -26,8 +29,13 @@ struct tsffn_model {
     const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
     float * threshold;                   // [n_layer]
     bool on_when_equal;
+    pthread_mutex_t residency_mutex; // held while pages are asked for, and while buffers come and go
+    struct tsffn_buffer * buffers;   // those with weights
     pthread_mutex_t stats_mutex;
     struct tsffn_layer_stats * stats; // [n_layer]
+    pthread_mutex_t profile_mutex;    // held while a call adds to the profile
+    uint64_t * profile;               // [n_layer][profile_per_layer], see profile.c; NULL when it is off
+    size_t profile_per_layer;
 };
 
 struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
@@ -39,6 +47,11 @@ struct tsffn_model * tsffn_model_armed(void);
 void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, const struct tsffn_counts * counts);
 // Adds one operation that was computed alone.
 void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
+
+// When activation statistics are on: where those of `layer` go, and true with the lock held until
+// tsffn_model_unlock_profile.
+bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile);
+void tsffn_model_unlock_profile(struct tsffn_model * model);
 
 static inline int64_t tsffn_model_ffns_per_layer(const struct tsffn_model * model) {
     return model->n_expert > 0 ? model->n_expert : 1;

@@ -1,0 +1,310 @@
+#define _DEFAULT_SOURCE // madvise
+#include "residency.h"
+
+#include "gguf_file.h"
+#include "mapping.h"
+#include "row_types.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// When not everything may be locked, the prefixes are locked in this many rounds, a slice of each per round: what is
+// left out is the coldest part of every FFN, and not the last layers.
+enum { LOCK_ROUNDS = 16 };
+
+// Whole pages.
+struct span {
+    uintptr_t begin, end;
+};
+
+// The pages of a model's weights.
+struct pages {
+    struct span * hot; // ascending and disjoint: one for every prefix that is not empty
+    size_t n_hot;
+    struct span * cold; // pages without a byte of a hot neuron
+    size_t n_cold;
+    bool mapped;       // at least one is mapped from the file
+    uint64_t n_bytes;  // of the weights
+    uintptr_t size_of; // a page
+};
+
+// ---- which weights a buffer holds
+
+bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
+                              const tsffn_tensor * tensor) {
+    struct tsffn_model * model = weight->model;
+    pthread_mutex_lock(&model->residency_mutex);
+    if (buffer->weights == NULL) {
+        buffer->weights = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*buffer->weights));
+        if (buffer->weights != NULL) {
+            buffer->next = model->buffers;
+            model->buffers = buffer;
+        }
+    }
+    const bool ok = buffer->weights != NULL;
+    if (ok) {
+        buffer->weights[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part] = (struct tsffn_matrix){
+            .type = tsffn_row_type_for(tensor->type),
+            .data = tensor->data,
+            .n_rows = tsffn_model_ffns_per_layer(model) * model->n_ff,
+            .n_cols = model->n_embd,
+        };
+    }
+    pthread_mutex_unlock(&model->residency_mutex);
+    return ok;
+}
+
+static size_t n_bytes(const struct tsffn_matrix * m) {
+    return (size_t)m->n_rows * tsffn_row_bytes(m->type, m->n_cols);
+}
+
+static struct span pages_around(uintptr_t begin, uintptr_t end, uintptr_t page) {
+    return (struct span){begin / page * page, (end + page - 1) / page * page};
+}
+
+static void unlock(const struct tsffn_model * model, struct tsffn_buffer * buffer) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (int64_t i = 0; buffer->locked && i < model->n_layer * TSFFN_N_PARTS; ++i) {
+        const struct tsffn_matrix * m = &buffer->weights[i];
+        if (m->data != NULL) {
+            const struct span span = pages_around((uintptr_t)m->data, (uintptr_t)m->data + n_bytes(m), page);
+            munlock((void *)span.begin, span.end - span.begin);
+        }
+    }
+    buffer->locked = false;
+}
+
+void tsffn_residency_forget(struct tsffn_buffer * buffer) {
+    struct tsffn_model * model = buffer->model;
+    if (model == NULL) {
+        return;
+    }
+    pthread_mutex_lock(&model->residency_mutex);
+    if (buffer->weights != NULL) {
+        unlock(model, buffer);
+        struct tsffn_buffer ** link = &model->buffers;
+        while (*link != buffer) {
+            link = &(*link)->next;
+        }
+        *link = buffer->next;
+        free(buffer->weights);
+        buffer->weights = NULL;
+    }
+    pthread_mutex_unlock(&model->residency_mutex);
+}
+
+// ---- which pages are hot
+
+static void add_cold(struct pages * pages, uintptr_t begin, uintptr_t end) {
+    const uintptr_t page = pages->size_of;
+    const struct span inner = {(begin + page - 1) / page * page, end / page * page};
+    if (inner.begin < inner.end) {
+        pages->cold[pages->n_cold++] = inner;
+    }
+}
+
+// One weight matrix: a hot prefix of hot[e] rows for each FFN e of its layer, and what lies between them.
+static void add_matrix(struct pages * pages, const struct tsffn_matrix * m, const int32_t * hot, int64_t n_ffns,
+                       bool is_mapped) {
+    const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
+    const size_t ffn_bytes = (size_t)(m->n_rows / n_ffns) * row_bytes;
+    uintptr_t cold = (uintptr_t)m->data;
+    for (int64_t e = 0; e < n_ffns; ++e) {
+        if (hot[e] > 0) {
+            const uintptr_t begin = (uintptr_t)m->data + (size_t)e * ffn_bytes;
+            const uintptr_t end = begin + (size_t)hot[e] * row_bytes;
+            pages->hot[pages->n_hot++] = pages_around(begin, end, pages->size_of);
+            if (is_mapped) {
+                add_cold(pages, cold, begin);
+            }
+            cold = end;
+        }
+    }
+    if (is_mapped) {
+        add_cold(pages, cold, (uintptr_t)m->data + n_bytes(m));
+        pages->mapped = true;
+    }
+    pages->n_bytes += n_bytes(m);
+}
+
+static int by_begin(const void * a, const void * b) {
+    const uintptr_t x = ((const struct span *)a)->begin, y = ((const struct span *)b)->begin;
+    return (x > y) - (x < y);
+}
+
+static bool find_pages(const struct tsffn_model * model, const int32_t * hot, struct pages * pages) {
+    const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    const int64_t n_matrices = model->n_layer * TSFFN_N_PARTS;
+    size_t n_buffers = 0;
+    for (const struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
+        n_buffers += 1;
+    }
+    const size_t n_prefixes = n_buffers * (size_t)(n_matrices * n_ffns);
+    *pages = (struct pages){
+        .hot = malloc(n_prefixes * sizeof(struct span)),
+        .cold = malloc((n_prefixes + n_buffers * (size_t)n_matrices) * sizeof(struct span)),
+        .size_of = (uintptr_t)sysconf(_SC_PAGESIZE),
+    };
+    if (pages->hot == NULL || pages->cold == NULL) {
+        return false;
+    }
+    for (const struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
+        for (int64_t i = 0; i < n_matrices; ++i) {
+            if (buffer->weights[i].data != NULL) {
+                add_matrix(pages, &buffer->weights[i], hot + i / TSFFN_N_PARTS * n_ffns, n_ffns, !buffer->owned);
+            }
+        }
+    }
+    // Neighbours share a page where one ends and the next begins: it is the first's.
+    qsort(pages->hot, pages->n_hot, sizeof(struct span), by_begin);
+    for (size_t i = 1; i < pages->n_hot; ++i) {
+        if (pages->hot[i].begin < pages->hot[i - 1].end) {
+            pages->hot[i].begin = pages->hot[i - 1].end;
+        }
+    }
+    return true;
+}
+
+// ---- what is done with them
+
+static void advise(const struct span * spans, size_t n, int advice, int32_t * failure) {
+    for (size_t i = 0; i < n; ++i) {
+        if (madvise((void *)spans[i].begin, spans[i].end - spans[i].begin, advice) != 0 && *failure == 0) {
+            *failure = errno;
+        }
+    }
+}
+
+static void prefault(const struct span * spans, size_t n, int32_t * failure) {
+    for (size_t i = 0; i < n; ++i) {
+        const size_t size = spans[i].end - spans[i].begin;
+        const int reason = size > 0 ? tsffn_prefault_pages((void *)spans[i].begin, size) : 0;
+        if (reason != 0 && *failure == 0) {
+            *failure = reason;
+        }
+    }
+}
+
+static uint64_t resident(const struct span * spans, size_t n, bool when_unknown) {
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const size_t size = spans[i].end - spans[i].begin;
+        bytes += tsffn_resident_bytes((void *)spans[i].begin, size, when_unknown ? size : 0);
+    }
+    return bytes;
+}
+
+// Locks as much of the front of `span` as the system allows; returns its bytes.
+static uint64_t lock(struct span span, uintptr_t page, int32_t * failure) {
+    uint64_t locked = 0;
+    for (size_t n = (span.end - span.begin) / page; n > 0;) {
+        if (mlock((void *)span.begin, n * page) == 0) {
+            locked += n * page;
+            span.begin += n * page;
+        } else if (*failure == 0) {
+            *failure = errno;
+        }
+        const size_t left = (span.end - span.begin) / page;
+        n = n / 2 < left ? n / 2 : left;
+    }
+    return locked;
+}
+
+static struct span slice(struct span span, int round, uintptr_t page) {
+    const uintptr_t n = (span.end - span.begin) / page;
+    return (struct span){
+        span.begin + n * (uintptr_t)round / LOCK_ROUNDS * page,
+        span.begin + n * (uintptr_t)(round + 1) / LOCK_ROUNDS * page,
+    };
+}
+
+static void lock_hottest_first(struct tsffn_model * model, const struct pages * pages, struct span sidecar,
+                               struct tsffn_placed * placed) {
+    placed->sidecar_locked = lock(sidecar, pages->size_of, &placed->lock_errno);
+    for (struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
+        buffer->locked = true;
+    }
+    for (int round = 0; round < LOCK_ROUNDS; ++round) {
+        for (size_t i = 0; placed->lock_errno == 0 && i < pages->n_hot; ++i) {
+            placed->hot_locked +=
+                lock(slice(pages->hot[i], round, pages->size_of), pages->size_of, &placed->lock_errno);
+        }
+    }
+}
+
+static void place(struct tsffn_model * model, const struct pages * pages, uint32_t flags,
+                  struct tsffn_placed * placed) {
+    const uintptr_t begin = (uintptr_t)model->sidecar; // NULL in exact mode
+    const struct span sidecar = pages_around(begin, begin + model->sidecar_size, pages->size_of);
+    placed->ffn = pages->n_bytes;
+    placed->sidecar = sidecar.end - sidecar.begin;
+    for (size_t i = 0; i < pages->n_hot; ++i) {
+        placed->hot += pages->hot[i].end - pages->hot[i].begin;
+    }
+    for (struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
+        unlock(model, buffer);
+    }
+    if (sidecar.begin < sidecar.end) {
+        munlock((void *)sidecar.begin, sidecar.end - sidecar.begin);
+    }
+    // Advice comes first: it makes mappings of their own of the cold pages, and a page fault brings in neighbours of
+    // the same mapping only.
+    if (pages->mapped) {
+        const bool random = (flags & TSFFN_PLACE_RANDOM_REST) != 0;
+        advise(pages->hot, pages->n_hot, MADV_NORMAL, &placed->advice_errno);
+        advise(pages->cold, pages->n_cold, random ? MADV_RANDOM : MADV_NORMAL, &placed->advice_errno);
+        for (size_t i = 0; random && placed->advice_errno == 0 && i < pages->n_cold; ++i) {
+            placed->random += pages->cold[i].end - pages->cold[i].begin;
+        }
+    }
+    const bool prefaults = (flags & TSFFN_PLACE_PREFAULT) != 0;
+    if (prefaults) {
+        prefault(&sidecar, 1, &placed->prefault_errno);
+        prefault(pages->hot, pages->n_hot, &placed->prefault_errno);
+    }
+    if ((flags & TSFFN_PLACE_LOCK) != 0) {
+        lock_hottest_first(model, pages, sidecar, placed);
+    }
+    const bool believe = prefaults && placed->prefault_errno == 0;
+    placed->sidecar_resident = resident(&sidecar, 1, believe);
+    placed->hot_resident = resident(pages->hot, pages->n_hot, believe);
+}
+
+bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n_hot, uint32_t flags,
+                       struct tsffn_placed * placed, char * error, size_t error_size) {
+    *placed = (struct tsffn_placed){0};
+    const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    if (n_hot != (size_t)(model->n_layer * n_ffns)) {
+        return tsffn_fail(error, error_size,
+                          "hot neurons: expected a number for each of %" PRId64 " layers times %" PRId64
+                          " FFNs, found %zu",
+                          model->n_layer, n_ffns, n_hot);
+    }
+    for (int64_t i = 0; i < model->n_layer * n_ffns; ++i) {
+        if (hot[i] < 0 || hot[i] > model->n_ff) {
+            return tsffn_fail(error, error_size,
+                              "hot neurons of layer %" PRId64 ", FFN %" PRId64 ": expected 0 to %" PRId64 ", found %d",
+                              i / n_ffns, i % n_ffns, model->n_ff, hot[i]);
+        }
+    }
+    pthread_mutex_lock(&model->residency_mutex);
+    struct pages pages = {0};
+    bool ok = model->buffers != NULL;
+    if (!ok) {
+        tsffn_fail(error, error_size, "the FFN weights are not loaded: expected llama.cpp to have loaded the model");
+    } else {
+        ok = find_pages(model, hot, &pages);
+        if (ok) {
+            place(model, &pages, flags, placed);
+        } else {
+            tsffn_fail(error, error_size, "out of memory");
+        }
+    }
+    pthread_mutex_unlock(&model->residency_mutex);
+    free(pages.hot);
+    free(pages.cold);
+    return ok;
+}

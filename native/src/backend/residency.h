@@ -1,0 +1,14 @@
+// Where the memory of the weights is: what is brought into RAM, what is locked there, what is read on demand.
+#ifndef TSFFN_RESIDENCY_H
+#define TSFFN_RESIDENCY_H
+
+#include "buffer.h"
+
+// Notes where an FFN weight lies. False: out of memory.
+bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
+                              const tsffn_tensor * tensor);
+
+// Before a buffer goes: unlocks its pages and takes it off its model's list.
+void tsffn_residency_forget(struct tsffn_buffer * buffer);
+
+#endif

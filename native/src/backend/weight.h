@@ -1,0 +1,25 @@
+// FFN weight tensors, recognized by name and shape.
+#ifndef TSFFN_WEIGHT_H
+#define TSFFN_WEIGHT_H
+
+#include "ggml_iface.h"
+#include "model.h"
+
+enum tsffn_part {
+    TSFFN_PART_GATE,
+    TSFFN_PART_UP,
+    TSFFN_PART_DOWN,
+    TSFFN_N_PARTS,
+};
+
+// An FFN weight: which matrix of which layer of which model.
+struct tsffn_weight {
+    struct tsffn_model * model;
+    int64_t layer;
+    enum tsffn_part part;
+};
+
+// Whether `w` is an FFN weight of an opened model in a buffer of ours, and which.
+bool tsffn_identify(const tsffn_tensor * w, struct tsffn_weight * weight);
+
+#endif

@@ -1,0 +1,160 @@
+"""`--machine` and `--placement`: loading a model with what a machine profile suggests, and saying what that was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tsconv.cli.text import size
+
+if TYPE_CHECKING:
+    from tsconv.runtime.fit import Fit
+    from tsconv.runtime.model import SparseLlama
+    from tsconv.runtime.residency import Residency
+
+RAISE_THE_LIMIT = (
+    "raise it with ulimit -l, beyond the hard limit with memlock in /etc/security/limits.conf or LimitMEMLOCK= of a "
+    "systemd service"
+)
+
+
+def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options --machine and --placement, passed on as machine, placement."""
+    for option in (
+        click.option(
+            "--placement",
+            metavar="FILE",
+            help="Placement made by tsconv place: which neurons belong in RAM. Needs --machine.",
+        ),
+        click.option(
+            "--machine",
+            metavar="auto|NAME|FILE",
+            help="Choose threads and what to keep in RAM for a machine: a profile, or auto for this one.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def load_model(
+    model: str,
+    machine: str | None,
+    placement: str | None,
+    *,
+    n_ctx: int,
+    n_threads: int | None,
+    sparsity: str | None,
+    verbose: bool,
+) -> tuple[SparseLlama, dict[str, Any] | None]:
+    """Loads a model, on a machine when one is named; says on stderr what was chosen.
+
+    Returns:
+        the model, and what was chosen for --json; None without a machine.
+
+    Raises:
+        click.UsageError: a placement without a machine.
+    """
+    if machine is None:
+        if placement is not None:
+            raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
+        from tsconv.runtime.model import load
+
+        return load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose), None
+
+    from tsconv.runtime.fit import AUTO, load_on_machine, machine_file
+
+    llama, fit, residency = load_on_machine(
+        model,
+        machine,
+        placement_path=placement,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        sparsity=sparsity,
+        verbose=verbose,
+        progress=lambda line: click.echo(line, err=True),
+    )
+    notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
+    for line in notes:
+        click.echo(line, err=True)
+    return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
+
+
+def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
+    """What was chosen and done, for JSON."""
+    chosen = dataclasses.asdict(fit)
+    hot = chosen.pop("hot")
+    return {
+        **chosen,
+        "needed_bytes": fit.needed_bytes,
+        "budget_bytes": fit.budget_bytes,
+        "hot_neurons": int(hot.sum()),
+        "residency": dataclasses.asdict(residency),
+    }
+
+
+def describe(fit: Fit, residency: Residency, measured: str | None = None) -> list[str]:
+    """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine."""
+    lines = [_threads(fit, measured), _memory(fit), _residency(residency)]
+    if fit.lock and (locking := _locking(residency)):
+        lines.append(locking)
+    elif residency.failures:
+        lines.append(f"the system refused: {'; '.join(residency.failures)}")
+    if fit.gpu_neurons:
+        lines.append(f"{fit.gpu_neurons} neurons that the placement gives to a GPU are computed on the CPU, from RAM")
+    return lines
+
+
+def _threads(fit: Fit, measured: str | None) -> str:
+    has = f"{fit.machine} has {fit.machine_cores} {'core' if fit.machine_cores == 1 else 'cores'}"
+    if measured:
+        has += f" that compute, as measured once (delete {measured} to measure again)"
+    if fit.threads_given:
+        return f"threads {fit.n_threads}: as given; {has}, this process may use {fit.usable_cores}"
+    if fit.machine_cores > fit.usable_cores:
+        return f"threads {fit.n_threads}: {has}, but this process may use {fit.usable_cores}"
+    return f"threads {fit.n_threads}: {has}"
+
+
+def _memory(fit: Fit) -> str:
+    room = f"{size(fit.budget_bytes)} available"
+    if fit.available_bytes < fit.machine_bytes and fit.machine_bytes - fit.available_bytes > fit.margin_bytes:
+        room += f" here ({fit.machine} has {size(fit.machine_bytes)})"
+    elif fit.machine_bytes < fit.available_bytes:
+        room = f"{size(fit.budget_bytes)} of {fit.machine}"
+    parts = f"model {size(fit.model_bytes)}, predictors {size(fit.sidecar_bytes)}, "
+    parts += f"context {size(fit.context_bytes)}, margin {size(fit.margin_bytes)}"
+    read_ahead = "read-ahead on: every gate is read" if fit.read_ahead else "read-ahead off"
+    if fit.strategy == "all":
+        return f"memory: {parts} fit in {room}: all of it is brought into RAM"
+    if fit.strategy == "on_demand":
+        needed = f"need {size(fit.needed_bytes)} of {room}"
+        return f"memory: {parts} {needed}: neurons stay on disk until they are needed, {read_ahead}"
+    wanted = f"memory: the placement keeps {size(fit.asked_bytes)} of the FFNs in RAM"
+    if fit.hot_bytes < fit.asked_bytes:
+        share = fit.hot_bytes / fit.asked_bytes
+        wanted += f", of which the hottest {size(fit.hot_bytes)} ({share:.0%}) fit beside the rest in {room}"
+    else:
+        wanted += f", which fit in {room}"
+    return f"{wanted}; others stay on disk until they are needed, {read_ahead}"
+
+
+def _residency(residency: Residency) -> str:
+    # Pages hold bytes of other weights too.
+    hot = min(residency.hot_resident_bytes, residency.ffn_bytes)
+    line = f"FFN: {size(hot)} of {size(residency.ffn_bytes)} in RAM"
+    if residency.sidecar_bytes:
+        line += f"; predictors: {size(residency.sidecar_resident_bytes)} of {size(residency.sidecar_bytes)}"
+    return line
+
+
+def _locking(residency: Residency) -> str:
+    wanted = residency.hot_bytes + residency.sidecar_bytes
+    line = f"locked {size(residency.locked_bytes)} of {size(wanted)}"
+    if residency.lock_limit_bytes is not None:
+        line += f": the limit (ulimit -l) is {size(residency.lock_limit_bytes)}; {RAISE_THE_LIMIT}"
+    elif residency.failures:
+        line += f"; the system refused: {'; '.join(residency.failures)}"
+    return line
