@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import click
 
 from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
+from tsconv.runtime.cpu import cpu_model
 
 FULL_SIZES = {"turbosparse-mixtral-47b": MIXTRAL_47B, "turbosparse-mistral-7b": mistral_7b(32)}
 
@@ -45,12 +45,6 @@ def child(checkpoint: str, outfile: str, outtype: str) -> None:
     print(json.dumps(measured))
 
 
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def measure(shape: Shape, random_layers: int | None, outtype: str, directory: str | None) -> dict[str, object]:
     """Generates a checkpoint, converts it in a child process, deletes both and returns what was measured."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="tsconv-bench-") as folder:
@@ -72,7 +66,7 @@ def measure(shape: Shape, random_layers: int | None, outtype: str, directory: st
         "input_on_disk_bytes": on_disk,
         "generate_seconds": generated,
         "cores": len(os.sched_getaffinity(0)),
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
     }
 
 
