@@ -1,8 +1,11 @@
-"""`tsconv inspect`: what is in a converted model or sidecar."""
+"""`tsconv inspect`: what is in a converted model, sidecar or statistics."""
 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +15,66 @@ from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
     from tsconv.export.summary import Summary
+    from tsconv.profile.report.summary import Summary as StatsSummary
 
 SHOWN_CHARACTERS = 72
 SHOWN_ELEMENTS = 8
+NOTE_WIDTH = 100
+ORDER_OF_LAYER = re.compile(r"turbosparse\.neuron_order\.\d+")
 
 
 @click.command("inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(file: Path, as_json: bool) -> None:
-    """Show what is in a converted model or predictor sidecar FILE."""
+    """Show what is in a converted model, predictor sidecar or activation statistics FILE."""
+    from tsconv.export.gguf_header import read_header
     from tsconv.export.summary import summarise
+    from tsconv.profile import stats
 
+    if stats.is_stats(read_header(file)):
+        _show_stats(file, as_json)
+        return
     summary = summarise(file)
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else _text(summary))
 
 
+def _show_stats(file: Path, as_json: bool) -> None:
+    from tsconv.profile import stats
+    from tsconv.profile.report.summary import summarise
+
+    summary = summarise(stats.load(file))
+    file_bytes = file.stat().st_size
+    if as_json:
+        head = {"path": str(file), "kind": "statistics", "file_bytes": file_bytes}
+        click.echo(json.dumps(head | summary.as_dict(), indent=2))
+    else:
+        click.echo(_stats_text(file, file_bytes, summary))
+
+
+def _stats_text(file: Path, file_bytes: int, summary: StatsSummary) -> str:
+    from tsconv.profile.report.tables import shortened, tables
+
+    subject = summary.subject
+    experts = f" x {subject.n_expert} experts ({subject.n_expert_used} per token)" if subject.n_expert else ""
+    head = [
+        ("model", shortened(subject.name, SHOWN_CHARACTERS)),
+        ("fingerprint", shortened(subject.fingerprint, SHOWN_CHARACTERS)),
+        ("shape", f"{subject.n_layer} layers{experts}, n_embd {subject.n_embd}, n_ff {subject.n_ff}"),
+        ("sparsity", subject.sparsity),
+    ]
+    blocks = [f"{file}: statistics, {size(file_bytes)}, {summary.n_tokens:,} tokens", table(head)]
+    for shown in tables(summary):
+        right = tuple(i for i in range(len(shown.header)) if i not in shown.left)
+        note = textwrap.fill(shown.note, NOTE_WIDTH)
+        blocks.append(f"{shown.title}\n{note}\n\n{table([shown.header, *shown.rows], right)}")
+    return "\n\n".join(blocks)
+
+
 def _text(summary: Summary) -> str:
-    own = {k: v for k, v in summary.keys.items() if k.startswith("turbosparse.")}
-    other = {k: v for k, v in summary.keys.items() if k not in own}
+    orders = {k: v for k, v in summary.keys.items() if ORDER_OF_LAYER.fullmatch(k)}
+    own = {k: v for k, v in summary.keys.items() if k.startswith("turbosparse.") and k not in orders}
+    other = {k: v for k, v in summary.keys.items() if not k.startswith("turbosparse.")}
     by_type = [("type", "tensors", "weights", "bytes")]
     by_type += [(g.name, f"{g.n_tensors:,}", f"{g.n_weights:,}", f"{g.n_bytes:,}") for g in summary.by_type]
     by_part = [("part", "tensors", "bytes", "share")]
@@ -41,7 +85,7 @@ def _text(summary: Summary) -> str:
     blocks = [
         f"{summary.path}: {summary.kind}, {size(summary.file_bytes)}, {summary.n_weights:,} weights,"
         f" {summary.bits_per_weight:.2f} bits per weight",
-        _pairs(own),
+        _pairs(own, [("turbosparse.neuron_order.N", _orders(orders))] if orders else []),
         _pairs(other),
         table(by_type, right=(1, 2, 3)),
         table(by_part, right=(1, 2, 3)),
@@ -55,8 +99,15 @@ def _text(summary: Summary) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _pairs(keys: dict[str, Any]) -> str:
-    return table([(key, _value(value)) for key, value in keys.items()]) if keys else ""
+def _pairs(keys: dict[str, Any], more: Sequence[tuple[str, ...]] = ()) -> str:
+    rows = [*((key, _value(value)) for key, value in keys.items()), *more]
+    return table(rows) if rows else ""
+
+
+def _orders(orders: dict[str, Any]) -> str:
+    """One line for the arrays of all layers."""
+    lengths = sorted({len(order) for order in orders.values() if isinstance(order, list)})
+    return f"{len(orders)} arrays of {' or '.join(f'{length:,}' for length in lengths)} neurons"
 
 
 def _value(value: Any) -> str:

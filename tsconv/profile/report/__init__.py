@@ -1,0 +1,1 @@
+"""Activation statistics for people: numbers, figures, tables, and one page that holds them all."""
