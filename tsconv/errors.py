@@ -64,6 +64,12 @@ class OutputError(TsconvError):
     exit_code = 6
 
 
+class StoppedError(TsconvError):
+    """The user stopped a run; what it had done until then is kept. The exit code is that of SIGINT in shells."""
+
+    exit_code = 130
+
+
 class HubError(TsconvError):
     """A repository on the Hugging Face Hub cannot be reached or does not exist."""
 

@@ -7,11 +7,13 @@ those tables.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -112,13 +114,20 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(
-    directory: Path, shape: Shape, shard_bytes: int = 5 << 30, random_layers: int | None = None, seed: int = 0
+    directory: Path,
+    shape: Shape,
+    shard_bytes: int = 5 << 30,
+    random_layers: int | None = None,
+    predicted: float | None = None,
+    seed: int = 0,
 ) -> int:
     """Writes config, tokenizer and bf16 shards with an index. Returns the bytes of all tensors.
 
     Args:
         random_layers: layers below this number get random weights, the rest are holes of sparse files (zeros, which
             take no disk); None: all weights are random.
+        predicted: share of the neurons that the predictors let through, on average; None: half of them, as weights
+            around 0 do.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config(shape), indent=2))
@@ -134,6 +143,7 @@ def write_checkpoint(
 
     rng = np.random.default_rng(seed)
     block = to_bf16(0.02 * rng.standard_normal(BLOCK, dtype=np.float32))
+    normal = rng.standard_normal(BLOCK, dtype=np.float32) if predicted is not None else None
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -143,7 +153,10 @@ def write_checkpoint(
             for name, dims in shard.items():
                 layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
                 if random_layers is None or layer < random_layers:
-                    for piece in _pieces(block, prod(dims), int(rng.integers(BLOCK))):
+                    weights = block
+                    if normal is not None and name.endswith("predictor.fc2.weight"):
+                        weights = to_bf16(normal - bias(dims[1], predicted))
+                    for piece in _pieces(weights, prod(dims), int(rng.integers(BLOCK))):
                         out.write(piece.data)
                 else:
                     out.seek(2 * prod(dims), 1)
@@ -152,6 +165,16 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def bias(rank: int, predicted: float) -> np.float32:
+    """What to take off every weight of fc2 ~ N(0, 1), so that a logit is positive with probability `predicted`.
+
+    h = relu(z) of normal z has E h = sd / sqrt(2 pi) and E h^2 = sd^2 / 2, so that the logit sum_k (n_k - b) h_k is
+    about normal with mean -b rank sd / sqrt(2 pi) and variance rank sd^2 / 2.
+    """
+    quantile = NormalDist().inv_cdf(1 - predicted)
+    return np.float32(quantile * (math.pi / rank) ** 0.5)
 
 
 def header(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", itemsize: int = 2) -> bytes:

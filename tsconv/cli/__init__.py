@@ -15,7 +15,10 @@ COMMANDS = {
     "convert": ("tsconv.cli.convert", "Convert a TurboSparse checkpoint to GGUF and a predictor sidecar."),
     "run": ("tsconv.cli.run", "Generate text or chat."),
     "serve": ("tsconv.cli.serve", "Serve an OpenAI-compatible HTTP API."),
-    "inspect": ("tsconv.cli.inspect", "Show what is in a converted model or sidecar."),
+    "profile": ("tsconv.cli.profile", "Count which neurons are active on a text; measure this machine."),
+    "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),
+    "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),
+    "inspect": ("tsconv.cli.inspect", "Show what is in a converted model, sidecar or statistics."),
     "perplexity": ("tsconv.cli.perplexity", "Measure what a conversion costs: perplexity, KL divergence."),
     "doctor": ("tsconv.cli.doctor", "Check this installation and say how to mend it."),
 }
