@@ -56,6 +56,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m tsconv.bench.convert
+	$(BIN)/python -m tsconv.bench.profile
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsconv.conversion import convert
+    from tsconv.placing import place
     from tsconv.reordering import reorder
     from tsconv.runtime.model import SparseLlama, load
 
 __version__ = "0.1.0"
-__all__ = ["SparseLlama", "__version__", "convert", "load", "reorder"]
+__all__ = ["SparseLlama", "__version__", "convert", "load", "place", "reorder"]
 
 _LAZY = {
     "SparseLlama": "tsconv.runtime.model",
     "convert": "tsconv.conversion",
     "load": "tsconv.runtime.model",
+    "place": "tsconv.placing",
     "reorder": "tsconv.reordering",
 }
 

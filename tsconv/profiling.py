@@ -61,7 +61,7 @@ def profile(
 
     Args:
         model: `NAME.gguf` written by `convert` or `reorder`.
-        calib: the text, see tsconv.profile.corpus.open_corpus.
+        calib: the text, see tsconv.profile.text.corpus.open_corpus.
         outfile: default NAME.stats.gguf beside the model.
         n_tokens: how many to count, rounded up to whole chunks; fewer when the text is shorter.
         chunk: tokens that are computed together, from an empty context.
@@ -82,9 +82,9 @@ def profile(
         OutputError: the output exists, or cannot be written.
         HubError: the text cannot be reached.
     """
-    from tsconv.profile.chunks import chunks
     from tsconv.profile.collect import collect, subject_of
-    from tsconv.profile.corpus import open_corpus
+    from tsconv.profile.text.chunks import chunks
+    from tsconv.profile.text.corpus import open_corpus
     from tsconv.runtime.model import load
 
     path = Path(model)

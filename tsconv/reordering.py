@@ -19,26 +19,16 @@ from gguf import GGML_QUANT_SIZES
 from tsconv.checkpoint.config import MAX_DIM
 from tsconv.conversion import Progress, counter
 from tsconv.errors import ModelFileError, OutputError
-from tsconv.export.gguf_header import Header, TensorEntry, read_header
+from tsconv.export.gguf_header import Header, TensorEntry
 from tsconv.export.keys import ARCHITECTURE, add_neuron_order
-from tsconv.export.summary import check_keys, fingerprint, is_sidecar
+from tsconv.export.pair import read_pair
+from tsconv.export.summary import fingerprint
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.transform.neuron_order import HOT_FIRST, KEY, Order, between, by_tensor, dimension, neuron_order
 
 PIECE = 16 << 20  # bytes copied at a time
-
-# What both files of a pair have, and have alike.
-SHARED = (
-    "turbosparse.pair_id",
-    KEY,
-    "turbosparse.source.fingerprint",
-    "llama.block_count",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.expert_count",
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ def reorder(
     started = time.perf_counter()
     model, profile = Path(model), Path(profile)
     stats = activation_stats.load(profile)
-    headers = _read_pair(model)
+    headers = read_pair(model)
     fingerprint(headers[0])
     stats.check_model(headers[0])
     stored = neuron_order(headers[0])
@@ -122,43 +112,6 @@ def reorder(
         sidecar_bytes=sizes[1] if len(headers) > 1 else 0,
         seconds=time.perf_counter() - started,
     )
-
-
-def _read_pair(model: Path) -> list[Header]:
-    """Headers of the model and, when there is one beside it, its sidecar."""
-    header = read_header(model)
-    if header.keys.get("general.architecture") != ARCHITECTURE or header.keys.get("general.type") != "model":
-        raise ModelFileError(
-            "not a converted model",
-            where=model,
-            expected=f"architecture {ARCHITECTURE!r}, type 'model'",
-            found=f"{header.keys.get('general.architecture')!r}, {header.keys.get('general.type')!r}",
-            fix="name the NAME.gguf that tsconv convert wrote",
-        )
-    check_keys(header)
-    path = model.with_suffix(".predictor.gguf")
-    if not path.exists():
-        return [header]
-    sidecar = read_header(path)
-    if sidecar.keys.get("general.architecture") != ARCHITECTURE or not is_sidecar(sidecar):
-        raise ModelFileError(
-            "not a predictor sidecar",
-            where=path,
-            expected="type 'predictor'",
-            found=repr(sidecar.keys.get("general.type")),
-            fix=f"put the sidecar that was written with {model} there, or nothing",
-        )
-    check_keys(sidecar)
-    for key in SHARED:
-        if sidecar.keys.get(key) != header.keys.get(key):
-            raise ModelFileError(
-                f"is the sidecar of another model than {model}: {key}",
-                where=path,
-                expected=repr(header.keys.get(key)),
-                found=repr(sidecar.keys.get(key)),
-                fix="use the two files that one conversion wrote",
-            )
-    return [header, sidecar]
 
 
 def _check_neuron_tensors(header: Header, parts: Mapping[str, Order]) -> None:

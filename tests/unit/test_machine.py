@@ -12,10 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from tsconv.cli.text import table as as_text
 from tsconv.errors import OutputError, TsconvError
-from tsconv.profile import machine as machines
-from tsconv.profile.machine import GIB, Cpu, Disk, Gpu, Machine, describe, load_machine, machine_names, save_machine
-from tsconv.profile.machine_schema import SCHEMA
+from tsconv.profile.hardware import machine as machines
+from tsconv.profile.hardware.machine import (
+    GIB,
+    Cpu,
+    Disk,
+    Gpu,
+    Machine,
+    described,
+    load_machine,
+    machine_names,
+    save_machine,
+)
+from tsconv.profile.hardware.schema import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ROOT / "profiles"
@@ -118,7 +129,7 @@ def test_profiles_of_an_installed_package(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path = [f for f in sys.meta_path "
         "if not type(f).__name__.startswith('ScikitBuild')]\n"
-        "import tsconv; from tsconv.profile.machine import load_machine, machine_names, profile_folders\n"
+        "import tsconv; from tsconv.profile.hardware.machine import load_machine, machine_names, profile_folders\n"
         "print(tsconv.__file__, profile_folders()[0], machine_names(), load_machine('cpu-only').name)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -306,7 +317,7 @@ def test_nothing_half_written(tmp_path):
     before = path.read_text()
     code = f"""
 import resource, signal; from pathlib import Path
-from tsconv.profile.machine import load_machine, save_machine
+from tsconv.profile.hardware.machine import load_machine, save_machine
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 save_machine(load_machine("cpu-only"), Path({str(path)!r}), force=True)
@@ -333,11 +344,11 @@ def test_a_broken_machine_is_not_written(tmp_path, broken):
 
 
 def test_describe():
-    text = describe(load_machine("pc-2080ti"))
+    text = as_text(described(load_machine("pc-2080ti")))
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["cpu.memory_gbps"].split()[1:] == ["38.4", "GB/s"]
     assert lines["cpu.random_gbps"].endswith(
         "34.6 GB/s                   assumed: " + machines.ASSUMPTIONS["cpu.random_gbps"]
     )
     assert lines["disk"].split() == ["disk", "none"]
-    assert "assumed" not in describe(MACHINE)
+    assert "assumed" not in as_text(described(MACHINE))

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from tsconv.errors import BackendError, TsconvError
-from tsconv.profile import measure, measure_disk, measure_gpu
-from tsconv.profile.machine import GIB, describe, load_machine, save_machine
+from tsconv.profile.hardware import disk as measure_disk
+from tsconv.profile.hardware import gpu as measure_gpu
+from tsconv.profile.hardware import measure
+from tsconv.profile.hardware.machine import GIB, described, load_machine, save_machine
 from tsconv.runtime import limits
 from tsconv.runtime.backend import load_backend
 
@@ -56,7 +58,7 @@ def test_affinity_is_respected():
     """A process bound to one CPU finds one core, whatever the machine has."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tsconv.profile import measure; from tsconv.runtime.backend import load_backend\n"
+        "from tsconv.profile.hardware import measure; from tsconv.runtime.backend import load_backend\n"
         "print(measure.measure_cores(load_backend())[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -186,7 +188,7 @@ def test_disk_that_fills_up(small_file, tmp_path):
     """A limit on the size of files stands in for a full disk; in a process of its own, which is the one limited."""
     code = f"""
 import resource, signal; from pathlib import Path
-from tsconv.profile import measure_disk
+from tsconv.profile.hardware import disk as measure_disk
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 print(measure_disk.measure_disk(Path({str(tmp_path)!r}), 1, 2304))
@@ -297,7 +299,7 @@ def test_measure_machine(small_file, double, tmp_path, monkeypatch):
     save_machine(machine, path)
     assert load_machine(path) == machine
     assert path.read_text().startswith("# Measured on 20")
-    assert "Double of a GPU" in describe(machine)
+    assert any("Double of a GPU" in row for row in described(machine))
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 101])

@@ -15,6 +15,7 @@ import click
 
 from tsconv.cli.interrupt import interruptible
 from tsconv.cli.options import sparsity_option, threads_option
+from tsconv.cli.text import table
 
 if TYPE_CHECKING:
     from tsconv.profiling import ProfileResult
@@ -73,7 +74,7 @@ def command(
         raise click.UsageError("--merge without a MODEL needs an --outfile.")
 
     from tsconv import profiling
-    from tsconv.profile.chunks import parse_count
+    from tsconv.profile.text.chunks import parse_count
 
     if model is None:
         result = profiling.merge(merge_with, outfile, report=report, force=force)
@@ -162,8 +163,8 @@ def _text(result: ProfileResult, model: str | None) -> str:
 def _measure(path: Path, force: bool, as_json: bool) -> None:
     import dataclasses
 
-    from tsconv.profile.machine import check_output, describe, save_machine
-    from tsconv.profile.measure import measure_machine
+    from tsconv.profile.hardware.machine import check_output, described, save_machine
+    from tsconv.profile.hardware.measure import measure_machine
 
     check_output(path, force)
     machine = measure_machine(path.stem, progress=lambda line: click.echo(line, err=True))
@@ -171,5 +172,5 @@ def _measure(path: Path, force: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(machine), indent=2))
         return
-    click.echo(describe(machine))
+    click.echo(table(described(machine)))
     click.echo(f"next: tsconv place MODEL.gguf --profile MODEL.stats.gguf --machine {shlex.quote(str(path))}")

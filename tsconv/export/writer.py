@@ -127,15 +127,7 @@ class OutputFiles:
     def __init__(self, files: list[StreamedFile], obsolete: list[Path], force: bool) -> None:
         self.files, self.obsolete = files, obsolete
         for path in [*(file.path for file in files), *obsolete]:
-            if path.is_dir():
-                raise OutputError("output is a directory", where=path, fix="name a file with --outfile")
-            if path.exists() and not force:
-                raise OutputError("output exists", where=path, fix="choose another --outfile, or --force to replace it")
-        folder = files[0].path.parent
-        if not folder.is_dir():
-            raise OutputError("folder of the output does not exist", where=folder, fix="create it, or change --outfile")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError("folder of the output is not writable", where=folder)
+            check_output(path, force)
 
     def __enter__(self) -> Self:
         folder = self.files[0].path.parent
@@ -174,6 +166,43 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     for output in outputs:
         if output.exists() and any(output.samefile(path) for path in inputs):
             raise OutputError("the output would replace an input", where=output, fix="choose another --outfile")
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuses an output before any work is done for it.
+
+    Raises:
+        OutputError: it exists without `force`, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise OutputError("output is a directory", where=path, fix="name a file")
+    if os.path.lexists(path) and not force:
+        raise OutputError("output exists", where=path, fix="choose another name, or --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError("folder of the output does not exist", where=path.parent, fix="create it, or name another")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError("folder of the output is not writable", where=path.parent)
+
+
+def write_file(path: Path, data: bytes, force: bool) -> None:
+    """Writes a small file, all or nothing.
+
+    Raises:
+        OutputError: see `check_output`; or it cannot be written.
+    """
+    check_output(path, force)
+    part = path.with_name(path.name + ".part")
+    with _reported(path):
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
 
 @contextlib.contextmanager

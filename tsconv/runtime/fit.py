@@ -24,8 +24,8 @@ from tsconv.runtime.residency import Residency
 from tsconv.transform.neuron_order import shape_of
 
 if TYPE_CHECKING:
-    from tsconv.profile.machine import Machine
-    from tsconv.profile.placement import Placement
+    from tsconv.profile.hardware.machine import Machine
+    from tsconv.profile.placement.file import Placement
     from tsconv.runtime.model import SparseLlama
 
 AUTO = "auto"
@@ -185,7 +185,7 @@ def load_on_machine(
         ModelFileError: model, sidecar or placement missing, damaged, or of another model.
         TsconvError: no such machine profile.
     """
-    from tsconv.profile.placement import Placement
+    from tsconv.profile.placement.file import Placement
     from tsconv.runtime.backend import load_backend
     from tsconv.runtime.model import CONTEXT_STEP, load
 
@@ -197,7 +197,7 @@ def load_on_machine(
     if machine == AUTO:
         machine = this_machine(progress)
     elif isinstance(machine, str):
-        from tsconv.profile.machine import load_machine
+        from tsconv.profile.hardware.machine import load_machine
 
         machine = load_machine(machine)
     chosen = fit(
@@ -232,8 +232,8 @@ def this_machine(progress: Callable[[str], None] = lambda line: None) -> Machine
     Raises:
         OutputError: the profile cannot be written.
     """
-    from tsconv.profile.machine import load_machine, save_machine
-    from tsconv.profile.measure import measure_machine
+    from tsconv.profile.hardware.machine import load_machine, save_machine
+    from tsconv.profile.hardware.measure import measure_machine
 
     path = machine_file()
     if path.exists():

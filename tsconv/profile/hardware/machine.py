@@ -6,9 +6,7 @@ listed in `Machine.assumed`, so that whoever uses it can say so.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import re
 import sysconfig
 import textwrap
@@ -22,7 +20,8 @@ import tomli_w
 
 import tsconv
 from tsconv.errors import OutputError, TsconvError
-from tsconv.profile.machine_schema import SCHEMA, check_table, did_you_mean
+from tsconv.export import writer
+from tsconv.profile.hardware.schema import SCHEMA, check_table, did_you_mean
 
 GIB = 1 << 30
 MAX_FILE_BYTES = 1 << 20  # a profile has some dozen lines; a model given by mistake is not read
@@ -313,14 +312,7 @@ def check_output(path: Path, force: bool) -> None:
     """
     if path.suffix.lower() != ".toml":
         raise OutputError("a machine profile is a .toml file", where=path, fix="name it NAME.toml")
-    if path.is_dir():
-        raise OutputError("output is a directory", where=path)
-    if os.path.lexists(path) and not force:
-        raise OutputError("output exists", where=path, fix="choose another name, or --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError("folder of the output does not exist", where=path.parent, fix="create it")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError("folder of the output is not writable", where=path.parent)
+    writer.check_output(path, force)
 
 
 def save_machine(machine: Machine, path: Path, force: bool = False) -> None:
@@ -334,19 +326,7 @@ def save_machine(machine: Machine, path: Path, force: bool = False) -> None:
     document = to_document(machine)
     _machine(document, path)  # what is written can be read
     notes = "".join(f"{line}\n" for note in machine.notes for line in _comment(note))
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(notes + tomli_w.dumps(document))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot be written: {error.strerror}", where=path) from None
-        raise
+    writer.write_file(path, (notes + tomli_w.dumps(document)).encode(), force)
 
 
 def _comment(note: str) -> list[str]:
@@ -354,11 +334,9 @@ def _comment(note: str) -> list[str]:
     return textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
 
 
-def describe(machine: Machine) -> str:
-    """The machine as a table, a line per field; the last column says what was assumed."""
-    from tsconv.cli.text import table
-
-    rows: list[tuple[str, ...]] = [("name", machine.name, "")]
+def described(machine: Machine) -> list[tuple[str, str, str]]:
+    """A row per field: its name, its value, and by which rule it was assumed if it was."""
+    rows: list[tuple[str, str, str]] = [("name", machine.name, "")]
     document = to_document(machine)
     for part in ("cpu", "disk", "gpu"):
         if part not in document:
@@ -367,4 +345,4 @@ def describe(machine: Machine) -> str:
             name, rule = f"{part}.{key}", SCHEMA[part][key]
             text = value if isinstance(value, str) else f"{value:g} {rule.unit.partition(' ')[0]}".rstrip()
             rows.append((name, text, f"assumed: {ASSUMPTIONS[name]}" if name in machine.assumed else ""))
-    return table(rows)
+    return rows

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tsconv.profile.machine import Gpu, floored, rounded
+from tsconv.profile.hardware.machine import Gpu, floored, rounded
 
 LIBRARY = "libcuda.so.1"
 

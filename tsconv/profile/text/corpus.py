@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tsconv.errors import HubError, TsconvError
-from tsconv.profile import hub_dataset
-from tsconv.profile.builtin_text import BUILTIN_VERSION, BuiltinText
-from tsconv.profile.documents import InterruptedReadError, Tally, TextSource, order
-from tsconv.profile.text_files import JsonLines, TextFile, opened
+from tsconv.profile.text import hub_dataset
+from tsconv.profile.text.builtin import BUILTIN_VERSION, BuiltinText
+from tsconv.profile.text.documents import InterruptedReadError, Tally, TextSource, order
+from tsconv.profile.text.text_files import JsonLines, TextFile, opened
 
 POSSIBLE = (
     "builtin, fineweb, a file (.txt, .jsonl, .parquet) or a folder of them, "
@@ -185,7 +185,7 @@ def _reader(path: Path, name: str) -> TextSource:
     if suffix == ".parquet":
         from fsspec.implementations.local import LocalFileSystem
 
-        from tsconv.profile.parquet import ParquetFile
+        from tsconv.profile.text.parquet import ParquetFile
 
         return ParquetFile(LocalFileSystem(), str(path), name, remote=False)
     kind: Callable[[Path, str], TextSource] = JsonLines if suffix in (".jsonl", ".ndjson") else TextFile

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tsconv.profile.documents import Tally, order
+from tsconv.profile.text.documents import Tally, order
 
 FOLDER = Path(__file__).parent / "data"
 BUILTIN_VERSION = "1"  # raised whenever the text changes

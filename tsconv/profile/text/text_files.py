@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tsconv.errors import TsconvError
-from tsconv.profile.documents import Tally, order
+from tsconv.profile.text.documents import Tally, order
 
 TEXT_PIECE = 1 << 16  # bytes of plain text handed out as one document
 TEXT_WINDOW = (

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import tsconv
 from tsconv.errors import BackendError, TsconvError
-from tsconv.profile.machine import GIB, Cpu, Machine, check_name, floored, rounded
-from tsconv.profile.measure_disk import measure_disk
-from tsconv.profile.measure_gpu import measure_gpu
+from tsconv.profile.hardware.disk import measure_disk
+from tsconv.profile.hardware.gpu import measure_gpu
+from tsconv.profile.hardware.machine import GIB, Cpu, Machine, check_name, floored, rounded
 from tsconv.runtime import limits
 from tsconv.runtime.backend import Backend, load_backend
 from tsconv.runtime.cpu import cpu_model, physical_cores

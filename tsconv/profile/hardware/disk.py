@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tsconv.profile.machine import Disk, rounded
+from tsconv.profile.hardware.machine import Disk, rounded
 
 FILE_BYTES = 256 << 20
 BLOCK = 8 << 20  # of one read or write

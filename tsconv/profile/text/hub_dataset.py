@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tsconv.errors import HubError
-from tsconv.profile.parquet import READ_BYTES, ParquetFile
+from tsconv.profile.text.parquet import READ_BYTES, ParquetFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

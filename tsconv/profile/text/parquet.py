@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tsconv.errors import TsconvError
-from tsconv.profile.documents import InterruptedReadError, Tally, order
+from tsconv.profile.text.documents import InterruptedReadError, Tally, order
 
 if TYPE_CHECKING:
     import fsspec

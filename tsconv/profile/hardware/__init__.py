@@ -1,0 +1,1 @@
+"""Machine profiles: what bounds the speed on a machine, described, shipped and measured."""

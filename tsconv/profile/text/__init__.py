@@ -1,0 +1,1 @@
+"""Calibration text: where it comes from, and its packing into chunks of tokens."""
