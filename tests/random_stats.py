@@ -10,24 +10,15 @@ import numpy as np
 
 from tsconv.export.gguf_header import read_header
 from tsconv.profile import stats as activation_stats
-from tsconv.profile.stats import COUNTS, Counts, Part, Source, Stats, Subject
+from tsconv.profile.collect import subject_of
+from tsconv.profile.stats import COUNTS, Counts, Part, Source, Stats
 
 TEXT = Source("some/text", "plain", "0123abc", 512, "q4_0")
 
 
 def random_stats(model: Path, sparsity: str = "predictor", seed: int = 0, **changes: Any) -> Stats:
     """Statistics that fit `model`; `changes` replace fields of their subject."""
-    keys = read_header(model).keys
-    subject = Subject(
-        fingerprint=keys["turbosparse.source.fingerprint"],
-        name=keys["general.name"],
-        n_layer=keys["llama.block_count"],
-        n_embd=keys["llama.embedding_length"],
-        n_ff=keys["llama.feed_forward_length"],
-        n_expert=keys.get("llama.expert_count", 0),
-        n_expert_used=keys.get("llama.expert_used_count", 0),
-        sparsity=sparsity,
-    )
+    subject = subject_of(read_header(model), sparsity)
     subject = dataclasses.replace(subject, **changes)
     rng = np.random.default_rng(seed)
     zeros = Counts.zeros(subject)

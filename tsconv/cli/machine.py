@@ -97,7 +97,7 @@ def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
 
 def describe(fit: Fit, residency: Residency, measured: str | None = None) -> list[str]:
     """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine."""
-    lines = [_threads(fit, measured), _memory(fit), _residency(residency)]
+    lines = [_threads(fit, measured), _memory(fit, residency), _residency(residency)]
     if fit.lock and (locking := _locking(residency)):
         lines.append(locking)
     elif residency.failures:
@@ -118,7 +118,7 @@ def _threads(fit: Fit, measured: str | None) -> str:
     return f"threads {fit.n_threads}: {has}"
 
 
-def _memory(fit: Fit) -> str:
+def _memory(fit: Fit, residency: Residency) -> str:
     room = f"{size(fit.budget_bytes)} available"
     if fit.available_bytes < fit.machine_bytes and fit.machine_bytes - fit.available_bytes > fit.margin_bytes:
         room += f" here ({fit.machine} has {size(fit.machine_bytes)})"
@@ -138,6 +138,8 @@ def _memory(fit: Fit) -> str:
         wanted += f", of which the hottest {size(fit.hot_bytes)} ({share:.0%}) fit beside the rest in {room}"
     else:
         wanted += f", which fit in {room}"
+    if fit.hot_bytes >= residency.ffn_bytes:
+        return f"{wanted}: these are all of them"
     return f"{wanted}; others stay on disk until they are needed, {read_ahead}"
 
 

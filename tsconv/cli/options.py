@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,13 @@ DEFAULT_CONTEXT = 4096
 model_option = click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
 threads_option = click.option(
     "-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]"
+)
+profile_option = click.option(
+    "--profile",
+    required=True,
+    metavar="STATS",
+    type=click.Path(path_type=Path),
+    help="Statistics of the same checkpoint, written by tsconv profile.",
 )
 sparsity_option = click.option(
     "--sparsity",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.options import DEFAULT_CONTEXT
+from tsconv.cli.options import DEFAULT_CONTEXT, profile_option
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -45,13 +45,7 @@ class Size(click.ParamType):
 
 @click.command("place")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--profile",
-    required=True,
-    metavar="STATS",
-    type=click.Path(path_type=Path),
-    help="Statistics of the same checkpoint, written by tsconv profile.",
-)
+@profile_option
 @click.option("--machine", required=True, metavar="NAME|FILE", help="Machine profile, such as pc-2080ti, or its file.")
 @click.option(
     "--vram-budget",

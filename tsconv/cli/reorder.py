@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tsconv.cli.convert import progress_bar
+from tsconv.cli.options import profile_option
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -19,13 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("reorder")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--profile",
-    required=True,
-    metavar="STATS",
-    type=click.Path(path_type=Path),
-    help="Statistics of the same checkpoint, written by tsconv profile.",
-)
+@profile_option
 @click.option(
     "--outfile",
     metavar="FILE",
