@@ -22,12 +22,13 @@ from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, 
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError
 from tsconv.export import keys
+from tsconv.export.order import CHECKPOINT, HOT_FIRST
 from tsconv.export.stream import Job, write_tensors
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.profile.stats import Stats
-from tsconv.transform.neuron_order import CHECKPOINT, HOT_FIRST, Order, by_tensor
+from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
 from tsconv.transform.quantize import type_name
 

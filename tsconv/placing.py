@@ -10,6 +10,7 @@ import numpy as np
 
 from tsconv.errors import ModelFileError, OutputError, TsconvError
 from tsconv.export.gguf_header import Header
+from tsconv.export.order import HOT_FIRST, kind_of, neuron_order
 from tsconv.export.pair import read_model, read_sidecar, sidecar_path
 from tsconv.export.summary import fingerprint
 from tsconv.export.writer import check_output, refuse_inputs
@@ -20,7 +21,6 @@ from tsconv.profile.placement.cost import CONTEXT_STEP, Estimate, Rates, Workloa
 from tsconv.profile.placement.file import GPU, Placement
 from tsconv.profile.placement.solve import Solution, solve, whole
 from tsconv.profile.stats import Stats
-from tsconv.transform.neuron_order import HOT_FIRST, kind_of, neuron_order
 
 # What a default budget leaves of a machine's memory, bytes. Assumptions, not measurements: llama.cpp's compute buffers,
 # the driver's context and a desktop on the GPU; the system and other programs in RAM.

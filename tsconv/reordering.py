@@ -21,12 +21,13 @@ from tsconv.conversion import Progress, counter
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.export.gguf_header import Header, TensorEntry
 from tsconv.export.keys import ARCHITECTURE, add_neuron_order
+from tsconv.export.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.export.pair import read_pair
 from tsconv.export.summary import fingerprint
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
-from tsconv.transform.neuron_order import HOT_FIRST, KEY, Order, between, by_tensor, dimension, neuron_order
+from tsconv.transform.neuron_order import Order, between, by_tensor
 
 PIECE = 16 << 20  # bytes copied at a time
 

@@ -19,8 +19,9 @@ from tiny import nmse
 
 import tsconv
 from tsconv.export.gguf_header import read_header
+from tsconv.export.order import neuron_order
 from tsconv.reordering import reorder
-from tsconv.transform.neuron_order import inverse, neuron_order
+from tsconv.transform.neuron_order import inverse
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
 KEY = "turbosparse.neuron_order"

@@ -19,9 +19,9 @@ from random_stats import random_stats, save_stats
 
 import tsconv
 from tsconv.export.gguf_header import read_header
+from tsconv.fitting import load_on_machine
 from tsconv.profile.hardware.machine import load_machine, save_machine
 from tsconv.reordering import reorder
-from tsconv.runtime.fit import load_on_machine
 from tsconv.runtime.generate import Generation, Sampling, prompt_tokens
 from tsconv.runtime.limits import usable_cores
 

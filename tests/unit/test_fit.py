@@ -12,7 +12,7 @@ from placements import machine, placement_for
 
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import read_header
-from tsconv.runtime.fit import MARGIN_BYTES, fit
+from tsconv.fitting import MARGIN_BYTES, fit
 from tsconv.runtime.limits import available_memory, usable_cores
 
 

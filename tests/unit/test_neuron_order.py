@@ -16,10 +16,11 @@ from synthetic import SHAPES, random_tensors, save, write_predictors
 from tsconv import convert
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import read_header
+from tsconv.export.order import neuron_order, refuse_adapter
 from tsconv.export.summary import summarise
 from tsconv.profile.heat import described, hot_first, hot_order, rows_read
 from tsconv.profile.stats import Counts, merge
-from tsconv.transform.neuron_order import between, by_tensor, inverse, neuron_order, refuse_adapter
+from tsconv.transform.neuron_order import between, by_tensor, inverse
 
 KEY = "turbosparse.neuron_order"
 FINGERPRINT = "turbosparse.source.fingerprint"

@@ -21,11 +21,11 @@ import tsconv
 from tsconv.cli.place import Size
 from tsconv.errors import OutputError
 from tsconv.export.gguf_header import read_header
+from tsconv.export.order import neuron_order
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.hardware.machine import GIB, load_machine
 from tsconv.profile.placement.cost import Rates, read_workload
 from tsconv.profile.placement.file import Placement
-from tsconv.transform.neuron_order import neuron_order
 
 Run = Callable[..., tuple[int, str, str]]
 USAGE, MODEL_FILE, OUTPUT = 2, OutputError.exit_code - 2, OutputError.exit_code

@@ -19,8 +19,8 @@ from synthetic import SHAPES, random_tensors, save, write_predictors
 from tsconv import convert
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.export.gguf_header import read_header
+from tsconv.export.order import neuron_order
 from tsconv.reordering import reorder
-from tsconv.transform.neuron_order import neuron_order
 
 KEY, PAIR_ID = "turbosparse.neuron_order", "turbosparse.pair_id"
 Run = Callable[..., tuple[int, str, str]]

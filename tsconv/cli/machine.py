@@ -11,7 +11,7 @@ import click
 from tsconv.cli.text import size
 
 if TYPE_CHECKING:
-    from tsconv.runtime.fit import Fit
+    from tsconv.fitting import Fit
     from tsconv.runtime.model import SparseLlama
     from tsconv.runtime.residency import Residency
 
@@ -64,7 +64,7 @@ def load_model(
 
         return load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose), None
 
-    from tsconv.runtime.fit import AUTO, load_on_machine, machine_file
+    from tsconv.fitting import AUTO, load_on_machine, machine_file
 
     llama, fit, residency = load_on_machine(
         model,

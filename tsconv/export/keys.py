@@ -13,7 +13,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from tsconv.arch.family import Family
 from tsconv.checkpoint.config import ModelConfig
 from tsconv.checkpoint.source import Source
-from tsconv.transform import neuron_order
+from tsconv.export.order import KEY as NEURON_ORDER
+from tsconv.export.order import layer_key
+from tsconv.transform.neuron_order import Order
 
 ARCHITECTURE = "turbosparse"
 FORMAT_VERSION = 1
@@ -78,7 +80,7 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
     writer.add_string(FINGERPRINT, provenance.fingerprint)
     writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
     writer.add_string("turbosparse.pair_id", provenance.pair_id)
-    writer.add_string(neuron_order.KEY, provenance.neuron_order)
+    writer.add_string(NEURON_ORDER, provenance.neuron_order)
     writer.add_uint32("llama.block_count", config.n_layer)
     writer.add_uint32("llama.embedding_length", config.n_embd)
     writer.add_uint32("llama.feed_forward_length", config.n_ff)
@@ -118,7 +120,7 @@ def add_sidecar(writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ra
     writer.add_string("turbosparse.predictor.comparison", COMPARISON[kind])
 
 
-def add_neuron_order(writer: gguf.GGUFWriter, order: neuron_order.Order, profile: str, sparsity: str) -> None:
+def add_neuron_order(writer: gguf.GGUFWriter, order: Order, profile: str, sparsity: str) -> None:
     """Keys of a model whose neurons are not in the checkpoint's order.
 
     Args:
@@ -126,8 +128,8 @@ def add_neuron_order(writer: gguf.GGUFWriter, order: neuron_order.Order, profile
         profile: the text whose statistics chose it, for people.
         sparsity: the function that was profiled.
     """
-    writer.add_string(f"{neuron_order.KEY}.profile", profile)
-    writer.add_string(f"{neuron_order.KEY}.sparsity", sparsity)
+    writer.add_string(f"{NEURON_ORDER}.profile", profile)
+    writer.add_string(f"{NEURON_ORDER}.sparsity", sparsity)
     for layer, neurons in enumerate(order):
         values = np.ascontiguousarray(neurons).reshape(-1).data
-        writer.add_key_value(neuron_order.layer_key(layer), values, GGUFValueType.ARRAY, GGUFValueType.INT32)
+        writer.add_key_value(layer_key(layer), values, GGUFValueType.ARRAY, GGUFValueType.INT32)

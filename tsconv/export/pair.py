@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from tsconv.errors import ModelFileError
+from tsconv.export import order
 from tsconv.export.gguf_header import Header, read_header
 from tsconv.export.keys import ARCHITECTURE, FINGERPRINT
 from tsconv.export.summary import SIDECAR_SUFFIX, check_keys, is_sidecar
-from tsconv.transform import neuron_order
 
 # What both files have, and have alike.
 SHARED = (
     "turbosparse.pair_id",
-    neuron_order.KEY,
+    order.KEY,
     FINGERPRINT,
     "llama.block_count",
     "llama.embedding_length",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tsconv.errors import ModelFileError
+from tsconv.export import order
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
 from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, FORMAT_VERSION
-from tsconv.transform import neuron_order
 from tsconv.transform.quantize import type_name
 
 SIDECAR_SUFFIX = ".predictor.gguf"
@@ -141,9 +141,9 @@ def check_keys(header: Header) -> None:
     if FINGERPRINT in header.keys:
         fingerprint(header)
     if is_sidecar(header):
-        neuron_order.kind_of(header)
+        order.kind_of(header)
     else:
-        neuron_order.neuron_order(header)
+        order.neuron_order(header)
 
 
 def fingerprint(header: Header) -> str:

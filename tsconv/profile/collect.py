@@ -10,11 +10,11 @@ import numpy as np
 
 from tsconv.errors import BackendError, StoppedError, TsconvError
 from tsconv.export.gguf_header import Header, read_header
+from tsconv.export.order import neuron_order
 from tsconv.export.summary import check_keys, fingerprint
 from tsconv.profile.stats import Counts, Part, Source, Stats, Subject
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
-from tsconv.transform.neuron_order import neuron_order
 from tsconv.transform.quantize import type_name
 
 Progress = Callable[[int], None]

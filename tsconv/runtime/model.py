@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.export.gguf_header import read_header
+from tsconv.export.order import refuse_adapter
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.cpu import physical_cores
 from tsconv.runtime.log import quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
-from tsconv.transform.neuron_order import refuse_adapter
 
 CONTEXT_STEP = 256  # llama_init_from_model pads n_ctx to a multiple of it (llama-context.cpp)
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, TsconvError
 from tsconv.export.gguf_header import Header, TensorEntry
+from tsconv.export.order import neuron_order, shape_of
 from tsconv.profile.placement.file import CPU, GPU, Device, LayerPlacement
 from tsconv.profile.stats import Counts, Stats
-from tsconv.transform.neuron_order import neuron_order, shape_of
 
 if TYPE_CHECKING:
     from tsconv.profile.hardware.machine import Machine

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from tsconv.checkpoint.config import MAX_DIM, MAX_EXPERTS, MAX_LAYERS
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import Header
+from tsconv.export.order import HOT_FIRST, KEY, shape_of
 from tsconv.export.writer import write_file
-from tsconv.transform.neuron_order import HOT_FIRST, KEY, shape_of
 
 FORMAT_VERSION = 1
 GPU, CPU = "gpu", "cpu"

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, OutputError, TsconvError
 from tsconv.export.gguf_header import Header, read_header
+from tsconv.export.order import shape_of
 from tsconv.export.summary import PARTS, SIDECAR_SUFFIX
 from tsconv.runtime.limits import available_memory, usable_cores
 from tsconv.runtime.residency import Residency
-from tsconv.transform.neuron_order import shape_of
 
 if TYPE_CHECKING:
     from tsconv.profile.hardware.machine import Machine
