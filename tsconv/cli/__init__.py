@@ -20,6 +20,7 @@ COMMANDS = {
     "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),
     "inspect": ("tsconv.cli.inspect", "Show what is in a converted model, sidecar or statistics."),
     "perplexity": ("tsconv.cli.perplexity", "Measure what a conversion costs: perplexity, KL divergence."),
+    "bench": ("tsconv.cli.bench", "Measure speed beside stock llama.cpp, dense."),
     "doctor": ("tsconv.cli.doctor", "Check this installation and say how to mend it."),
 }
 

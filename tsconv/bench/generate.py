@@ -1,0 +1,76 @@
+"""Models to benchmark: generated at real shapes, written once, kept in the cache folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
+from tsconv.errors import OutputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A real model: its shape at a number of layers, and the mean share of neurons that its predictors pass (for MoE of
+    each routed expert), from Turbo Sparse (arXiv 2406.05955)."""
+
+    shape: Callable[[int], Shape]
+    n_layer: int
+    predicted: float
+
+
+def mixtral_47b(n_layer: int) -> Shape:
+    """The first `n_layer` layers of TurboSparse-Mixtral-47B."""
+    return dataclasses.replace(MIXTRAL_47B, n_layer=n_layer, ranks=MIXTRAL_47B.ranks[:n_layer])
+
+
+PRESETS = {
+    "turbosparse-mistral-7b": Preset(mistral_7b, 32, 0.10),
+    "turbosparse-mixtral-47b": Preset(mixtral_47b, 32, 0.15),
+}
+
+
+def cache_folder() -> Path:
+    """${XDG_CACHE_HOME:-~/.cache}/tsconv/bench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsconv" / "bench"
+
+
+def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str], None]) -> Path:
+    """A converted model of `preset` cut to `n_layer` layers; written on the first call.
+
+    Raises:
+        OutputError: the cache folder cannot be written or has no room.
+    """
+    from tsconv.conversion import convert
+
+    folder = cache_folder()
+    path = folder / f"{preset}-{n_layer}-layers-{outtype}.gguf"
+    if path.exists():
+        return path
+    shape = PRESETS[preset].shape(n_layer)
+    checkpoint_bytes = 2 * sum(prod(dims) for dims in tensor_shapes(shape).values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"cannot keep generated models: {error.strerror}", where=folder) from None
+    if free < 2 * checkpoint_bytes:
+        raise OutputError(
+            "not enough room to generate the model",
+            where=folder,
+            expected=f"{2 * checkpoint_bytes:,} bytes free",
+            found=f"{free:,}",
+            fix="free some, lower --layers, or set XDG_CACHE_HOME",
+        )
+    announce(f"generating {preset}, {n_layer} layers, {outtype}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as checkpoint:
+        write_checkpoint(Path(checkpoint), shape, predicted=PRESETS[preset].predicted)
+        convert(checkpoint, path, outtype)
+    kept = sum(file.stat().st_size for file in folder.glob(f"{path.stem}*"))
+    announce(f"kept for the next time: {kept / 1e9:.2f} GB in {folder}")
+    return path
