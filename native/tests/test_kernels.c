@@ -118,6 +118,10 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
               format_names[format], (int)n, found, sum);
     }
+    if (kernels->stream[format] != NULL) {
+        CHECK(kernels->stream[format](n, row, converted) == kernels->dot[format](n, row, converted),
+              "%s %s n=%d: stream differs from dot", kernels->name, format_names[format], (int)n);
+    }
     if (kernels->dot4[format] != NULL) { // block formats: four different vectors
         static _Alignas(64) char four[4][TSFFN_I16_HEADER + 2 * MAX_N];
         const void * const pointers[4] = {four[0], four[1], four[2], four[3]};

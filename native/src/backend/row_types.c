@@ -59,6 +59,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     const enum tsffn_format format = own_format(type);
     if (format != TSFFN_FORMAT_COUNT) {
         row->own_dot = kernels->dot[format];
+        row->own_stream = kernels->stream[format];
         row->own_dot4 = kernels->dot4[format];
         row->own_axpy = kernels->axpy[format];
         row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits

@@ -21,13 +21,14 @@ static inline vec block_scale(const uint8_t * block) {
 }
 
 // Two accumulators: the sums of one block depend on nothing of the next.
-#define DEFINE_BLOCK_DOT(SUFFIX, BYTES)                                                                                \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+#define DEFINE_BLOCK_DOT(NAME, SUFFIX, BYTES, ASK)                                                                     \
+    static float NAME##_##SUFFIX(int64_t n, const void * row, const void * activations) {                              \
         const uint8_t * block = row;                                                                                   \
         const int16_t * x = tsffn_i16_values(activations);                                                             \
         vec s0 = vec_zero(), s1 = s0;                                                                                  \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
+            ASK(block, BYTES);                                                                                         \
             s0 = vec_fmadd(block_scale(block), products_##SUFFIX(block, x + j), s0);                                   \
             s1 = vec_fmadd(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);          \
         }                                                                                                              \
@@ -37,8 +38,22 @@ static inline vec block_scale(const uint8_t * block) {
         return vec_sum(vec_add(s0, s1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations);                         \
     }
 
-DEFINE_BLOCK_DOT(q8_0, TSFFN_Q8_0_BYTES)
-DEFINE_BLOCK_DOT(q4_0, TSFFN_Q4_0_BYTES)
+#define ASK_NOTHING(block, BYTES) (void)0
+// Into L2, evenly: 36 or 68 bytes at a time touch every line. Asked for row by row the lines wait for the few fill
+// buffers of L1, and the products wait behind them: two cores read q4_0 rows at 13 GB/s then, and at 18 GB/s so (29
+// GB/s when nothing is computed; Sapphire-Rapids class).
+#define ASK_AHEAD(block, BYTES)                                                                                        \
+    do {                                                                                                               \
+        _mm_prefetch((const char *)(block) + TSFFN_STREAM_AHEAD, _MM_HINT_T1);                                         \
+        if ((BYTES) > 32) {                                                                                            \
+            _mm_prefetch((const char *)(block) + TSFFN_STREAM_AHEAD + (BYTES), _MM_HINT_T1);                           \
+        }                                                                                                              \
+    } while (0)
+
+DEFINE_BLOCK_DOT(dot, q8_0, TSFFN_Q8_0_BYTES, ASK_NOTHING)
+DEFINE_BLOCK_DOT(dot, q4_0, TSFFN_Q4_0_BYTES, ASK_NOTHING)
+DEFINE_BLOCK_DOT(stream, q8_0, TSFFN_Q8_0_BYTES, ASK_AHEAD)
+DEFINE_BLOCK_DOT(stream, q4_0, TSFFN_Q4_0_BYTES, ASK_AHEAD)
 
 // Adds one block's products with four activation vectors to four accumulators: unpacking the weights and their scale,
 // two thirds of the work of a single product, is shared.

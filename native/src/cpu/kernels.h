@@ -46,6 +46,9 @@ static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
 #define TSFFN_Q8_0_BYTES 34
 #define TSFFN_Q4_0_BYTES 18
 
+// Bytes that streamed rows are asked for in advance.
+#define TSFFN_STREAM_AHEAD 4096
+
 enum tsffn_isa {
     TSFFN_ISA_REF,
     TSFFN_ISA_AVX2,   // AVX2, FMA, F16C
@@ -73,17 +76,19 @@ struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
     tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
-    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT]; // NULL: four dots are as good
+    tsffn_dot_fn stream[TSFFN_FORMAT_COUNT]; // dot that asks for what lies TSFFN_STREAM_AHEAD behind the row; or NULL
+    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT];  // NULL: four dots are as good
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
     const struct tsffn_gemm * gemm; // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier.
-#define TSFFN_DEFINE_KERNELS(tier, tier_isa, dot4_of_q8_0, dot4_of_q4_0, gemm_of_tier)                                 \
+#define TSFFN_DEFINE_KERNELS(tier, tier_isa, stream_of_q8_0, stream_of_q4_0, dot4_of_q8_0, dot4_of_q4_0, gemm_of_tier) \
     const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
         .isa = (tier_isa),                                                                                             \
         .name = #tier,                                                                                                 \
         .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},                                                       \
+        .stream = {NULL, NULL, NULL, stream_of_q8_0, stream_of_q4_0},                                                  \
         .dot4 = {NULL, NULL, NULL, dot4_of_q8_0, dot4_of_q4_0},                                                        \
         .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
         .gemm = (gemm_of_tier),                                                                                        \

@@ -104,4 +104,4 @@ typedef __m256 vec;
 #define vec_sum hsum
 #include "blocks_x86.h"
 
-TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, dot4_q8_0, dot4_q4_0, NULL);
+TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, NULL);

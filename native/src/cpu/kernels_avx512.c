@@ -87,5 +87,5 @@ typedef __m512 vec;
 #define vec_sum _mm512_reduce_add_ps
 #include "blocks_x86.h"
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, dot4_q8_0, dot4_q4_0, NULL);
-TSFFN_DEFINE_KERNELS(amx, TSFFN_ISA_AMX, dot4_q8_0, dot4_q4_0, &tsffn_gemm_amx);
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, NULL);
+TSFFN_DEFINE_KERNELS(amx, TSFFN_ISA_AMX, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, &tsffn_gemm_amx);

@@ -124,4 +124,4 @@ static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, NULL, NULL, NULL);
+TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, NULL, NULL, NULL, NULL, NULL);

@@ -93,17 +93,13 @@ static void hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int6
     const struct tsffn_matrix * fc1 = &s->call->ffns[rows[r0].ffn].fc1;
     int64_t begin, end;
     share(fc1->n_rows, ith, nth, &begin, &end);
-    const int64_t ahead = tsffn_matrix_rows_ahead(fc1);
     const void * x[TILE_ROWS];
     float v[TILE_ROWS];
     for (int64_t r = r0; r < r1; ++r) {
         x[r - r0] = s->x_pred + (size_t)rows[r].token * s->x_pred_bytes;
     }
     for (int64_t k = begin; k < end; ++k) {
-        if (k + ahead < end) {
-            tsffn_matrix_prefetch(fc1, k + ahead);
-        }
-        tsffn_matrix_dots(fc1, k, (int)(r1 - r0), x, v);
+        tsffn_matrix_stream_dots(fc1, k, end, (int)(r1 - r0), x, v);
         for (int64_t r = r0; r < r1; ++r) {
             s->h1[r * s->max_rank + k] = v[r - r0] > 0.0f ? v[r - r0] : 0.0f;
         }

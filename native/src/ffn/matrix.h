@@ -77,4 +77,18 @@ static inline int64_t tsffn_matrix_rows_ahead(const struct tsffn_matrix * m) {
     return (int64_t)((TSFFN_PREFETCH_BYTES + bytes - 1) / bytes);
 }
 
+// tsffn_matrix_dots for row after row up to `end`: asks for the rows ahead.
+static inline void tsffn_matrix_stream_dots(const struct tsffn_matrix * m, int64_t i, int64_t end, int n,
+                                            const void * const * x, float * s) {
+    if (n == 1 && m->type->own_stream != NULL) {
+        *s = m->type->own_stream(m->n_cols, tsffn_matrix_row(m, i), x[0]);
+        return;
+    }
+    const int64_t ahead = tsffn_matrix_rows_ahead(m);
+    if (i + ahead < end) {
+        tsffn_matrix_prefetch(m, i + ahead);
+    }
+    tsffn_matrix_dots(m, i, n, x, s);
+}
+
 #endif

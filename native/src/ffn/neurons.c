@@ -6,7 +6,6 @@
 // Which of the neurons [i0, i1) are on, for each row: bit r of mask[i - i0].
 static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
     const struct tsffn_ffn * ffn = g->ffn;
-    const int64_t ahead = tsffn_matrix_rows_ahead(&ffn->fc2);
     const void * hidden[TILE_ROWS];
     float logit[TILE_ROWS];
     const int n = (int)(g->r1 - g->r0);
@@ -14,10 +13,7 @@ static void predict(const struct segment * g, int64_t i0, int64_t i1, uint64_t *
         hidden[k] = g->s->h1_converted + (size_t)(g->r0 + k) * g->s->h1_bytes;
     }
     for (int64_t i = i0; i < i1; ++i) {
-        if (i + ahead < i1) {
-            tsffn_matrix_prefetch(&ffn->fc2, i + ahead);
-        }
-        tsffn_matrix_dots(&ffn->fc2, i, n, hidden, logit);
+        tsffn_matrix_stream_dots(&ffn->fc2, i, i1, n, hidden, logit);
         uint64_t bits = 0;
         for (int k = 0; k < n; ++k) {
             const bool on = ffn->on_when_equal ? logit[k] >= ffn->threshold : logit[k] > ffn->threshold;

@@ -24,6 +24,7 @@ struct tsffn_row_type {
 
     // Own kernels; NULL selects the host's functions below.
     float (*own_dot)(int64_t n, const void * row, const void * x);
+    float (*own_stream)(int64_t n, const void * row, const void * x); // own_dot, asking for the rows behind; or NULL
     void (*own_dot4)(int64_t n, const void * row, const void * const x[4], float s[4]); // NULL: four own_dots
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
 
