@@ -8,7 +8,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup demo test test-asan lint format bench clean
+.PHONY: setup demo test test-asan lint format bench bench-quick clean
 
 setup: $(VENV)/.installed
 
@@ -55,8 +55,12 @@ format: setup
 	$(BIN)/clang-format -i $(C_CODE)
 
 bench: setup
+	$(BIN)/tsconv bench
 	$(BIN)/python -m tsconv.bench.convert
 	$(BIN)/python -m tsconv.bench.profile
+
+bench-quick: setup
+	$(BIN)/tsconv bench --layers 4 --test pp256 --test tg64 -r 2
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache
