@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsconv.errors import OutputError, TsconvError
+from tsconv.errors import HubError, OutputError, TsconvError
 from tsconv.export.gguf_header import Header, read_header
 from tsconv.profile import stats as statistics
 from tsconv.profile.stats import Stats
@@ -111,6 +111,10 @@ def profile(
             should_stop=should_stop,
         )
         seconds = time.perf_counter() - started
+    except TsconvError as error:
+        if corpus.incomplete is None:
+            raise
+        raise HubError(f"{corpus.incomplete}; {error}", where=corpus.dataset) from None
     finally:
         llama.close()
     total = statistics.merge([run.stats, *merged])

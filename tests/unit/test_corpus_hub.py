@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,8 +17,10 @@ from urllib.parse import unquote
 import fineweb
 import huggingface_hub
 import pytest
+import tiny
 from huggingface_hub import constants
 
+from tsconv import profiling
 from tsconv.errors import HubError, TsconvError
 from tsconv.profile.text.corpus import open_corpus
 from tsconv.profile.text.hub_dataset import FINEWEB_REVISION
@@ -390,3 +393,42 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
             open_corpus("fineweb")
     finally:
         huggingface_hub.close_session()
+
+
+# ---- counting on it
+
+
+@pytest.fixture
+def half_way(hub: type[Hub], fineweb_files: list[Path]) -> int:
+    """The network goes down after so many ranges, with some documents read."""
+    for ranges in range(1, 12):
+        hub.served.clear()
+        hub.down_after = ranges
+        with contextlib.suppress(HubError):
+            corpus = open_corpus("fineweb")
+            if 0 < len(list(corpus)) < len(TEXTS):
+                hub.served.clear()
+                return ranges
+    raise AssertionError("it never stopped half-way")
+
+
+def test_counts_of_a_network_that_stops(hub: type[Hub], half_way: int, tmp_path: Path) -> None:
+    """What was counted is exactly the text that came, and the result says where it ended."""
+    result = profiling.profile(tiny.converted(), "fineweb", tmp_path / "cut.gguf", chunk=32, n_threads=1)
+    assert result.notes[0].startswith("the text ends early, the network failed at sample/10BT/")
+    (part,) = result.stats.parts
+    assert (part.source.dataset, part.source.config) == ("HuggingFaceFW/fineweb", "sample-10BT")
+    assert part.source.revision == FINEWEB_REVISION
+
+    given = int(result.notes[0].split("; the ")[1].split()[0])
+    came = tmp_path / "came.jsonl"
+    came.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:given]))
+    alone = profiling.profile(tiny.converted(), str(came), tmp_path / "came.gguf", chunk=32, n_threads=1)
+    assert alone.n_tokens == result.n_tokens > 0
+    assert (alone.stats.total.neurons == result.stats.total.neurons).all()
+
+
+def test_network_that_stops_before_a_chunk(hub: type[Hub], half_way: int, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"the network failed at .*; the text does not fill one chunk"):
+        profiling.profile(tiny.converted(), "fineweb", tmp_path / "s.gguf", chunk=4096, n_threads=1)
+    assert not (tmp_path / "s.gguf").exists()
