@@ -24,6 +24,7 @@ from tsconv.errors import CheckpointError, ModelFileError, OutputError
 from tsconv.export import keys
 from tsconv.export.order import CHECKPOINT, HOT_FIRST
 from tsconv.export.stream import Job, write_tensors
+from tsconv.export.summary import sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
@@ -146,7 +147,7 @@ def convert(
     model = Path(outfile) if outfile is not None else Path(f"{source.name}-{type_name(kind)}.gguf")
     if model.suffix != ".gguf":
         raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
-    sidecar = model.with_suffix(".predictor.gguf")
+    sidecar = sidecar_path(model)
     refuse_inputs([model, sidecar], [Path(profile)] if profile is not None else [])
     n_model = len(contents.model)
     files = [(StreamedFile(model, keys.ARCHITECTURE), jobs[:n_model])]

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import ModelFileError, OutputError, TsconvError
+from tsconv.cache import cache_folder
+from tsconv.errors import OutputError, TsconvError
 from tsconv.export.gguf_header import Header, read_header
+from tsconv.export.kv_cache import kv_bytes_per_token, padded
 from tsconv.export.order import shape_of
-from tsconv.export.summary import PARTS, SIDECAR_SUFFIX
+from tsconv.export.summary import PARTS, sidecar_path
 from tsconv.runtime.limits import available_memory, usable_cores
 from tsconv.runtime.residency import Residency
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 MARGIN_BYTES = 1 << 30  # left free: compute buffers, Python, and what other programs come to need
-KV_BYTES = 2  # f16, llama.cpp's default
 
 Strategy = Literal["all", "placement", "on_demand"]
 
@@ -116,7 +117,7 @@ def fit(
     rows = _row_bytes(header)  # of a neuron in each layer: gate, up and down
     n_layer, n_ffn, n_ff = shape_of(header)
     ffn_bytes = int(rows.sum()) * n_ffn * n_ff
-    context_bytes = n_ctx * _kv_bytes_per_token(header)
+    context_bytes = n_ctx * n_layer * kv_bytes_per_token(header)
     fixed = header.file_bytes - ffn_bytes + sidecar_bytes + context_bytes + MARGIN_BYTES
     budget = min(available, machine.cpu.memory_bytes)
     asked = np.full((n_layer, n_ffn), n_ff, dtype=np.int32)
@@ -187,13 +188,12 @@ def load_on_machine(
     """
     from tsconv.profile.placement.file import Placement
     from tsconv.runtime.backend import load_backend
-    from tsconv.runtime.model import CONTEXT_STEP, load
+    from tsconv.runtime.model import load
 
     path = Path(model_path)
     native = load_backend().open_model(path, None, sparsity)  # checks both files before anything is decided
     native.close()
     header = read_header(path)
-    sidecar = path.with_name(path.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
     if machine == AUTO:
         machine = this_machine(progress)
     elif isinstance(machine, str):
@@ -203,9 +203,9 @@ def load_on_machine(
     chosen = fit(
         header,
         machine,
-        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
+        sidecar_bytes=sidecar_path(path).stat().st_size if native.sparsity == "predictor" else 0,
         sparsity=native.sparsity,
-        n_ctx=-(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP,
+        n_ctx=padded(n_ctx),
         n_threads=n_threads,
         placement=None if placement_path is None else Placement.load(placement_path),
         available_bytes=available_bytes,
@@ -223,7 +223,7 @@ def load_on_machine(
 def machine_file() -> Path:
     """Where `this_machine` keeps its profile: ${XDG_CACHE_HOME:-~/.cache}/tsconv/machine-HOST.toml."""
     host = re.sub(r"[^\w.-]", "_", socket.gethostname()) or "unnamed"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsconv" / f"machine-{host}.toml"
+    return cache_folder() / f"machine-{host}.toml"
 
 
 def this_machine(progress: Callable[[str], None] = lambda line: None) -> Machine:
@@ -266,17 +266,3 @@ def _row_bytes(header: Header) -> npt.NDArray[np.int64]:
         if re.search(PARTS["ffn"], tensor.name):
             totals[int(tensor.name.split(".")[1])] += tensor.n_bytes
     return totals // (n_ffn * n_ff)
-
-
-def _kv_bytes_per_token(header: Header) -> int:
-    """Bytes of keys and values of all layers; heads have n_embd / n_head elements, as in all the families."""
-    sizes = []
-    for name in ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv"):
-        value = header.keys.get(f"llama.{name}")
-        if type(value) is not int or value < 1:
-            raise ModelFileError(
-                f"bad llama.{name}", where=header.path, expected="a number", found=value, fix="convert again"
-            )
-        sizes.append(value)
-    n_layer, n_embd, n_head, n_head_kv = sizes
-    return 2 * KV_BYTES * n_layer * n_embd // n_head * n_head_kv

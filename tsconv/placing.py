@@ -10,14 +10,15 @@ import numpy as np
 
 from tsconv.errors import ModelFileError, OutputError, TsconvError
 from tsconv.export.gguf_header import Header
+from tsconv.export.kv_cache import padded
 from tsconv.export.order import HOT_FIRST, kind_of, neuron_order
-from tsconv.export.pair import read_model, read_sidecar, sidecar_path
-from tsconv.export.summary import fingerprint
+from tsconv.export.pair import read_model, read_sidecar
+from tsconv.export.summary import fingerprint, sidecar_path
 from tsconv.export.writer import check_output, refuse_inputs
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.hardware.machine import ASSUMPTIONS, GIB, Machine, load_machine
 from tsconv.profile.heat import hot_order
-from tsconv.profile.placement.cost import CONTEXT_STEP, Estimate, Rates, Workload, evaluate, read_workload
+from tsconv.profile.placement.cost import Estimate, Rates, Workload, evaluate, read_workload
 from tsconv.profile.placement.file import GPU, Placement
 from tsconv.profile.placement.solve import Solution, solve, whole
 from tsconv.profile.stats import Stats
@@ -168,7 +169,7 @@ def _notes(
     for field in machine.assumed:
         yield f"{machine.name}: {field} is assumed: {ASSUMPTIONS[field]}"
     yield "bytes over bandwidths are counted; arithmetic, kernel launches and synchronisation are not: it is optimistic"
-    yield f"the KV cache of {-(-ctx // CONTEXT_STEP) * CONTEXT_STEP} tokens is held; that of {ctx / 2:g} is read"
+    yield f"the KV cache of {padded(ctx)} tokens is held; that of {ctx / 2:g} is read"
     if not np.array_equal(neuron_order(header), hot_order(stats, (len(work.layers), *work.layers[0].heat.shape))):
         yield "the model was ordered by other statistics than these: its prefixes are not the hottest neurons here"
     on_gpu = sum(sum(layer.gpu) for layer in solution.layers)

@@ -23,7 +23,7 @@ from tsconv.export.gguf_header import Header, TensorEntry
 from tsconv.export.keys import ARCHITECTURE, add_neuron_order
 from tsconv.export.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.export.pair import read_pair
-from tsconv.export.summary import fingerprint
+from tsconv.export.summary import fingerprint, sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
@@ -80,7 +80,7 @@ def reorder(
     target = Path(outfile) if outfile is not None else model.with_name(f"{model.stem}-hot.gguf")
     if target.suffix != ".gguf":
         raise OutputError("bad name of the output", where=target, expected="a name that ends in .gguf")
-    targets = [target, target.with_suffix(".predictor.gguf")]
+    targets = [target, sidecar_path(target)]
     refuse_inputs(targets, [*(header.path for header in headers), profile])
     files = [StreamedFile(path, ARCHITECTURE) for path in targets[: len(headers)]]
     pair_id = secrets.token_hex(16)

@@ -155,14 +155,20 @@ def test_missing_model(tmp_path):
     assert "\n" not in line
 
 
-def test_reader_that_goes_away(model):
+def begun(model: Path, limit: str) -> subprocess.Popen[bytes]:
+    """A run of at most `limit` tokens that has printed its first."""
     process = subprocess.Popen(
-        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "400", "--temp", "0"],
+        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", limit, "--temp", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tiny.ROOT,
     )
     process.stdout.read(5)
+    return process
+
+
+def test_reader_that_goes_away(model):
+    process = begun(model, "400")
     process.stdout.close()
     stderr = process.stderr.read()
     assert process.wait(tiny.TIMEOUT_S) == 0
@@ -171,13 +177,7 @@ def test_reader_that_goes_away(model):
 
 def test_interrupt(model):
     """Ctrl-C ends the text, not the line of measurements."""
-    process = subprocess.Popen(
-        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "-1", "--temp", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tiny.ROOT,
-    )
-    process.stdout.read(5)
+    process = begun(model, "-1")
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=tiny.TIMEOUT_S)
     assert process.returncode == 130

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import click
 
-from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
+from tsconv.bench.generate import PRESETS
+from tsconv.bench.synthetic import Shape, mistral_7b, tensor_shapes, write_checkpoint
 from tsconv.runtime.cpu import cpu_model
-
-FULL_SIZES = {"turbosparse-mixtral-47b": MIXTRAL_47B, "turbosparse-mistral-7b": mistral_7b(32)}
 
 # Runs in a process of its own, so that ru_maxrss is the conversion's and not that of making its input.
 CHILD = "import sys; from tsconv.bench.convert import child; child(*sys.argv[1:])"
@@ -72,7 +71,7 @@ def measure(shape: Shape, random_layers: int | None, outtype: str, directory: st
 
 @click.command()
 @click.option("--megabytes", default=2000, show_default=True, help="Size of the generated input.")
-@click.option("--memory", type=click.Choice(list(FULL_SIZES)), help="Convert a whole model of this shape instead.")
+@click.option("--memory", type=click.Choice(list(PRESETS)), help="Convert a whole model of this shape instead.")
 @click.option("--outtype", default="q4_0", show_default=True, help="Type of the weights.")
 @click.option("--directory", help="Where to put the files, which are deleted afterwards.  [default: the temp folder]")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -80,7 +79,7 @@ def main(megabytes: int, memory: str | None, outtype: str, directory: str | None
     """Measure tsconv convert on generated checkpoints of real shapes."""
     if memory is not None:
         # One layer of random weights shows that the data path is the real one; the rest are holes that take no disk.
-        result = measure(FULL_SIZES[memory], 1, outtype, directory)
+        result = measure(PRESETS[memory].shape(PRESETS[memory].n_layer), 1, outtype, directory)
     else:
         whole, layer = (sum(2 * _product(s) for s in tensor_shapes(mistral_7b(n)).values()) for n in (0, 1))
         n_layer = max(1, round((megabytes * 1e6 - whole) / (layer - whole)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
+from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
 
 
@@ -35,11 +35,6 @@ PRESETS = {
 }
 
 
-def cache_folder() -> Path:
-    """${XDG_CACHE_HOME:-~/.cache}/tsconv/bench."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsconv" / "bench"
-
-
 def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str], None]) -> Path:
     """A converted model of `preset` cut to `n_layer` layers; written on the first call.
 
@@ -48,7 +43,7 @@ def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str],
     """
     from tsconv.conversion import convert
 
-    folder = cache_folder()
+    folder = cache_folder() / "bench"
     path = folder / f"{preset}-{n_layer}-layers-{outtype}.gguf"
     if path.exists():
         return path

@@ -18,10 +18,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from tsconv.bench.synthetic import mistral_7b, write_checkpoint
+from tsconv.bench.generate import PRESETS
+from tsconv.bench.synthetic import write_checkpoint
 from tsconv.runtime.cpu import cpu_model
 
-PREDICTED = 0.1
+PRESET = PRESETS["turbosparse-mistral-7b"]
 
 
 def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: str | None) -> dict[str, object]:
@@ -31,11 +32,11 @@ def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: st
     from tsconv.runtime.layers import LayersContext
     from tsconv.runtime.model import load
 
-    shape = mistral_7b(layers)
+    shape = PRESET.shape(layers)
     with tempfile.TemporaryDirectory(dir=directory, prefix="tsconv-bench-") as folder:
         checkpoint, path = Path(folder) / "checkpoint", Path(folder) / "model.gguf"
         click.echo(f"generating {layers} layers of a 7B model in {folder}", err=True)
-        write_checkpoint(checkpoint, shape, predicted=PREDICTED)
+        write_checkpoint(checkpoint, shape, predicted=PRESET.predicted)
         convert(checkpoint, path, outtype)
         for shard in checkpoint.iterdir():
             shard.unlink()

@@ -55,7 +55,6 @@ def command(
 
     Both run in turn. Generated models are kept in the cache folder.
     """
-    from tsconv.bench.compare import Row
     from tsconv.bench.compare import compare as measure
     from tsconv.bench.generate import PRESETS, generated
 
@@ -73,7 +72,7 @@ def command(
         n_threads=n_threads,
         progress=say if sys.stderr.isatty() else lambda line: None,
     )
-    click.echo(_formatted(rows, output, [field.name for field in dataclasses.fields(Row)]), nl=False)
+    click.echo(_formatted(rows, output), nl=False)
     for row in rows:
         before = old.get((row.model_filename, row.test))
         if before is not None:
@@ -103,7 +102,7 @@ def _read(path: Path) -> dict[tuple[str, str], dict[str, float]]:
         raise TsconvError("not a result of tsconv bench", where=path, fix="write one with -o json") from None
 
 
-def _formatted(rows: list[Row], output: str, fields: list[str]) -> str:
+def _formatted(rows: list[Row], output: str) -> str:
     dicts = [dataclasses.asdict(row) for row in rows]
     if output == "json":
         return json.dumps(dicts, indent=2) + "\n"
@@ -111,7 +110,7 @@ def _formatted(rows: list[Row], output: str, fields: list[str]) -> str:
         return "".join(json.dumps(row) + "\n" for row in dicts)
     if output == "csv":
         text = io.StringIO()
-        writer = csv.DictWriter(text, fields, lineterminator="\n")
+        writer = csv.DictWriter(text, list(dicts[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(dicts)
         return text.getvalue()

@@ -40,16 +40,18 @@ def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_model(
+    *,
     model: str,
     machine: str | None,
     placement: str | None,
-    *,
     n_ctx: int,
     n_threads: int | None,
     sparsity: str | None,
     verbose: bool,
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
+
+    The arguments are the options of `model_options` and `machine_options`.
 
     Returns:
         the model, and what was chosen for --json; None without a machine.

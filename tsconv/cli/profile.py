@@ -134,7 +134,7 @@ def _as_dict(result: ProfileResult) -> dict[str, Any]:
 
 def _text(result: ProfileResult, model: str | None) -> str:
     from tsconv.profile.heat import described
-    from tsconv.profile.report.summary import summarise
+    from tsconv.profile.report.summary import overall
 
     lines = []
     if result.seconds:
@@ -143,7 +143,7 @@ def _text(result: ProfileResult, model: str | None) -> str:
             f" ({result.n_tokens / result.seconds:.0f} tokens/s)"
         )
     lines.append(f"{result.outfile}: {described(result.stats)}")
-    total = summarise(result.stats).overall
+    total = overall(result.stats)
     percent = {
         "active": total.active,
         "predicted": total.predicted,

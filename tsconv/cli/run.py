@@ -54,13 +54,6 @@ CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C sto
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(
     *,
-    model: str,
-    n_ctx: int,
-    n_threads: int | None,
-    sparsity: str | None,
-    verbose: bool,
-    machine: str | None,
-    placement: str | None,
     prompt: str | None,
     prompt_file: str | None,
     n_predict: int | None,
@@ -70,6 +63,7 @@ def command(
     seed: int | None,
     chat: bool | None,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Generate text or chat.
 
@@ -84,9 +78,7 @@ def command(
     from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
 
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    llama, chosen = load_model(
-        model, machine, placement, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose
-    )
+    llama, chosen = load_model(**loading)
     sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
     with _quiet_when_nobody_reads():
         if prompt is None:

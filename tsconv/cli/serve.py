@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import click
 
@@ -18,16 +19,11 @@ from tsconv.cli.options import model_options
 @click.option("--api-key", envvar="TSCONV_API_KEY", help="Key that clients must send.  [env: TSCONV_API_KEY]")
 def command(
     *,
-    model: str,
-    n_ctx: int,
-    n_threads: int | None,
-    sparsity: str | None,
     verbose: bool,
-    machine: str | None,
-    placement: str | None,
     host: str,
     port: int,
     api_key: str | None,
+    **loading: Any,
 ) -> None:
     """Serve /v1/chat/completions, /v1/completions and /v1/models over HTTP until Ctrl-C."""
     from tsconv.runtime.server import create_app, listen, serve
@@ -38,9 +34,7 @@ def command(
             click.echo(
                 f"warning: everyone who can reach {host} can use this server; --api-key asks for a key", err=True
             )
-        llama, _ = load_model(
-            model, machine, placement, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose
-        )
+        llama, _ = load_model(verbose=verbose, **loading)
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"serving {llama.model_path} on http://{shown}:{bound_port}/v1 (Ctrl-C stops)", err=True)
         try:

@@ -8,7 +8,7 @@ from tsconv.errors import ModelFileError
 from tsconv.export import order
 from tsconv.export.gguf_header import Header, read_header
 from tsconv.export.keys import ARCHITECTURE, FINGERPRINT
-from tsconv.export.summary import SIDECAR_SUFFIX, check_keys, is_sidecar
+from tsconv.export.summary import check_keys, is_sidecar, sidecar_path
 
 # What both files have, and have alike.
 SHARED = (
@@ -20,11 +20,6 @@ SHARED = (
     "llama.feed_forward_length",
     "llama.expert_count",
 )
-
-
-def sidecar_path(model: Path) -> Path:
-    """Where the sidecar of `model` is: NAME.predictor.gguf beside NAME.gguf."""
-    return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
 
 
 def read_model(path: Path) -> Header:

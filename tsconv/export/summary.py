@@ -119,6 +119,11 @@ def summarise(path: Path) -> Summary:
     )
 
 
+def sidecar_path(model: Path) -> Path:
+    """Where the sidecar of `model` is: NAME.predictor.gguf beside NAME.gguf."""
+    return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
+
+
 def is_sidecar(header: Header) -> bool:
     return header.keys.get("general.type") == "predictor"
 
@@ -181,12 +186,13 @@ def _group(name: str, tensors: Iterable[TensorEntry]) -> Group:
 def _partner(header: Header) -> Partner | None:
     """A model's sidecar, or a sidecar's model, if a file has the matching name. A damaged one does not match."""
     name = header.path.name
-    if is_sidecar(header):
-        partner = name.removesuffix(SIDECAR_SUFFIX) + ".gguf" if name.endswith(SIDECAR_SUFFIX) else None
+    if not is_sidecar(header):
+        path = sidecar_path(header.path)
+    elif name.endswith(SIDECAR_SUFFIX):
+        path = header.path.with_name(name.removesuffix(SIDECAR_SUFFIX) + ".gguf")
     else:
-        partner = name.removesuffix(".gguf") + SIDECAR_SUFFIX
-    path = header.path.with_name(partner) if partner else None
-    if path is None or not path.exists():
+        return None
+    if not path.exists():
         return None
     try:
         other = read_header(path).keys

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import llama_cpp
+from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.errors import BackendError, TsconvError
 from tsconv.runtime.backend import load_backend
 from tsconv.runtime.log import quiet_unless
 from tsconv.runtime.model import SparseLlama
 
-GGML_TYPE_F32 = 0  # ggml.h
 MAX_BATCH = 512  # tokens per call of llama_decode; llama.cpp's own default
 
 
@@ -37,15 +37,17 @@ class LayersContext:
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, MAX_BATCH)
         params.n_threads = params.n_threads_batch = llama.n_threads
-        params.type_k = params.type_v = GGML_TYPE_F32
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cb_eval = load_backend().stop_before_output
         self._n_batch = params.n_batch
-        with quiet_unless(False) as errors:
-            self._context = llama_cpp.llama_init_from_model(llama._model.model, params)
-        if not self._context:
-            raise BackendError("llama.cpp could not make a context", where=self._where, found="; ".join(errors))
-        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+        try:
+            with quiet_unless(False) as errors:
+                self._context = LlamaContext(model=llama._model, params=params, verbose=False)
+        except ValueError:
+            found = "; ".join(errors)
+            raise BackendError("llama.cpp could not make a context", where=self._where, found=found) from None
+        self._batch = LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=False)
 
     def compute(self, tokens: Sequence[int]) -> None:
         """Runs one sequence from position 0 through all layers.
@@ -56,27 +58,18 @@ class LayersContext:
         """
         if not 0 < len(tokens) <= self.n_ctx:
             raise TsconvError("tokens to compute", expected=f"1 to {self.n_ctx} (n_ctx)", found=len(tokens))
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        self._context.kv_cache_clear()
         for start in range(0, len(tokens), self._n_batch):
-            piece = tokens[start : start + self._n_batch]
-            batch = self._batch
-            batch.n_tokens = len(piece)
-            for i, token in enumerate(piece):
-                batch.token[i] = token
-                batch.pos[i] = start + i
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = True
-            status = llama_cpp.llama_decode(self._context, batch)
-            if status != 0:
-                raise BackendError("llama.cpp could not compute a batch", where=self._where, found=f"status {status}")
+            self._batch.set_batch(tokens[start : start + self._n_batch], n_past=start, logits_all=True)
+            try:
+                self._context.decode(self._batch)
+            except RuntimeError as error:
+                raise BackendError("llama.cpp could not compute a batch", where=self._where, found=error) from None
 
     def close(self) -> None:
         """Frees the context."""
-        if self._context:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._context)
-            self._context = None
+        self._batch.close()
+        self._context.close()
 
     def __enter__(self) -> LayersContext:
         return self

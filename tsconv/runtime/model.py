@@ -15,13 +15,12 @@ import numpy.typing as npt
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.export.gguf_header import read_header
+from tsconv.export.kv_cache import padded
 from tsconv.export.order import refuse_adapter
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.cpu import physical_cores
 from tsconv.runtime.log import quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
-
-CONTEXT_STEP = 256  # llama_init_from_model pads n_ctx to a multiple of it (llama-context.cpp)
 
 
 class SparseLlama(llama_cpp.Llama):
@@ -73,7 +72,7 @@ class SparseLlama(llama_cpp.Llama):
                     str(path),
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
-                    n_ctx=-(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP,
+                    n_ctx=padded(n_ctx),
                     kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
                     verbose=verbose,
                     **kwargs,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tsconv
+from tsconv.cache import cache_folder
 from tsconv.errors import BackendError, TsconvError
 from tsconv.profile.hardware.disk import measure_disk
 from tsconv.profile.hardware.gpu import measure_gpu
@@ -60,7 +61,7 @@ def measure_machine(
     say = progress or (lambda line: None)
     name = socket.gethostname() or "this machine" if name is None else name
     check_name(name, "name of the machine")
-    folder = _cache_folder() if disk_folder is None else disk_folder
+    folder = _made_cache_folder() if disk_folder is None else disk_folder
     if disk_folder is not None and not folder.is_dir():
         raise TsconvError("not a folder", where=folder, fix="name a folder on the disk that models are read from")
     backend = load_backend()
@@ -85,8 +86,8 @@ def measure_machine(
     return Machine(name, cpu, disk, gpu, notes=tuple(notes))
 
 
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsconv"
+def _made_cache_folder() -> Path:
+    folder = cache_folder()
     with contextlib.suppress(OSError):  # measuring the disk says why
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tsconv.checkpoint.config import MAX_DIM
 from tsconv.errors import ModelFileError, TsconvError
 from tsconv.export.gguf_header import Header, TensorEntry
-from tsconv.export.order import neuron_order, shape_of
+from tsconv.export.kv_cache import kv_bytes_per_token, padded
+from tsconv.export.order import dimension, neuron_order, shape_of
 from tsconv.profile.placement.file import CPU, GPU, Device, LayerPlacement
 from tsconv.profile.stats import Counts, Stats
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-CONTEXT_STEP = 256  # llama.cpp rounds the KV cache up to it (GGML_PAD in llama_context)
-KV_ITEM = 2  # bytes of an element of the KV cache: f16, llama.cpp's default
 STATE_ITEM = 4  # bytes of an element of the hidden state between devices: f32
 
 
@@ -291,9 +291,9 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
         raise TsconvError("the statistics are of no tokens", fix="profile more text")
     tensors = _Tensors(model)
     predictors = _Tensors(sidecar) if sidecar is not None else None
-    n_embd = tensors.integer("llama.embedding_length")
+    n_embd = dimension(model, "llama.embedding_length", MAX_DIM)
+    kv_token = kv_bytes_per_token(model)
     order = neuron_order(model)
-    padded = -(-ctx // CONTEXT_STEP) * CONTEXT_STEP
     layers = []
     for n in range(n_layer):
         neurons = [tensors.one(f"blk.{n}.ffn_{p}{'_exps' if subject.n_expert else ''}.weight") for p in _NEURON_PARTS]
@@ -311,11 +311,10 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
         predictor_bytes, predictor_read = (
             (0, 0.0) if predictors is None else predictors.predictor(n, share, subject.n_expert > 0)
         )
-        kv_token = tensors.kv_bytes_per_token(n_embd)
         layers.append(
             Layer(
                 attention_bytes=tensors.total(f"blk.{n}.") - sum(tensor.n_bytes for tensor in neurons),
-                kv_bytes=kv_token * padded,
+                kv_bytes=kv_token * padded(ctx),
                 kv_read=kv_token * ctx / 2,
                 predictor_bytes=predictor_bytes,
                 predictor_read=predictor_read,
@@ -361,18 +360,6 @@ class _Tensors:
     def total(self, prefix: str) -> int:
         """Bytes of all tensors of a layer."""
         return self.totals.get(prefix, 0)
-
-    def integer(self, key: str) -> int:
-        value = self.header.keys.get(key)
-        if type(value) is not int or value < 1:
-            found = "nothing" if value is None else repr(value)
-            raise ModelFileError(f"bad {key}", where=self.header.path, expected="a positive integer", found=found)
-        return value
-
-    def kv_bytes_per_token(self, n_embd: int) -> int:
-        """Keys and values of one layer and token."""
-        heads, kv_heads = self.integer("llama.attention.head_count"), self.integer("llama.attention.head_count_kv")
-        return kv_heads * (n_embd // heads) * 2 * KV_ITEM
 
     def predictor(self, n: int, share: Floats, is_moe: bool) -> tuple[int, float]:
         """(bytes, expected bytes read per token) of a layer's predictors; `share` of the tokens see each FFN."""

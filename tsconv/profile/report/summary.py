@@ -177,11 +177,16 @@ def summarise(stats: Stats) -> Summary:
     return Summary(
         subject=stats.subject,
         n_tokens=stats.n_tokens,
-        overall=_activity(stats.subject, total.tokens, total.neurons),
+        overall=overall(stats),
         texts=_texts(stats),
         layers=tuple(_layer(stats.subject, total, n) for n in range(stats.subject.n_layer)),
         overlaps=_overlaps(stats),
     )
+
+
+def overall(stats: Stats) -> Activity:
+    """Of all layers and texts."""
+    return _activity(stats.subject, stats.total.tokens, stats.total.neurons)
 
 
 def hot_size(active: npt.NDArray[np.int64]) -> int | None:
