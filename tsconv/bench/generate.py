@@ -9,19 +9,22 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
+from tsconv.bench.activity import ActiveWeights
 from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
 from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
 
+GENERATION = 2  # in the files' names: models of other weights are not taken for these
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A real model: its shape at a number of layers, and the mean share of neurons that its predictors pass (for MoE of
-    each routed expert), from Turbo Sparse (arXiv 2406.05955)."""
+    """A real model: its shape at a number of layers, and the mean share of active neurons (for MoE of each routed
+    expert), from Turbo Sparse (arXiv 2406.05955)."""
 
     shape: Callable[[int], Shape]
     n_layer: int
-    predicted: float
+    active: float
 
 
 def mixtral_47b(n_layer: int) -> Shape:
@@ -35,8 +38,20 @@ PRESETS = {
 }
 
 
-def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str], None]) -> Path:
+def generated(
+    preset: str,
+    n_layer: int,
+    outtype: str,
+    announce: Callable[[str], None],
+    *,
+    active: float | None = None,
+    seed: int = 0,
+) -> Path:
     """A converted model of `preset` cut to `n_layer` layers; written on the first call.
+
+    Args:
+        active: mean share of active neurons (`activity.ActiveWeights`); None: the preset's.
+        seed: of the weights.
 
     Raises:
         OutputError: the cache folder cannot be written or has no room.
@@ -44,7 +59,9 @@ def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str],
     from tsconv.conversion import convert
 
     folder = cache_folder() / "bench"
-    path = folder / f"{preset}-{n_layer}-layers-{outtype}.gguf"
+    active = PRESETS[preset].active if active is None else active
+    options = (f"-{active:g}" if active != PRESETS[preset].active else "") + (f"-seed{seed}" if seed else "")
+    path = folder / f"{preset}-{n_layer}-layers-{outtype}-g{GENERATION}{options}.gguf"
     if path.exists():
         return path
     shape = PRESETS[preset].shape(n_layer)
@@ -64,7 +81,7 @@ def generated(preset: str, n_layer: int, outtype: str, announce: Callable[[str],
         )
     announce(f"generating {preset}, {n_layer} layers, {outtype}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as checkpoint:
-        write_checkpoint(Path(checkpoint), shape, predicted=PRESETS[preset].predicted)
+        write_checkpoint(Path(checkpoint), shape, weights=ActiveWeights(shape, active, seed))
         convert(checkpoint, path, outtype)
     kept = sum(file.stat().st_size for file in folder.glob(f"{path.stem}*"))
     announce(f"kept for the next time: {kept / 1e9:.2f} GB in {folder}")

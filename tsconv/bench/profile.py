@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from tsconv.bench.activity import ActiveWeights
 from tsconv.bench.generate import PRESETS
 from tsconv.bench.synthetic import write_checkpoint
 from tsconv.runtime.cpu import cpu_model
@@ -36,7 +37,7 @@ def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: st
     with tempfile.TemporaryDirectory(dir=directory, prefix="tsconv-bench-") as folder:
         checkpoint, path = Path(folder) / "checkpoint", Path(folder) / "model.gguf"
         click.echo(f"generating {layers} layers of a 7B model in {folder}", err=True)
-        write_checkpoint(checkpoint, shape, predicted=PRESET.predicted)
+        write_checkpoint(checkpoint, shape, weights=ActiveWeights(shape, PRESET.active))
         convert(checkpoint, path, outtype)
         for shard in checkpoint.iterdir():
             shard.unlink()

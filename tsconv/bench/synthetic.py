@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the layouts of the real families, of any size, for benchmarks and tests.
+"""Checkpoints of generated weights in the layouts of the real families, of any size, for benchmarks and tests.
 
 Names and shapes are written out here, not taken from tsconv.arch, so that a test which converts such a checkpoint tests
 those tables.
@@ -7,17 +7,18 @@ those tables.
 from __future__ import annotations
 
 import json
-import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
 BLOCK = 1 << 22  # random weights made once and repeated
+
+# Pieces of the tensor of a name and shape, in order: bf16 bits in uint16.
+Weights = Callable[[str, tuple[int, ...]], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,14 @@ def write_checkpoint(
     shape: Shape,
     shard_bytes: int = 5 << 30,
     random_layers: int | None = None,
-    predicted: float | None = None,
-    seed: int = 0,
+    weights: Weights | None = None,
 ) -> int:
     """Writes config, tokenizer and bf16 shards with an index. Returns the bytes of all tensors.
 
     Args:
-        random_layers: layers below this number get random weights, the rest are holes of sparse files (zeros, which
-            take no disk); None: all weights are random.
-        predicted: share of the neurons that the predictors let through, on average; None: half of them, as weights
-            around 0 do.
+        random_layers: layers below this number get weights, the rest are holes of sparse files (zeros, which take no
+            disk); None: all layers do.
+        weights: values of the tensors, such as `activity.ActiveWeights`; None: RandomWeights().
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config(shape), indent=2))
@@ -141,9 +140,7 @@ def write_checkpoint(
         shards[-1][name] = dims
         filled += 2 * prod(dims)
 
-    rng = np.random.default_rng(seed)
-    block = to_bf16(0.02 * rng.standard_normal(BLOCK, dtype=np.float32))
-    normal = rng.standard_normal(BLOCK, dtype=np.float32) if predicted is not None else None
+    weights = weights or RandomWeights()
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -153,10 +150,7 @@ def write_checkpoint(
             for name, dims in shard.items():
                 layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
                 if random_layers is None or layer < random_layers:
-                    weights = block
-                    if normal is not None and name.endswith("predictor.fc2.weight"):
-                        weights = to_bf16(normal - bias(dims[1], predicted))
-                    for piece in _pieces(weights, prod(dims), int(rng.integers(BLOCK))):
+                    for piece in weights(name, dims):
                         out.write(piece.data)
                 else:
                     out.seek(2 * prod(dims), 1)
@@ -167,14 +161,19 @@ def write_checkpoint(
     return total
 
 
-def bias(rank: int, predicted: float) -> np.float32:
-    """What to take off every weight of fc2 ~ N(0, 1), so that a logit is positive with probability `predicted`.
+class RandomWeights:
+    """Every tensor from a random place of one block of N(0, 0.02^2), repeated: as fast as the disk."""
 
-    h = relu(z) of normal z has E h = sd / sqrt(2 pi) and E h^2 = sd^2 / 2, so that the logit sum_k (n_k - b) h_k is
-    about normal with mean -b rank sd / sqrt(2 pi) and variance rank sd^2 / 2.
-    """
-    quantile = NormalDist().inv_cdf(1 - predicted)
-    return np.float32(quantile * (math.pi / rank) ** 0.5)
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._block = to_bf16(0.02 * self._rng.standard_normal(BLOCK, dtype=np.float32))
+
+    def __call__(self, name: str, dims: tuple[int, ...]) -> Iterator[np.ndarray]:
+        n, start = prod(dims), int(self._rng.integers(BLOCK))
+        while n:
+            piece = self._block[start : start + n]
+            yield piece
+            n, start = n - len(piece), 0
 
 
 def header(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", itemsize: int = 2) -> bytes:
@@ -193,13 +192,6 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     """float32 -> bf16 bits in uint16, rounded to nearest even. For finite values."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _pieces(block: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
-    while n:
-        piece = block[start : start + n]
-        yield piece
-        n, start = n - len(piece), 0
 
 
 def write_tokenizer(directory: Path) -> None:
