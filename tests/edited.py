@@ -20,6 +20,7 @@ def edited(
     without: Collection[str] = (),
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    data: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Copies `source` to `target` and returns `target`.
 
@@ -28,6 +29,7 @@ def edited(
         without: names of keys and tensors that are left out.
         shapes: tensor -> new shape, slowest dimension first; f32 tensors, filled with zeros.
         extra: tensors that are added.
+        data: tensor -> other bytes, of the same shape and type as gguf.GGUFReader gives them.
     """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.get_field(ARCHITECTURE).contents())
@@ -53,9 +55,10 @@ def edited(
         elif shapes and tensor.name in shapes:
             writer.add_tensor(tensor.name, np.zeros(shapes[tensor.name], dtype=np.float32))
         else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, data in (extra or {}).items():
-        writer.add_tensor(name, data)
+            values = (data or {}).get(tensor.name, tensor.data)
+            writer.add_tensor(tensor.name, values, raw_dtype=tensor.tensor_type)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     assert not left_out, f"{source} has no {left_out}"
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from panels import stored_rows
 from refused import sidecar_of
 from synthetic import SHAPES, random_tensors, save
 
@@ -22,11 +23,9 @@ def make(folder: Path, family: str, outtype: str = "q4_0", **options: Any) -> Pa
 
 
 def tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str, np.ndarray]]:
-    """Name -> shape, type and stored bytes, in the order of the table."""
-    return {
-        t.name: (tuple(t.shape.tolist()), t.tensor_type.name, np.ascontiguousarray(t.data).view(np.uint8).reshape(-1))
-        for t in gguf.GGUFReader(path).tensors
-    }
+    """Name -> shape, type and the bytes of the rows, in the order of the table."""
+    reader = gguf.GGUFReader(path)
+    return {t.name: (tuple(t.shape.tolist()), t.tensor_type.name, stored_rows(reader, t)) for t in reader.tensors}
 
 
 def order_of(name: str, order: list[list[list[int]]]) -> list[list[int]] | None:

@@ -235,7 +235,9 @@ def _fill_headers(
     keys.add_model(files[0][0].header, contents.config, contents.kind, outtype)
     contents.tokenizer.add_to(files[0][0].header)
     if len(files) > 1:
-        keys.add_sidecar(files[1][0].header, contents.family, contents.kind, contents.ranks)
+        sidecar, jobs = files[1]
+        in_panels = any(job.in_panels for job in jobs)
+        keys.add_sidecar(sidecar.header, contents.family, contents.kind, contents.ranks, in_panels)
 
 
 def counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:

@@ -1,6 +1,7 @@
 """`reorder`: the hot neurons of a converted model first. The command line is a thin shell over it.
 
-Rows move whole, so nothing is computed: the same bytes in another order, in model and sidecar alike.
+Rows move whole, so nothing is computed: the same bytes in another order, in model and sidecar alike. Panels are taken
+apart into rows and put together again.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from tsconv.export.gguf_header import Header, TensorEntry
 from tsconv.export.keys import ARCHITECTURE, add_neuron_order
 from tsconv.export.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.export.pair import read_pair
-from tsconv.export.summary import fingerprint, sidecar_path
+from tsconv.export.predictor_layout import PANELS, layout_of
+from tsconv.export.summary import fingerprint, is_sidecar, sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.transform.neuron_order import Order, between, by_tensor
+from tsconv.transform.panels import from_panels, panel_step, to_panels
+from tsconv.transform.plan import takes_panels
 
 PIECE = 16 << 20  # bytes copied at a time
 
@@ -154,16 +158,18 @@ def _copy_header(header: Header, file: StreamedFile, pair_id: str) -> None:
 
 
 def _tensor_data(header: Header, parts: Mapping[str, Order]) -> Iterator[np.ndarray]:
-    """The bytes of all tensors in the order of the table, uint8, at most PIECE or one row at a time.
+    """The bytes of all tensors in the order of the table, uint8, at most PIECE, one row or one panel at a time.
 
-    In memory is no more than the matrix of one FFN.
+    In memory is no more than the matrix of one FFN and, for panels, some pieces.
     """
+    panels = is_sidecar(header) and layout_of(header) == PANELS
     try:
         with open(header.path, "rb", buffering=0) as file:
             for tensor in header.tensors:
                 file.seek(tensor.offset)
                 if tensor.name in parts:
-                    yield from _permuted(file, tensor, parts[tensor.name], header.path)
+                    permuted = _permuted_panels if panels and takes_panels(tensor.name, tensor.kind) else _permuted
+                    yield from permuted(file, tensor, parts[tensor.name], header.path)
                 else:
                     for start in range(0, max(1, tensor.n_bytes), PIECE):
                         yield _read(file, min(PIECE, tensor.n_bytes - start), header.path)
@@ -178,6 +184,19 @@ def _permuted(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> 
         rows = _read(file, len(neurons) * row_bytes, path).reshape(len(neurons), row_bytes)
         for start in range(0, len(neurons), step):
             yield rows[neurons[start : start + step]]
+
+
+def _permuted_panels(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> Iterator[np.ndarray]:
+    row_bytes = tensor.n_bytes // order.size
+    step = panel_step(PIECE // row_bytes)
+    for neurons in order:
+        rows = np.empty((len(neurons), row_bytes), np.uint8)
+        for start in range(0, len(neurons), step):
+            n = min(step, len(neurons) - start)
+            stored = _read(file, n * row_bytes, path).reshape(n, row_bytes)
+            rows[start : start + n] = from_panels(stored, tensor.kind)
+        for start in range(0, len(neurons), step):
+            yield to_panels(rows[neurons[start : start + step]], tensor.kind)
 
 
 def _read(file: BinaryIO, n_bytes: int, path: Path) -> np.ndarray:

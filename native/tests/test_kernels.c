@@ -106,24 +106,30 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         size += fabs(w[j] * (double)x[j]);
         weights += fabs(w[j]);
     }
-    static _Alignas(64) char converted[TSFFN_I16_HEADER + 2 * MAX_N];
+    static _Alignas(64) char converted[TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
     if (tsffn_x_format(format) == TSFFN_X_I16) {
         tsffn_convert_i16(x, converted, n);
         const double found = (double)kernels->dot[format](n, row, converted);
-        // Each activation is off by at most half a step of max |x| / 32767.
-        CHECK(fabs(found - sum) <= (0.5 / 32767.0) * weights + 1e-6 * size, "%s %s n=%d: %g instead of %g",
+        // Each activation is off by at most half a step of max |x| / 32639.
+        CHECK(fabs(found - sum) <= (0.5 / TSFFN_I16_MAX) * weights + 1e-6 * size, "%s %s n=%d: %g instead of %g",
               kernels->name, format_names[format], (int)n, found, sum);
     } else {
         const double found = (double)kernels->dot[format](n, row, x);
         CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
               format_names[format], (int)n, found, sum);
     }
-    if (kernels->stream[format] != NULL) {
-        CHECK(kernels->stream[format](n, row, converted) == kernels->dot[format](n, row, converted),
-              "%s %s n=%d: stream differs from dot", kernels->name, format_names[format], (int)n);
+    const void * activations = tsffn_x_format(format) == TSFFN_X_I16 ? (const void *)converted : x;
+    const uint8_t * lines[37];
+    for (int k = 0; k < 37; ++k) {
+        lines[k] = row_memory + random_bits() % sizeof(row_memory);
+    }
+    const struct tsffn_asks asks = {.lines = lines, .n_lines = (int64_t)(random_bits() % 38)};
+    if (kernels->dot_asking[format] != NULL) {
+        CHECK(kernels->dot_asking[format](n, row, activations, &asks) == kernels->dot[format](n, row, activations),
+              "%s %s n=%d: asking changes the dot", kernels->name, format_names[format], (int)n);
     }
     if (kernels->dot4[format] != NULL) { // block formats: four different vectors
-        static _Alignas(64) char four[4][TSFFN_I16_HEADER + 2 * MAX_N];
+        static _Alignas(64) char four[4][TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
         const void * const pointers[4] = {four[0], four[1], four[2], four[3]};
         float sums[4];
         for (int k = 0; k < 4; ++k) {
@@ -143,9 +149,16 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         y[j] = random_float();
         expected[j] = (double)y[j] + (double)a * w[j];
     }
-    y[n] = 12345.0f;
+    static float asked[MAX_N + GUARD];
+    memcpy(asked, y, (size_t)n * sizeof(float));
+    y[n] = asked[n] = 12345.0f;
     kernels->axpy[format](n, a, row, y);
     CHECK(y[n] == 12345.0f, "%s %s n=%d: wrote behind the end", kernels->name, format_names[format], (int)n);
+    if (kernels->axpy_asking[format] != NULL) {
+        kernels->axpy_asking[format](n, a, row, asked, &asks);
+        CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy",
+              kernels->name, format_names[format], (int)n);
+    }
     CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,
           nmse(y, expected, n));
 }
@@ -214,18 +227,39 @@ static void test_half(void) {
     CHECK(tsffn_f16_to_f32(0x8000) == 0.0f && signbit(tsffn_f16_to_f32(0x8000)), "negative zero");
 }
 
-// TSFFN_ISA lowers the tier and never raises it.
+static const char * const isa_names[TSFFN_ISA_COUNT] = {"ref",        "avx2", "avxvnni", "avx512",
+                                                        "avx512vnni", "amx",  "neon",    "neondot"};
+
+static bool is_built(enum tsffn_isa isa) {
+#if defined(TSFFN_HAVE_X86)
+    return isa < TSFFN_ISA_NEON;
+#elif defined(TSFFN_HAVE_NEON)
+    return isa == TSFFN_ISA_REF || isa >= TSFFN_ISA_NEON;
+#else
+    return isa == TSFFN_ISA_REF;
+#endif
+}
+
+// TSFFN_ISA lowers the tier to the best one up to the tier named, and never raises it. A tier that this library was
+// built without limits nothing.
 static void test_dispatch(void) {
     unsetenv("TSFFN_ISA");
     const enum tsffn_isa best = tsffn_kernels_best()->isa;
+    enum tsffn_isa up_to_here = TSFFN_ISA_REF;
     for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
-        static const char * const names[TSFFN_ISA_COUNT] = {"ref", "avx2", "avx512", "amx"};
-        setenv("TSFFN_ISA", names[isa], 1);
-        const enum tsffn_isa chosen = tsffn_kernels_best()->isa;
-        CHECK(chosen == (isa < (int)best ? (enum tsffn_isa)isa : best), "asked for %s, got %s", names[isa],
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        if (kernels != NULL) {
+            CHECK(is_built((enum tsffn_isa)isa), "%s: not built", isa_names[isa]);
+            CHECK(strcmp(kernels->name, isa_names[isa]) == 0, "%s: named %s", isa_names[isa], kernels->name);
+            up_to_here = (enum tsffn_isa)isa;
+        }
+        setenv("TSFFN_ISA", isa_names[isa], 1);
+        const enum tsffn_isa expected = is_built((enum tsffn_isa)isa) ? up_to_here : best;
+        CHECK(tsffn_kernels_best()->isa == expected, "asked for %s, got %s", isa_names[isa],
               tsffn_kernels_best()->name);
     }
     unsetenv("TSFFN_ISA");
+    CHECK(best == up_to_here, "%s is not the best", isa_names[best]);
 }
 
 int main(void) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import synthetic
 import tiny
 from edited import edited
+from panels import LAYOUT, VERSION, write_rows
 from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
@@ -122,7 +124,18 @@ SIDECAR_EDITS = {
         {"without": [SCALE], "extra": {SCALE: np.ones(N_EMBD, np.float16)}},
         f"{SCALE}: wrong type: expected f32, found f16",
     ),
-    "format version": ({"keys": {"turbosparse.format_version": 2}}, "unknown format version: expected 1, found 2"),
+    "format version": ({"keys": {VERSION: 3}}, "unknown format version: expected 1 to 2, found 3; install the tsconv"),
+    "version 0": ({"keys": {VERSION: 0}}, "unknown format version: expected 1 to 2, found 0; install the tsconv"),
+    "version 2 without a layout": ({"keys": {VERSION: 2}}, f"key {LAYOUT} is missing"),
+    "layout": (
+        {"keys": {VERSION: 2, LAYOUT: "panels8"}},
+        f"key {LAYOUT}: expected 'rows' or 'panels16', found 'panels8'; install the tsconv that wrote the file",
+    ),
+    "layout type": ({"keys": {VERSION: 2, LAYOUT: (1, UINT32)}}, f"key {LAYOUT} has the wrong type: expected str"),
+    "panels in version 1": (
+        {"keys": {LAYOUT: "panels16"}},
+        f"key {LAYOUT}: expected in format version 2 only, found in version 1; convert again",
+    ),
     "no input": ({"without": ["turbosparse.predictor.input"]}, "key turbosparse.predictor.input is missing"),
     "input": (
         {"keys": {"turbosparse.predictor.input": "raw"}},
@@ -216,6 +229,25 @@ def test_an_edit_that_changes_nothing_loads(tmp_path):
     assert (a == b).all()
     for llama in llamas:
         llama.close()
+
+
+@pytest.mark.parametrize("name", ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"])
+@pytest.mark.parametrize("outtype", ["q4_0", "q8_0"])
+def test_layouts_compute_the_same(tmp_path, name, outtype):
+    """Sidecars of version 1, and those of version 2 in rows, load and give what panels give, but for rounding."""
+    original = tiny.converted(name, outtype)
+    model = put(original, tmp_path, with_sidecar=False)
+    results = []
+    for version in (1, 2, None):
+        if version is None:
+            shutil.copy(sidecar_of(original), sidecar_of(model))
+        else:
+            write_rows(sidecar_of(original), sidecar_of(model), version)
+        llama = tsconv.load(model, n_threads=1)
+        results.append(llama.token_logits([1, 20, 300, 7, 11]))
+        llama.close()
+    assert (results[0] == results[1]).all()
+    assert tiny.nmse(results[2], results[0]) < 1e-3
 
 
 def test_ordinary_llama_model(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from panels import LAYOUT, stored_rows
 from synthetic import SHAPES, as_float32, random_tensors, save, write_predictors
 
 from tsconv import convert
@@ -71,25 +73,26 @@ def reference(t: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
     return out
 
 
+def keys_of(reader: gguf.GGUFReader) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     reader = gguf.GGUFReader(path)
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return keys, {tensor.name: tensor for tensor in reader.tensors}
+    return keys_of(reader), {tensor.name: tensor for tensor in reader.tensors}
 
 
 def check_tensors(result: Any, expected: dict[str, np.ndarray], outtype: str) -> None:
     """Every tensor is there, nothing else is, and its bytes are those of gguf-py's quantizers where it has them."""
-    _, tensors = read(result.model)
-    if result.sidecar is not None:
-        _, sidecar = read(result.sidecar)
-        assert all(".ffn_pred_" in name for name in sidecar)
-        tensors |= sidecar
+    files = [gguf.GGUFReader(path) for path in (result.model, result.sidecar) if path is not None]
+    tensors = {tensor.name: (tensor, file) for file in files for tensor in file.tensors}
     assert set(tensors) == set(expected)
+    assert all(".ffn_pred_" in tensor.name for file in files[1:] for tensor in file.tensors)
     for name, values in expected.items():
-        tensor = tensors[name]
+        tensor, file = tensors[name]
         declared = values.swapaxes(-1, -2).shape if "ffn_down" in name else values.shape
         assert tuple(reversed(tensor.shape.tolist())) == declared, name
-        stored = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+        stored = stored_rows(file, tensor)
         kind = tensor.tensor_type
         if values.ndim == 1 or "ffn_gate_inp" in name or outtype == "f32":
             assert kind == gguf.GGMLQuantizationType.F32, name
@@ -197,9 +200,10 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "llama.block_count": 2,
         "llama.embedding_length": 64,
         "llama.feed_forward_length": 96,
-        "turbosparse.format_version": 1,
+        "turbosparse.format_version": 2,
         "turbosparse.neuron_order": "checkpoint",
         "turbosparse.pair_id": model["turbosparse.pair_id"],
+        "turbosparse.predictor.layout": "panels16",
         "turbosparse.predictor.input": "pre_norm",
         "turbosparse.predictor.rank": [32, 64],
         "turbosparse.predictor.threshold": [0.0, 0.0],
@@ -218,6 +222,24 @@ def test_keys_of_a_moe_pair(tmp_path: Path) -> None:
     assert (model["llama.expert_count"], model["llama.expert_used_count"], model["general.file_type"]) == (4, 2, 1)
     assert sidecar["llama.expert_count"] == 4
     assert sidecar["turbosparse.predictor.input"] == "normed"
+
+
+@pytest.mark.parametrize("n_ff", [96, 160, 100])
+@pytest.mark.parametrize("outtype", ALL_TYPES)
+def test_layout_says_what_is_in_the_sidecar(outtype: str, n_ff: int, tmp_path: Path) -> None:
+    """Panels of q4_0 and q8_0, and of the q8_0 that stands in for others; format version 1 where nothing has panels."""
+    shape = dataclasses.replace(SHAPES["mistral"], n_ff=n_ff, ranks=(40, 64))
+    directory = save(tmp_path / "c", shape, random_tensors(shape))
+    result = convert(directory, tmp_path / "m.gguf", "f32", predictor_outtype=outtype)
+    reader = gguf.GGUFReader(result.sidecar)
+    keys, matrices = keys_of(reader), [t for t in reader.tensors if ".ffn_pred_fc" in t.name]
+    in_panels = [t for t in matrices if t.tensor_type.name in ("Q4_0", "Q8_0")]
+    expected = (2, "panels16") if in_panels else (1, None)
+    assert (keys["turbosparse.format_version"], keys.get(LAYOUT)) == expected
+    assert bool(in_panels) == (outtype not in ("f32", "f16", "bf16", "q4_1", "q5_0", "q5_1"))
+    for tensor in matrices:
+        raw = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+        assert np.array_equal(raw, stored_rows(reader, tensor)) == (tensor not in in_panels)
 
 
 def test_external_predictors_in_numeric_order(tmp_path: Path) -> None:

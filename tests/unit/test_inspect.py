@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from panels import write_rows
 from synthetic import SHAPES, random_tensors, save
 
 from tsconv import convert
@@ -58,6 +59,15 @@ def test_json_agrees_with_gguf_py(model: Path, run: Run) -> None:
         for groups in ("by_type", "by_part"):
             assert sum(group["n_bytes"] for group in shown[groups]) == sum(t.n_bytes for t in reader.tensors)
         assert shown["partner"]["matches"] is True
+
+
+def test_layout_of_a_sidecar(model: Path, run: Run) -> None:
+    panels = model.with_suffix(".predictor.gguf")
+    plain = [write_rows(panels, panels.with_name(f"{version}.gguf"), version) for version in (1, 2)]
+    for path, layout in ((panels, "panels16"), (plain[0], "rows"), (plain[1], "rows")):
+        assert run(path)[1].startswith(f"{path}: sidecar in {layout}, ")
+        assert json.loads(run(path, "--json")[1])["layout"] == layout
+    assert json.loads(run(model, "--json")[1])["layout"] is None
 
 
 def test_partner_of_another_conversion(model: Path, tmp_path: Path, run: Run) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import gguf
 import pytest
+from panels import write_rows
 from random_stats import expected_order, random_stats, save_stats
 from refused import sidecar_of
 from reordered import check_alike, check_rows, make
 from synthetic import SHAPES, random_tensors, save, write_predictors
 
-from tsconv import convert
+from tsconv import convert, reordering
 from tsconv.bench.synthetic import Shape, write_checkpoint
+from tsconv.export import stream
 from tsconv.export.gguf_header import read_header
 from tsconv.export.order import neuron_order
 from tsconv.reordering import reorder
@@ -104,6 +106,36 @@ def test_convert_with_a_profile_in_several_slabs(tmp_path: Path) -> None:
     two = reorder(model, profile)
     one = convert(checkpoint, tmp_path / "one.gguf", "q8_0", profile=profile)
     check_alike(one.model, two.model)
+
+
+@pytest.mark.parametrize("outtype", ["q4_0", "q8_0"])
+def test_small_pieces_give_the_same_bytes(outtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels that are made in many pieces, of a matrix whose last rows are no panel."""
+    shape = Shape(320, 64, 164, 4, 2, 2, ranks=(32, 96))
+    checkpoint = save(tmp_path / "c", shape, random_tensors(shape))
+    kinds = {"outtype": "f16", "predictor_outtype": outtype}
+    model = convert(checkpoint, tmp_path / "m.gguf", **kinds).model
+    profile = save_stats(random_stats(model), tmp_path / "stats.gguf")
+    hot = reorder(model, profile, tmp_path / "hot.gguf").model
+    check_rows(sidecar_of(model), sidecar_of(hot), expected_order(random_stats(model)))
+    monkeypatch.setattr(stream, "SLAB_BYTES", 3000)
+    monkeypatch.setattr(reordering, "PIECE", 1000)
+    check_alike(model, convert(checkpoint, tmp_path / "m2.gguf", **kinds).model)
+    check_alike(hot, convert(checkpoint, tmp_path / "hot2.gguf", profile=profile, **kinds).model)
+    check_alike(hot, reorder(model, profile, tmp_path / "hot3.gguf").model)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_sidecar_in_rows_stays_in_rows(family: str, version: int, tmp_path: Path) -> None:
+    model = make(tmp_path, family)
+    panels = sidecar_of(model).replace(tmp_path / "panels.gguf")
+    write_rows(panels, sidecar_of(model), version)
+    stats = random_stats(model)
+    hot = reorder(model, save_stats(stats, tmp_path / "s.gguf"), tmp_path / "hot.gguf")
+    check_keys(sidecar_of(model), hot.sidecar)
+    check_rows(sidecar_of(model), hot.sidecar, expected_order(stats))
+    check_rows(panels, hot.sidecar, expected_order(stats))
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])

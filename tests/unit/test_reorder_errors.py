@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import pytest
 from edited import edited
+from panels import LAYOUT, VERSION
 from random_stats import expected_order, random_stats, save_stats
 from refused import sidecar_of
 from reordered import check_rows, make
@@ -161,6 +162,22 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sidecar fingerprint": (
         lambda m: replace(sidecar_of(m), keys={FINGERPRINT: "0" * 64}),
         "is the sidecar of another model than",
+    ),
+    "sidecar version": (
+        lambda m: replace(sidecar_of(m), keys={VERSION: 3}),
+        f"m.predictor.gguf: bad {VERSION}: expected 1 or 2, found 3",
+    ),
+    "layout": (
+        lambda m: replace(sidecar_of(m), keys={LAYOUT: "panels8"}),
+        f"m.predictor.gguf: bad {LAYOUT}: expected 'rows' or 'panels16', found 'panels8'",
+    ),
+    "no layout": (
+        lambda m: replace(sidecar_of(m), without=[LAYOUT]),
+        f"m.predictor.gguf: bad {LAYOUT}: expected 'rows' or 'panels16', found nothing",
+    ),
+    "panels in version 1": (
+        lambda m: replace(sidecar_of(m), keys={VERSION: 1}),
+        f"m.predictor.gguf: bad {LAYOUT}: expected nothing in format version 1, found 'panels16'",
     ),
     "no fc2": (lambda m: replace(sidecar_of(m), without=[FC2]), f"{FC2}: the tensor is missing"),
     "fc2 shape": (

@@ -82,8 +82,9 @@ def _text(summary: Summary) -> str:
         (g.name, f"{g.n_tensors:,}", f"{g.n_bytes:,}", f"{100 * g.n_bytes / summary.tensor_bytes:.1f} %")
         for g in summary.by_part
     ]
+    layout = "" if summary.layout is None else f" in {summary.layout}"
     blocks = [
-        f"{summary.path}: {summary.kind}, {size(summary.file_bytes)}, {summary.n_weights:,} weights,"
+        f"{summary.path}: {summary.kind}{layout}, {size(summary.file_bytes)}, {summary.n_weights:,} weights,"
         f" {summary.bits_per_weight:.2f} bits per weight",
         _pairs(own, [("turbosparse.neuron_order.N", _orders(orders))] if orders else []),
         _pairs(other),

@@ -15,10 +15,12 @@ from tsconv.checkpoint.config import ModelConfig
 from tsconv.checkpoint.source import Source
 from tsconv.export.order import KEY as NEURON_ORDER
 from tsconv.export.order import layer_key
+from tsconv.export.predictor_layout import KEY as LAYOUT
+from tsconv.export.predictor_layout import LAYOUT_VERSION, PANELS, PLAIN_VERSION
 from tsconv.transform.neuron_order import Order
 
 ARCHITECTURE = "turbosparse"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of models and statistics
 FINGERPRINT = "turbosparse.source.fingerprint"
 
 PredictorKind = Literal["none", "embedded", "external"]
@@ -78,7 +80,6 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
     if source.revision is not None:
         writer.add_string("turbosparse.source.revision", source.revision)
     writer.add_string(FINGERPRINT, provenance.fingerprint)
-    writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
     writer.add_string("turbosparse.pair_id", provenance.pair_id)
     writer.add_string(NEURON_ORDER, provenance.neuron_order)
     writer.add_uint32("llama.block_count", config.n_layer)
@@ -91,6 +92,7 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
 def add_model(writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind, outtype: GGMLQuantizationType) -> None:
     """Keys of the model file: what llama.cpp's llama architecture reads (src/models/llama.cpp), and ours."""
     writer.add_type("model")
+    writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("llama.vocab_size", config.n_vocab)
@@ -110,9 +112,19 @@ def add_model(writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind,
         writer.add_uint32("turbosparse.source.sliding_window", config.sliding_window)
 
 
-def add_sidecar(writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ranks: list[int]) -> None:
-    """Keys of the sidecar; `ranks` has one entry per layer. Thresholds are 0: others are refused while reading."""
+def add_sidecar(
+    writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ranks: list[int], in_panels: bool
+) -> None:
+    """Keys of the sidecar. Thresholds are 0: others are refused while reading.
+
+    Args:
+        ranks: one entry per layer.
+        in_panels: whether any matrix is. If none can be, older readers may have the file.
+    """
     writer.add_type("predictor")
+    writer.add_uint32("turbosparse.format_version", LAYOUT_VERSION if in_panels else PLAIN_VERSION)
+    if in_panels:
+        writer.add_string(LAYOUT, PANELS)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("turbosparse.predictor.input", family.predictor_input)
     writer.add_array("turbosparse.predictor.rank", ranks)

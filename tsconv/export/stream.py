@@ -2,6 +2,7 @@
 
 At most `workers + QUEUED` slabs are in flight, so memory is bounded by them, by the largest ffn_down of the checkpoint,
 which is read whole because its columns become rows, and, when neurons are reordered, by one FFN's matrix as stored.
+The predictor's matrices are put in panels slab by slab.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tsconv.errors import CheckpointError
 from tsconv.export.writer import StreamedFile
 from tsconv.transform.layout import columns_as_rows, reciprocal
 from tsconv.transform.neuron_order import Order, inverse
+from tsconv.transform.panels import panel_step, to_panels
+from tsconv.transform.plan import takes_panels
 from tsconv.transform.quantize import BadWeightError, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
 
@@ -45,6 +48,10 @@ class Job:
     @property
     def output(self) -> Output:
         return self.matched.output
+
+    @property
+    def in_panels(self) -> bool:
+        return takes_panels(self.output.name, self.kind)
 
     @property
     def input_bytes(self) -> int:
@@ -114,6 +121,12 @@ class _Scatter:
             self.write(self.rows)
 
 
+def _write_panels(kind: GGMLQuantizationType, write: Callable[[np.ndarray], None], rows: np.ndarray) -> None:
+    step = panel_step(SLAB_BYTES // rows.shape[1])
+    for start in range(0, len(rows), step):
+        write(to_panels(rows[start : start + step], kind))
+
+
 @dataclass(frozen=True)
 class _Slab:
     """Some rows: how many bytes of input, the function that makes them, and the one that takes them, in order."""
@@ -131,8 +144,13 @@ def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iter
         step = max(1, SLAB_BYTES // bytes_per_row)
         if output.op == "rope":
             step = max(head_dim, step // head_dim * head_dim)
+        elif job.in_panels:
+            step = panel_step(step)
         whole = source.read_rows(0, source.shape[0]) if output.op == "neuron_major" else None
-        put = write if job.order is None else _Scatter(inverse(job.order[i]), write)
+        put = write
+        if job.order is not None:
+            write_rows = functools.partial(_write_panels, job.kind, write) if job.in_panels else write
+            put = _Scatter(inverse(job.order[i]), write_rows)
         for start in range(0, output.n_rows, step):
             stop = min(start + step, output.n_rows)
             make = functools.partial(_make, job, source, whole, head_dim, (start, stop))
@@ -140,15 +158,19 @@ def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iter
 
 
 def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: int, span: tuple[int, int]) -> np.ndarray:
-    """Stored rows [start, stop) of `span` that `source` contributes, quantized: uint8 [stop - start, bytes per row]."""
+    """Stored rows [start, stop) of `span` that `source` contributes, quantized: uint8 [stop - start, bytes per row].
+
+    They are in panels when that is their layout and they stay where they are.
+    """
     rows = source.read_rows(*span) if whole is None else columns_as_rows(whole, *span)
     if job.output.op == "rope":
         rows = rope_rows(rows, head_dim)
     elif job.output.op == "reciprocal":
         rows = reciprocal(float32(rows))
     try:
-        return quantize_rows(rows, job.kind)
+        quantized = quantize_rows(rows, job.kind)
     except BadWeightError as error:
         raise CheckpointError(
             str(error), where=source.where, fix="the checkpoint is damaged: download it again"
         ) from None
+    return to_panels(quantized, job.kind) if job.in_panels and job.order is None else quantized

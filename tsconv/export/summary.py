@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsconv.errors import ModelFileError
-from tsconv.export import order
+from tsconv.export import order, predictor_layout
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
 from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, FORMAT_VERSION
 from tsconv.transform.quantize import type_name
@@ -50,10 +50,14 @@ class Partner:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `tsconv inspect` shows. `kind` is "model", "sidecar" or "another GGUF file"."""
+    """What `tsconv inspect` shows.
+
+    `kind` is "model", "sidecar" or "another GGUF file"; `layout` that of a sidecar's matrices, "rows" or "panels16".
+    """
 
     path: Path
     kind: str
+    layout: str | None
     file_bytes: int
     keys: dict[str, Any]
     by_type: list[Group]
@@ -78,6 +82,7 @@ class Summary:
         return {
             "path": str(self.path),
             "kind": self.kind,
+            "layout": self.layout,
             "file_bytes": self.file_bytes,
             "n_weights": self.n_weights,
             "tensor_bytes": self.tensor_bytes,
@@ -110,6 +115,7 @@ def summarise(path: Path) -> Summary:
     return Summary(
         path=path,
         kind=kind,
+        layout=predictor_layout.layout_of(header) if kind == "sidecar" else None,
         file_bytes=header.file_bytes,
         keys=header.keys,
         by_type=[_group(name, (t for t in tensors if type_name(t.kind) == name)) for name in _types(tensors)],
@@ -129,14 +135,18 @@ def is_sidecar(header: Header) -> bool:
 
 
 def check_keys(header: Header) -> None:
-    """Refuses a turbosparse file whose keys a reader of this format version must not accept."""
-    expected: dict[str, Any] = {"turbosparse.format_version": FORMAT_VERSION}
+    """Refuses a turbosparse file whose keys a reader of these format versions must not accept."""
+    versions = predictor_layout.VERSIONS if is_sidecar(header) else (FORMAT_VERSION,)
+    expected: dict[str, tuple[Any, ...]] = {"turbosparse.format_version": versions}
     if not is_sidecar(header):
-        expected |= {"turbosparse.activation": "drelu", "turbosparse.ffn_down.layout": "neuron_major"}
-    for key, value in expected.items():
-        if header.keys.get(key) != value:
+        expected |= {"turbosparse.activation": ("drelu",), "turbosparse.ffn_down.layout": ("neuron_major",)}
+    for key, values in expected.items():
+        if header.keys.get(key) not in values:
             raise ModelFileError(
-                f"bad {key}", where=header.path, expected=repr(value), found=repr(header.keys.get(key, "nothing"))
+                f"bad {key}",
+                where=header.path,
+                expected=" or ".join(map(repr, values)),
+                found=repr(header.keys.get(key, "nothing")),
             )
     pair_id = header.keys.get("turbosparse.pair_id")
     if not isinstance(pair_id, str) or not PAIR_ID.fullmatch(pair_id):
@@ -147,6 +157,7 @@ def check_keys(header: Header) -> None:
         fingerprint(header)
     if is_sidecar(header):
         order.kind_of(header)
+        predictor_layout.layout_of(header)
     else:
         order.neuron_order(header)
 

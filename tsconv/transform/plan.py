@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from tsconv.arch.family import Output
 from tsconv.errors import TsconvError
+from tsconv.transform.panels import PANEL_TYPES
 from tsconv.transform.quantize import TYPES, block_size, type_name
 
 T = GGMLQuantizationType
@@ -78,6 +79,11 @@ def parse_override(text: str) -> Override:
 def is_fixed(output: Output) -> bool:
     """Vectors (norms, the predictor's scale) and the router are always f32: they are small and steer everything."""
     return len(output.shape) == 1 or ROUTER.search(output.name) is not None
+
+
+def takes_panels(name: str, kind: GGMLQuantizationType) -> bool:
+    """Whether tensor `name`, of type `kind`, is in panels where the sidecar's layout is so (docs/format.md)."""
+    return kind in PANEL_TYPES and PREDICTOR.search(name) is not None
 
 
 def fitting(kind: GGMLQuantizationType, output: Output) -> GGMLQuantizationType:

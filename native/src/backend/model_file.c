@@ -22,7 +22,7 @@ static bool read_dimension(const struct tsffn_gguf * file, const char * key, uin
     return true;
 }
 
-bool tsffn_check_format(const struct tsffn_gguf * file) {
+bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest) {
     const char * architecture;
     if (!tsffn_gguf_string(file, "general.architecture", &architecture)) {
         return false;
@@ -38,12 +38,12 @@ bool tsffn_check_format(const struct tsffn_gguf * file) {
     if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
         return false;
     }
-    if (version != TSFFN_FORMAT_VERSION) {
+    if (version < 1 || version > newest) {
         return tsffn_fail(
             file->error, file->error_size,
-            "%s: unknown format version: expected %d, found %u; install the tsconv that wrote the file, or "
+            "%s: unknown format version: expected %s%u, found %u; install the tsconv that wrote the file, or "
             "convert again",
-            file->path, TSFFN_FORMAT_VERSION, version);
+            file->path, newest > 1 ? "1 to " : "", newest, version);
     }
     return true;
 }
@@ -164,9 +164,6 @@ bool tsffn_copy_string(const struct tsffn_gguf * file, const char * key, char * 
 }
 
 bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * model, struct tsffn_identity * id) {
-    if (!tsffn_check_format(file)) {
-        return false;
-    }
     const int64_t type = gguf_find_key(file->ctx, "general.type");
     if (type >= 0 && gguf_get_kv_type(file->ctx, type) == GGUF_TYPE_STRING &&
         strcmp(gguf_get_val_str(file->ctx, type), "predictor") == 0) {
@@ -175,7 +172,8 @@ bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * 
             "%s: is a predictor sidecar: expected the model; name NAME.gguf, its sidecar is found by itself",
             file->path);
     }
-    return tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
+    return tsffn_check_format(file, TSFFN_FORMAT_VERSION) &&
+           tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
            tsffn_gguf_expect(file, "turbosparse.ffn_down.layout", "neuron_major") &&
            tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
            tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&

@@ -5,7 +5,10 @@
 #include "gguf_file.h"
 #include "model.h"
 
-enum { TSFFN_TENSOR_NAME_SIZE = 96 }; // "blk.N.ffn_pred_fc1.E.weight" with any int64
+enum {
+    TSFFN_TENSOR_NAME_SIZE = 96, // "blk.N.ffn_pred_fc1.E.weight" with any int64
+    TSFFN_SIDECAR_VERSION = 2,   // the newest of sidecars, that with a layout key; the model's is TSFFN_FORMAT_VERSION
+};
 
 // What ties a model and its sidecar together.
 struct tsffn_identity {
@@ -16,8 +19,8 @@ struct tsffn_identity {
 
 // Each writes one line to the file's error buffer and returns false when something is not as it must be.
 
-// Architecture and version of either file.
-bool tsffn_check_format(const struct tsffn_gguf * file);
+// Architecture of either file, and its version: 1 to `newest`.
+bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest);
 // n_layer, n_embd, n_ff and n_expert of either file.
 bool tsffn_read_shape(const struct tsffn_gguf * file, struct tsffn_model * model);
 // A type this library multiplies with, in rows of n_cols weights.

@@ -59,9 +59,11 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     const enum tsffn_format format = own_format(type);
     if (format != TSFFN_FORMAT_COUNT) {
         row->own_dot = kernels->dot[format];
-        row->own_stream = kernels->stream[format];
+        row->own_dot_asking = kernels->dot_asking[format];
+        row->own_axpy_asking = kernels->axpy_asking[format];
         row->own_dot4 = kernels->dot4[format];
         row->own_axpy = kernels->axpy[format];
+        row->own_panel = kernels->panel[format];
         row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits
         row->gemm_format = format;
     }
@@ -70,8 +72,8 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     if (row->own_dot != NULL && tsffn_x_format(format) == TSFFN_X_I16) {
         row->x_format = X_FORMAT_I16;
         row->x_header_bytes = TSFFN_I16_HEADER;
-        row->x_block_size = 1;
-        row->x_block_bytes = sizeof(int16_t);
+        row->x_block_size = TSFFN_BLOCK_SIZE;
+        row->x_block_bytes = TSFFN_I16_BLOCK_BYTES;
         row->convert_x = tsffn_convert_i16;
     } else if (row->own_dot != NULL) {
         row->x_format = X_FORMAT_F32;

@@ -32,7 +32,7 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
     struct tsffn_identity own;
     struct tsffn_model shape;
     memset(&shape, 0, sizeof(shape));
-    if (!tsffn_check_format(sidecar) || !check_is_sidecar(sidecar, model_path) ||
+    if (!tsffn_check_format(sidecar, TSFFN_SIDECAR_VERSION) || !check_is_sidecar(sidecar, model_path) ||
         !tsffn_copy_string(sidecar, "turbosparse.pair_id", own.pair_id, sizeof(own.pair_id)) ||
         !tsffn_copy_string(sidecar, "turbosparse.neuron_order", own.order, sizeof(own.order)) ||
         !tsffn_read_shape(sidecar, &shape)) {
@@ -58,6 +58,34 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
                           "; convert again",
                           sidecar->path, model_path, model->n_layer, model->n_embd, model->n_ff, model->n_expert,
                           shape.n_layer, shape.n_embd, shape.n_ff, shape.n_expert);
+    }
+    return true;
+}
+
+// Layout of the matrices that can be in panels: version 1 has no key and plain rows.
+static bool read_layout(const struct tsffn_gguf * file, enum tsffn_layout * layout) {
+    static const char key[] = "turbosparse.predictor.layout";
+    uint32_t version;
+    const char * name;
+    if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
+        return false;
+    }
+    if (version == 1) {
+        *layout = TSFFN_LAYOUT_ROWS;
+        return gguf_find_key(file->ctx, key) < 0 ||
+               tsffn_fail(file->error, file->error_size,
+                          "%s: key %s: expected in format version %d only, found in version 1; convert again",
+                          file->path, key, TSFFN_SIDECAR_VERSION);
+    }
+    if (!tsffn_gguf_string(file, key, &name)) {
+        return false;
+    }
+    *layout = strcmp(name, "panels16") == 0 ? TSFFN_LAYOUT_PANELS : TSFFN_LAYOUT_ROWS;
+    if (*layout == TSFFN_LAYOUT_ROWS && strcmp(name, "rows") != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: key %s: expected 'rows' or 'panels16', found '%s'; install the tsconv that wrote the "
+                          "file, or convert again",
+                          file->path, key, name);
     }
     return true;
 }
@@ -98,8 +126,9 @@ static bool read_decision(const struct tsffn_gguf * file, struct tsffn_model * m
     return true;
 }
 
+// `layout` is that of the types that can be in panels.
 static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model * model, const char * name,
-                       int64_t n_cols, int64_t n_rows, struct tsffn_matrix * matrix) {
+                       int64_t n_cols, int64_t n_rows, enum tsffn_layout layout, struct tsffn_matrix * matrix) {
     struct tsffn_gguf_tensor tensor;
     if (!tsffn_gguf_tensor(file, name, n_cols, n_rows, 1, &tensor) ||
         !tsffn_check_type(file, name, tensor.type, n_cols)) {
@@ -110,6 +139,7 @@ static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model 
         .data = (const uint8_t *)model->sidecar + tensor.offset,
         .n_rows = n_rows,
         .n_cols = n_cols,
+        .layout = tensor.type == GGML_TYPE_Q4_0 || tensor.type == GGML_TYPE_Q8_0 ? layout : TSFFN_LAYOUT_ROWS,
     };
     return true;
 }
@@ -117,7 +147,8 @@ static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model 
 static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     bool pre_norm;
     const void * ranks;
-    if (!read_decision(file, model, &pre_norm) ||
+    enum tsffn_layout layout;
+    if (!read_layout(file, &layout) || !read_decision(file, model, &pre_norm) ||
         !tsffn_gguf_array(file, "turbosparse.predictor.rank", GGUF_TYPE_INT32, (size_t)model->n_layer, &ranks)) {
         return false;
     }
@@ -140,7 +171,7 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
         if (pre_norm) {
             struct tsffn_matrix scale;
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_scale.weight", layer);
-            if (!map_matrix(file, model, name, model->n_embd, 1, &scale)) {
+            if (!map_matrix(file, model, name, model->n_embd, 1, TSFFN_LAYOUT_ROWS, &scale)) {
                 return false;
             }
             if (scale.type != tsffn_row_type_for(GGML_TYPE_F32)) {
@@ -156,11 +187,11 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
                 snprintf(expert, sizeof(expert), ".%" PRId64, e);
             }
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc1%s.weight", layer, expert);
-            if (!map_matrix(file, model, name, model->n_embd, rank, &predictor->fc1)) {
+            if (!map_matrix(file, model, name, model->n_embd, rank, layout, &predictor->fc1)) {
                 return false;
             }
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc2%s.weight", layer, expert);
-            if (!map_matrix(file, model, name, rank, model->n_ff, &predictor->fc2)) {
+            if (!map_matrix(file, model, name, rank, model->n_ff, layout, &predictor->fc2)) {
                 return false;
             }
         }

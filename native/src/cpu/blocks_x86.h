@@ -5,10 +5,12 @@
 //   vec_sum(v)                   the sum of the lanes
 //   products_q8_0(block, x), products_q4_0(block, x)
 //                                the products of a block's 32 weights with x[0..32), summed into the lanes
-//   axpy16_i8(d, q, y)           y[0..16) += d * q, 16 signed bytes
+//   axpy_block_q8_0(d, q, y), axpy_block_q4_0(d, q, y)
+//                                y[0..32) += d * w of the weights behind a block's scale
 #ifndef TSFFN_BLOCKS_X86_H
 #define TSFFN_BLOCKS_X86_H
 
+#include "asks.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -21,14 +23,15 @@ static inline vec block_scale(const uint8_t * block) {
 }
 
 // Two accumulators: the sums of one block depend on nothing of the next.
-#define DEFINE_BLOCK_DOT(NAME, SUFFIX, BYTES, ASK)                                                                     \
-    static float NAME##_##SUFFIX(int64_t n, const void * row, const void * activations) {                              \
+#define DEFINE_BLOCK_DOT(NAME, SUFFIX, BYTES, ASKS, BEGIN, ASK)                                                        \
+    static float NAME##_##SUFFIX(int64_t n, const void * row, const void * activations ASKS()) {                       \
         const uint8_t * block = row;                                                                                   \
         const int16_t * x = tsffn_i16_values(activations);                                                             \
+        BEGIN(n / 64);                                                                                                 \
         vec s0 = vec_zero(), s1 = s0;                                                                                  \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            ASK(block, BYTES);                                                                                         \
+            ASK();                                                                                                     \
             s0 = vec_fmadd(block_scale(block), products_##SUFFIX(block, x + j), s0);                                   \
             s1 = vec_fmadd(block_scale(block + (BYTES)), products_##SUFFIX(block + (BYTES), x + j + 32), s1);          \
         }                                                                                                              \
@@ -37,23 +40,10 @@ static inline vec block_scale(const uint8_t * block) {
         }                                                                                                              \
         return vec_sum(vec_add(s0, s1)) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations);                         \
     }
-
-#define ASK_NOTHING(block, BYTES) (void)0
-// Into L2, evenly: 36 or 68 bytes at a time touch every line. Asked for row by row the lines wait for the few fill
-// buffers of L1, and the products wait behind them: two cores read q4_0 rows at 13 GB/s then, and at 18 GB/s so (29
-// GB/s when nothing is computed; Sapphire-Rapids class).
-#define ASK_AHEAD(block, BYTES)                                                                                        \
-    do {                                                                                                               \
-        _mm_prefetch((const char *)(block) + TSFFN_STREAM_AHEAD, _MM_HINT_T1);                                         \
-        if ((BYTES) > 32) {                                                                                            \
-            _mm_prefetch((const char *)(block) + TSFFN_STREAM_AHEAD + (BYTES), _MM_HINT_T1);                           \
-        }                                                                                                              \
-    } while (0)
-
-DEFINE_BLOCK_DOT(dot, q8_0, TSFFN_Q8_0_BYTES, ASK_NOTHING)
-DEFINE_BLOCK_DOT(dot, q4_0, TSFFN_Q4_0_BYTES, ASK_NOTHING)
-DEFINE_BLOCK_DOT(stream, q8_0, TSFFN_Q8_0_BYTES, ASK_AHEAD)
-DEFINE_BLOCK_DOT(stream, q4_0, TSFFN_Q4_0_BYTES, ASK_AHEAD)
+DEFINE_BLOCK_DOT(dot, q8_0, TSFFN_Q8_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_BLOCK_DOT(dot, q4_0, TSFFN_Q4_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_BLOCK_DOT(dot_asking, q8_0, TSFFN_Q8_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+DEFINE_BLOCK_DOT(dot_asking, q4_0, TSFFN_Q4_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
 // Adds one block's products with four activation vectors to four accumulators: unpacking the weights and their scale,
 // two thirds of the work of a single product, is shared.
@@ -93,27 +83,16 @@ DEFINE_BLOCK_DOT(stream, q4_0, TSFFN_Q4_0_BYTES, ASK_AHEAD)
 DEFINE_BLOCK_DOT4(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_DOT4(q4_0, TSFFN_Q4_0_BYTES)
 
-static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
-    const uint8_t * block = row;
-    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
-        const vec d = vec_set1(a * _cvtsh_ss(tsffn_load_u16(block)));
-        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 2)), y + j);
-        axpy16_i8(d, _mm_loadu_si128((const __m128i *)(block + 18)), y + j + 16);
+#define DEFINE_BLOCK_AXPY(NAME, SUFFIX, BYTES, ASKS, BEGIN, ASK)                                                       \
+    static void NAME##_##SUFFIX(int64_t n, float a, const void * row, float * y ASKS()) {                              \
+        BEGIN(n / TSFFN_BLOCK_SIZE);                                                                                   \
+        const uint8_t * block = row;                                                                                   \
+        for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += (BYTES)) {                                          \
+            ASK();                                                                                                     \
+            axpy_block_##SUFFIX(vec_set1(a * _cvtsh_ss(tsffn_load_u16(block))), block + 2, y + j);                     \
+        }                                                                                                              \
     }
-}
-
-static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
-    const uint8_t * block = row;
-    const __m128i low_mask = _mm_set1_epi8(15);
-    const __m128i eight = _mm_set1_epi8(8);
-    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
-        const vec d = vec_set1(a * _cvtsh_ss(tsffn_load_u16(block)));
-        const __m128i q = _mm_loadu_si128((const __m128i *)(block + 2));
-        const __m128i low = _mm_sub_epi8(_mm_and_si128(q, low_mask), eight);
-        const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), low_mask), eight);
-        axpy16_i8(d, low, y + j);
-        axpy16_i8(d, high, y + j + 16);
-    }
-}
+DEFINE_BLOCK_AXPY(axpy, q8_0, TSFFN_Q8_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_BLOCK_AXPY(axpy_asking, q8_0, TSFFN_Q8_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
 #endif

@@ -5,6 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(TSFFN_HAVE_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #if defined(TSFFN_HAVE_X86)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -27,6 +32,13 @@ static int machine_has_amx(void) {
     }
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
+
+// AVX-VNNI, which GCC 12's __builtin_cpu_supports does not know; its registers are AVX2's.
+static int machine_has_avx_vnni(void) {
+    enum { LEAF_7_1_AVX_VNNI = 1 << 4 }; // EAX of leaf 7, subleaf 1
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & LEAF_7_1_AVX_VNNI) != 0;
+}
 #endif
 
 // __builtin_cpu_supports reads CPUID and, for the AVX families, XGETBV: the operating system must save the registers.
@@ -37,41 +49,54 @@ static int machine_has(enum tsffn_isa isa) {
         return 1;
     case TSFFN_ISA_AVX2:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case TSFFN_ISA_AVXVNNI:
+        return machine_has(TSFFN_ISA_AVX2) && machine_has_avx_vnni();
     case TSFFN_ISA_AVX512:
         return machine_has(TSFFN_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case TSFFN_ISA_AVX512VNNI:
+        return machine_has(TSFFN_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
     case TSFFN_ISA_AMX:
-        return machine_has(TSFFN_ISA_AVX512) && machine_has_amx();
+        return machine_has(TSFFN_ISA_AVX512VNNI) && machine_has_amx();
     default:
         return 0;
     }
+#elif defined(TSFFN_HAVE_NEON)
+    return isa == TSFFN_ISA_REF || isa == TSFFN_ISA_NEON ||
+           (isa == TSFFN_ISA_NEONDOT && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0);
 #else
     return isa == TSFFN_ISA_REF;
 #endif
 }
 
-const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa) {
-    static const struct tsffn_kernels * const tiers[TSFFN_ISA_COUNT] = {
-        [TSFFN_ISA_REF] = &tsffn_kernels_ref,
+// The tiers that this library was built with.
+static const struct tsffn_kernels * const tiers[TSFFN_ISA_COUNT] = {
+    [TSFFN_ISA_REF] = &tsffn_kernels_ref,
 #if defined(TSFFN_HAVE_X86)
-        [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,
-        [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512,
-        [TSFFN_ISA_AMX] = &tsffn_kernels_amx,
+    [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,     [TSFFN_ISA_AVXVNNI] = &tsffn_kernels_avxvnni,
+    [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512, [TSFFN_ISA_AVX512VNNI] = &tsffn_kernels_avx512vnni,
+    [TSFFN_ISA_AMX] = &tsffn_kernels_amx,
+#elif defined(TSFFN_HAVE_NEON)
+    [TSFFN_ISA_NEON] = &tsffn_kernels_neon,
+    [TSFFN_ISA_NEONDOT] = &tsffn_kernels_neondot,
 #endif
-    };
-    return ((unsigned)isa < TSFFN_ISA_COUNT && machine_has(isa)) ? tiers[isa] : NULL;
+};
+
+const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa) {
+    return (unsigned)isa < TSFFN_ISA_COUNT && tiers[isa] != NULL && machine_has(isa) ? tiers[isa] : NULL;
 }
 
 const struct tsffn_kernels * tsffn_kernels_best(void) {
     const char * limit = getenv("TSFFN_ISA");
     const struct tsffn_kernels * best = &tsffn_kernels_ref;
     for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
-        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
-        if (kernels == NULL) {
+        if (tiers[isa] == NULL) {
             continue;
         }
-        best = kernels;
-        if (limit != NULL && strcmp(limit, kernels->name) == 0) {
+        if (machine_has((enum tsffn_isa)isa)) {
+            best = tiers[isa];
+        }
+        if (limit != NULL && strcmp(limit, tiers[isa]->name) == 0) {
             break;
         }
     }

@@ -28,15 +28,24 @@ enum tsffn_format { // TSFFN_DEFINE_KERNELS lists kernels in this order
 };
 
 // Formats of the activations: f32 for the float formats, 16-bit integers for the block formats.
-//   I16: float d; 60 bytes of padding; int16 q[n];      x_j = d * q_j, d = max |x| / 32767 of the whole vector
-// Sixteen bits where ggml's dot products take eight (Q8_0): the error of x is 100 times smaller, and multiplying pairs
-// of 16-bit integers needs none of the sign tricks that unsigned-by-signed bytes do. One block is 32 products of at
-// most 128 * 32767, which an int32 holds.
+//   I16: x_j = d * q_j, d = max |x| / 32639 of the whole vector, q = 256 hi + lo with signed bytes hi and lo:
+//        float d; 60 bytes of padding; int16 q[n]; int8 hi[n]; int8 lo[n]; int32 sums[n / 32], of q over each block;
+//        and for each 128 columns, taken as 4 blocks of 16 + 16, 320 bytes for dot products of Q4_0 with VNNI:
+//          int8 hi[4][16] of the first halves, of the second halves, int8 lo[4][16] likewise; int32 back[16], number i
+//          being -8 times the sum of the 8 q that share byte 4 i with it
+// Sixteen bits where ggml's dot products take eight (Q8_0): the error of x is 100 times smaller. One block is 32
+// products of at most 128 * 32639, which an int32 holds.
 enum tsffn_x_format {
     TSFFN_X_F32,
     TSFFN_X_I16,
 };
-#define TSFFN_I16_HEADER 64
+enum {
+    TSFFN_I16_MAX = 32639, // 127 * 256 + 127
+    TSFFN_I16_HEADER = 64,
+    TSFFN_I16_QUAD = 128, // columns
+    TSFFN_I16_QUAD_BYTES = 320,
+    TSFFN_I16_BLOCK_BYTES = 32 * 4 + 4 + TSFFN_I16_QUAD_BYTES / 4,
+};
 
 static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
     return format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16 : TSFFN_X_F32;
@@ -46,14 +55,15 @@ static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
 #define TSFFN_Q8_0_BYTES 34
 #define TSFFN_Q4_0_BYTES 18
 
-// Bytes that streamed rows are asked for in advance.
-#define TSFFN_STREAM_AHEAD 4096
-
 enum tsffn_isa {
     TSFFN_ISA_REF,
-    TSFFN_ISA_AVX2,   // AVX2, FMA, F16C
-    TSFFN_ISA_AVX512, // AVX-512 F, BW, DQ, VL
-    TSFFN_ISA_AMX,    // the row kernels of AVX512, and dense products with AMX-BF16 (gemm.h)
+    TSFFN_ISA_AVX2,       // AVX2, FMA, F16C
+    TSFFN_ISA_AVXVNNI,    // and AVX-VNNI
+    TSFFN_ISA_AVX512,     // AVX-512 F, BW, DQ, VL
+    TSFFN_ISA_AVX512VNNI, // and VNNI
+    TSFFN_ISA_AMX,        // and dense products with AMX-BF16 (gemm.h)
+    TSFFN_ISA_NEON,       // AArch64
+    TSFFN_ISA_NEONDOT,    // and the dot-product extension of ARMv8.2
     TSFFN_ISA_COUNT,
 };
 
@@ -65,46 +75,135 @@ static inline float tsffn_i16_scale(const void * activations) {
     return *(const float *)activations;
 }
 
-// x in I16 format: TSFFN_I16_HEADER + 2 n bytes. Not a kernel per tier: it runs once per token, and compilers vectorize
-// it.
+static inline const int8_t * tsffn_i16_hi(const void * activations, int64_t n) {
+    return (const int8_t *)(tsffn_i16_values(activations) + n);
+}
+
+static inline const int8_t * tsffn_i16_lo(const void * activations, int64_t n) {
+    return tsffn_i16_hi(activations, n) + n;
+}
+
+static inline const int32_t * tsffn_i16_sums(const void * activations, int64_t n) {
+    return (const int32_t *)(tsffn_i16_lo(activations, n) + n);
+}
+
+static inline const int8_t * tsffn_i16_quads(const void * activations, int64_t n) {
+    return (const int8_t *)(tsffn_i16_sums(activations, n) + n / TSFFN_BLOCK_SIZE);
+}
+
+// Bytes of n activations in I16 format, n a multiple of 32; and those activations.
+static inline size_t tsffn_i16_bytes(int64_t n) {
+    return TSFFN_I16_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES;
+}
 void tsffn_convert_i16(const float * x, void * converted, int64_t n);
 
+// Cache lines to ask for while something is computed, evenly, because they will be needed next. They share the few fill
+// buffers of L1 with everything else, so that a burst of them would stop the products.
+struct tsffn_asks {
+    const uint8_t * const * lines; // [n_lines], in any order
+    int64_t n_lines;
+    const uint8_t * stream; // n_stream lines one behind the other
+    int64_t n_stream;
+};
+
+// Into L2. Not __builtin_prefetch: GCC takes a function of nothing else for one without effects and drops its calls.
+static inline void tsffn_ask(const void * line) {
+#if defined(__x86_64__)
+    __asm__ volatile("prefetcht1 %0" : : "m"(*(const char *)line));
+#elif defined(__aarch64__)
+    __asm__ volatile("prfm pldl2keep, %0" : : "Q"(*(const char *)line));
+#else
+    __builtin_prefetch(line, 0, 2);
+#endif
+}
+
+// The asks, spread over n_steps steps of a loop. Everything is kept in registers: dividing anew in every step cost more
+// than the products.
+struct tsffn_asking {
+    const uint8_t *const *line, *const *lines_end;
+    const uint8_t *stream, *stream_end;
+    int64_t lines_per_step, stream_per_step;
+};
+
+static inline struct tsffn_asking tsffn_asking_begin(const struct tsffn_asks * asks, int64_t n_steps) {
+    if (asks == NULL) {
+        return (struct tsffn_asking){0};
+    }
+    return (struct tsffn_asking){
+        .line = asks->lines,
+        .lines_end = asks->lines + asks->n_lines,
+        .stream = asks->stream,
+        .stream_end = asks->stream + asks->n_stream * 64,
+        .lines_per_step = n_steps > 0 ? (asks->n_lines + n_steps - 1) / n_steps : 0,
+        .stream_per_step = n_steps > 0 ? (asks->n_stream + n_steps - 1) / n_steps : 0,
+    };
+}
+
+static inline void tsffn_asking_step(struct tsffn_asking * asking) {
+    for (int64_t k = asking->lines_per_step; k > 0 && asking->line < asking->lines_end; --k) {
+        tsffn_ask(*asking->line++);
+    }
+    for (int64_t k = asking->stream_per_step; k > 0 && asking->stream < asking->stream_end; --k) {
+        tsffn_ask(asking->stream);
+        asking->stream += 64;
+    }
+}
+
+static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
+    struct tsffn_asking asking = tsffn_asking_begin(asks, 1);
+    tsffn_asking_step(&asking);
+}
+
+// dot and axpy that ask meanwhile.
+typedef float (*tsffn_dot_asking_fn)(int64_t n, const void * row, const void * x, const struct tsffn_asks * asks);
+typedef void (*tsffn_axpy_asking_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
+
 struct tsffn_gemm;
+
+// s[t][i] = row i of a panel times x[t], see panels.h.
+enum { TSFFN_PANEL_ROWS = 16 };
+typedef void (*tsffn_panel_fn)(int64_t n, const void * panel, int n_x, const void * const * x,
+                               float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks);
 
 // The kernels of one tier.
 struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
     tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
-    tsffn_dot_fn stream[TSFFN_FORMAT_COUNT]; // dot that asks for what lies TSFFN_STREAM_AHEAD behind the row; or NULL
-    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT];  // NULL: four dots are as good
+    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT]; // NULL: four dots are as good
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
-    const struct tsffn_gemm * gemm; // NULL: the tier has no matrix unit
+    tsffn_dot_asking_fn dot_asking[TSFFN_FORMAT_COUNT];   // NULL: there is only the plain one
+    tsffn_axpy_asking_fn axpy_asking[TSFFN_FORMAT_COUNT]; //
+    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];             // of the block formats (panels.h)
+    const struct tsffn_gemm * gemm;                       // NULL: the tier has no matrix unit
 };
 
-// Defines the table of a tier from the functions of its file, which have these names in every tier.
-#define TSFFN_DEFINE_KERNELS(tier, tier_isa, stream_of_q8_0, stream_of_q4_0, dot4_of_q8_0, dot4_of_q4_0, gemm_of_tier) \
-    const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
-        .isa = (tier_isa),                                                                                             \
-        .name = #tier,                                                                                                 \
-        .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},                                                       \
-        .stream = {NULL, NULL, NULL, stream_of_q8_0, stream_of_q4_0},                                                  \
-        .dot4 = {NULL, NULL, NULL, dot4_of_q8_0, dot4_of_q4_0},                                                        \
-        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
-        .gemm = (gemm_of_tier),                                                                                        \
-    }
+// Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as
+// designated initializers.
+#define TSFFN_DEFINE_KERNELS(tier, tier_isa, ...)                                                                      \
+    const struct tsffn_kernels tsffn_kernels_##tier = {.isa = (tier_isa),                                              \
+                                                       .name = #tier,                                                  \
+                                                       .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},        \
+                                                       .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},  \
+                                                       __VA_ARGS__}
+#define TSFFN_BLOCK_KERNELS(q8_0, q4_0) {[TSFFN_FORMAT_Q8_0] = (q8_0), [TSFFN_FORMAT_Q4_0] = (q4_0)}
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
 const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
 
-// The best tier of this machine. The environment variable TSFFN_ISA (ref, avx2, avx512, amx) can only lower it.
+// The best tier of this machine. The environment variable TSFFN_ISA (a name of dispatch.c) can only lower it.
 const struct tsffn_kernels * tsffn_kernels_best(void);
 
 extern const struct tsffn_kernels tsffn_kernels_ref;
 #if defined(TSFFN_HAVE_X86)
 extern const struct tsffn_kernels tsffn_kernels_avx2;
+extern const struct tsffn_kernels tsffn_kernels_avxvnni;
 extern const struct tsffn_kernels tsffn_kernels_avx512;
+extern const struct tsffn_kernels tsffn_kernels_avx512vnni;
 extern const struct tsffn_kernels tsffn_kernels_amx;
+#elif defined(TSFFN_HAVE_NEON)
+extern const struct tsffn_kernels tsffn_kernels_neon;
+extern const struct tsffn_kernels tsffn_kernels_neondot;
 #endif
 
 #endif

@@ -1,5 +1,6 @@
 // AVX2 + FMA + F16C. Four accumulators hide the FMA latency (4 cycles at 2 per cycle would want 8; memory is the
 // bound).
+#include "asks.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -27,13 +28,15 @@ static inline float one_f32(float w) {
 }
 
 // One dot and one axpy per element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
-#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+#define DEFINE_FLOAT_KERNELS(DOT, AXPY, SUFFIX, TYPE, LOAD8, ONE, ASKS, BEGIN, ASK)                                    \
+    static float DOT##_##SUFFIX(int64_t n, const void * row, const void * activations ASKS()) {                        \
+        BEGIN(n / 32);                                                                                                 \
         const TYPE * w = row;                                                                                          \
         const float * x = activations;                                                                                 \
         __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
         int64_t j = 0;                                                                                                 \
         for (; j + 32 <= n; j += 32) {                                                                                 \
+            ASK();                                                                                                     \
             s0 = _mm256_fmadd_ps(LOAD8(w + j), _mm256_loadu_ps(x + j), s0);                                            \
             s1 = _mm256_fmadd_ps(LOAD8(w + j + 8), _mm256_loadu_ps(x + j + 8), s1);                                    \
             s2 = _mm256_fmadd_ps(LOAD8(w + j + 16), _mm256_loadu_ps(x + j + 16), s2);                                  \
@@ -48,11 +51,15 @@ static inline float one_f32(float w) {
         }                                                                                                              \
         return sum;                                                                                                    \
     }                                                                                                                  \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
+    static void AXPY##_##SUFFIX(int64_t n, float a, const void * row, float * y ASKS()) {                              \
+        BEGIN((n + 31) / 32);                                                                                          \
         const TYPE * w = row;                                                                                          \
         const __m256 va = _mm256_set1_ps(a);                                                                           \
         int64_t j = 0;                                                                                                 \
         for (; j + 8 <= n; j += 8) {                                                                                   \
+            if (j % 32 == 0) {                                                                                         \
+                ASK();                                                                                                 \
+            }                                                                                                          \
             _mm256_storeu_ps(y + j, _mm256_fmadd_ps(va, LOAD8(w + j), _mm256_loadu_ps(y + j)));                        \
         }                                                                                                              \
         for (; j < n; ++j) {                                                                                           \
@@ -60,9 +67,12 @@ static inline float one_f32(float w) {
         }                                                                                                              \
     }
 
-DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
-DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
-DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
+#define DEFINE_FORMATS(DOT, AXPY, ASKS, BEGIN, ASK)                                                                    \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, f32, float, load8_f32, one_f32, ASKS, BEGIN, ASK)                                  \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, f16, uint16_t, load8_f16, tsffn_f16_to_f32, ASKS, BEGIN, ASK)                      \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32, ASKS, BEGIN, ASK)
+DEFINE_FORMATS(dot, axpy, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_FORMATS(dot_asking, axpy_asking, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
 // Eight int32 sums of the products of 32 weights, as two vectors of 16-bit integers, with x[0..32).
 static inline __m256 products32(__m256i w_low, __m256i w_high, const int16_t * x) {
@@ -96,6 +106,18 @@ static inline void axpy16_i8(__m256 d, __m128i q, float * y) {
     axpy8_i8(d, _mm_srli_si128(q, 8), y + 8);
 }
 
+static inline void axpy_block_q8_0(__m256 d, const uint8_t * q, float * y) {
+    axpy16_i8(d, _mm_loadu_si128((const __m128i *)q), y);
+    axpy16_i8(d, _mm_loadu_si128((const __m128i *)(q + 16)), y + 16);
+}
+
+static inline void axpy_block_q4_0(__m256 d, const uint8_t * nibbles, float * y) {
+    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    const __m128i q = _mm_loadu_si128((const __m128i *)nibbles);
+    axpy16_i8(d, _mm_sub_epi8(_mm_and_si128(q, mask), eight), y);
+    axpy16_i8(d, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), y + 16);
+}
+
 typedef __m256 vec;
 #define vec_zero _mm256_setzero_ps
 #define vec_set1 _mm256_set1_ps
@@ -103,5 +125,14 @@ typedef __m256 vec;
 #define vec_add _mm256_add_ps
 #define vec_sum hsum
 #include "blocks_x86.h"
+#include "panels.h"
 
-TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, NULL);
+DEFINE_BLOCK_AXPY(axpy, q4_0, TSFFN_Q4_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_BLOCK_AXPY(axpy_asking, q4_0, TSFFN_Q4_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+
+#define BLOCK_LOOPS TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0)
+
+TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, BLOCK_LOOPS,
+                     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
+TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, BLOCK_LOOPS,
+                     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avxvnni, tsffn_panel_q4_0_avxvnni));

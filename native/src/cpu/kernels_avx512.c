@@ -1,7 +1,9 @@
 // AVX-512 F, BW, DQ, VL. Tails are masked, so no scalar loop is needed for the float formats.
+#include "asks.h"
 #include "gemm.h"
 #include "half.h"
 #include "kernels.h"
+#include "rows_avx512.h"
 
 #include <immintrin.h>
 
@@ -19,13 +21,15 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
 #define TAIL(count) ((__mmask16)((1u << (count)) - 1u))
 
 // One dot and one axpy per element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask.
-#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD16)                                                                     \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
+#define DEFINE_FLOAT_KERNELS(DOT, AXPY, SUFFIX, TYPE, LOAD16, ASKS, BEGIN, ASK)                                        \
+    static float DOT##_##SUFFIX(int64_t n, const void * row, const void * activations ASKS()) {                        \
+        BEGIN(n / 64);                                                                                                 \
         const TYPE * w = row;                                                                                          \
         const float * x = activations;                                                                                 \
         __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64) {                                                                                 \
+            ASK();                                                                                                     \
             s0 = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x + j), s0);                                      \
             s1 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 16), _mm512_loadu_ps(x + j + 16), s1);                            \
             s2 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 32), _mm512_loadu_ps(x + j + 32), s2);                            \
@@ -40,11 +44,15 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
         }                                                                                                              \
         return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));                      \
     }                                                                                                                  \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
+    static void AXPY##_##SUFFIX(int64_t n, float a, const void * row, float * y ASKS()) {                              \
+        BEGIN((n + 63) / 64);                                                                                          \
         const TYPE * w = row;                                                                                          \
         const __m512 va = _mm512_set1_ps(a);                                                                           \
         int64_t j = 0;                                                                                                 \
         for (; j + 16 <= n; j += 16) {                                                                                 \
+            if (j % 64 == 0) {                                                                                         \
+                ASK();                                                                                                 \
+            }                                                                                                          \
             _mm512_storeu_ps(y + j, _mm512_fmadd_ps(va, LOAD16(ALL, w + j), _mm512_loadu_ps(y + j)));                  \
         }                                                                                                              \
         if (j < n) {                                                                                                   \
@@ -54,9 +62,12 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
         }                                                                                                              \
     }
 
-DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
-DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
-DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
+#define DEFINE_FORMATS(DOT, AXPY, ASKS, BEGIN, ASK)                                                                    \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, f32, float, load16_f32, ASKS, BEGIN, ASK)                                          \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, f16, uint16_t, load16_f16, ASKS, BEGIN, ASK)                                       \
+    DEFINE_FLOAT_KERNELS(DOT, AXPY, bf16, uint16_t, load16_bf16, ASKS, BEGIN, ASK)
+DEFINE_FORMATS(dot, axpy, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_FORMATS(dot_asking, axpy_asking, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
 // Sixteen int32 sums of the products of the 32 weights of a block with x[0..32).
 static inline __m512 products_q8_0(const uint8_t * block, const int16_t * x) {
@@ -74,10 +85,48 @@ static inline __m512 products_q4_0(const uint8_t * block, const int16_t * x) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
 }
 
-static inline void axpy16_i8(__m512 d, __m128i q, float * y) {
-    const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+static inline void axpy16(__m512 d, __m512 w, float * y) {
     _mm512_storeu_ps(y, _mm512_fmadd_ps(d, w, _mm512_loadu_ps(y)));
 }
+
+static inline void axpy_block_q8_0(__m512 d, const uint8_t * q, float * y) {
+    for (int half = 0; half < 2; ++half) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(q + 16 * half));
+        axpy16(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), y + 16 * half);
+    }
+}
+
+// A nibble is an index into its 16 values: VPERMPS looks at the low four bits only, and saves masking, subtracting and
+// converting.
+static inline void axpy_block_q4_0(__m512 d, const uint8_t * nibbles, float * y) {
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)nibbles));
+    axpy16(d, _mm512_permutexvar_ps(q, values), y);
+    axpy16(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), values), y + 16);
+}
+
+// The scales of four blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
+#define DEFINE_AXPY_Q4_0(NAME, ASKS, BEGIN, ASK)                                                                       \
+    static void NAME(int64_t n, float a, const void * row, float * y ASKS()) {                                         \
+        BEGIN(n / TSFFN_BLOCK_SIZE);                                                                                   \
+        const uint8_t * block = row;                                                                                   \
+        const __m512 scale_back = _mm512_set1_ps(TSFFN_F16_SCALE_BACK), va = _mm512_set1_ps(a);                        \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 4 * TSFFN_BLOCK_SIZE <= n; j += 4 * TSFFN_BLOCK_SIZE) {                                             \
+            _Alignas(64) float d[16];                                                                                  \
+            _mm512_store_ps(d, _mm512_mul_ps(va, _mm512_mul_ps(four_scales_q4_0(block), scale_back)));                 \
+            for (int b = 0; b < 4; ++b, block += TSFFN_Q4_0_BYTES) {                                                   \
+                ASK();                                                                                                 \
+                axpy_block_q4_0(_mm512_set1_ps(d[4 * b]), block + 2, y + j + b * TSFFN_BLOCK_SIZE);                    \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {                                              \
+            ASK();                                                                                                     \
+            axpy_block_q4_0(_mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block))), block + 2, y + j);                   \
+        }                                                                                                              \
+    }
+DEFINE_AXPY_Q4_0(axpy_q4_0, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
+DEFINE_AXPY_Q4_0(axpy_asking_q4_0, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
 typedef __m512 vec;
 #define vec_zero _mm512_setzero_ps
@@ -86,6 +135,23 @@ typedef __m512 vec;
 #define vec_add _mm512_add_ps
 #define vec_sum _mm512_reduce_add_ps
 #include "blocks_x86.h"
+#include "panels.h"
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, NULL);
-TSFFN_DEFINE_KERNELS(amx, TSFFN_ISA_AMX, stream_q8_0, stream_q4_0, dot4_q8_0, dot4_q4_0, &tsffn_gemm_amx);
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0),
+                     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
+
+#define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
+    const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
+        .isa = (tier_isa),                                                                                             \
+        .name = #tier,                                                                                                 \
+        .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, tsffn_dot_q4_0_avx512vnni},                                      \
+        .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, tsffn_dot4_q4_0_avx512vnni),                                            \
+        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
+        .dot_asking = {dot_asking_f32, dot_asking_f16, dot_asking_bf16, dot_asking_q8_0,                               \
+                       tsffn_dot_asking_q4_0_avx512vnni},                                                              \
+        .axpy_asking = {axpy_asking_f32, axpy_asking_f16, axpy_asking_bf16, axpy_asking_q8_0, axpy_asking_q4_0},       \
+        .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx512vnni, tsffn_panel_q4_0_avx512vnni),                        \
+        __VA_ARGS__}
+
+DEFINE_VNNI_KERNELS(avx512vnni, TSFFN_ISA_AVX512VNNI, );
+DEFINE_VNNI_KERNELS(amx, TSFFN_ISA_AMX, .gemm = &tsffn_gemm_amx);

@@ -1,6 +1,7 @@
 // Plain C kernels: the reference of every other tier, and what runs where no tier fits.
 #include "half.h"
 #include "kernels.h"
+#include "panels.h"
 
 #include <math.h>
 #include <string.h>
@@ -56,18 +57,52 @@ static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
     }
 }
 
+// The 320 bytes for columns j .. j + 127.
+static void convert_quad(const int16_t * q, const int8_t * hi, const int8_t * lo, int8_t * quad) {
+    int32_t back[16] = {0};
+    for (int block = 0; block < 4; ++block) {
+        for (int half = 0; half < 2; ++half) {
+            const int from = block * 32 + half * 16;
+            memcpy(quad + half * 64 + block * 16, hi + from, 16);
+            memcpy(quad + 128 + half * 64 + block * 16, lo + from, 16);
+            for (int k = 0; k < 16; ++k) {
+                back[block * 4 + k / 4] -= 8 * q[from + k];
+            }
+        }
+    }
+    memcpy(quad + 256, back, sizeof(back));
+}
+
 void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
     float max = 0.0f;
     for (int64_t j = 0; j < n; ++j) {
         const float magnitude = fabsf(x[j]);
         max = magnitude > max ? magnitude : max;
     }
-    const float d = max / 32767.0f;
-    const float inverse = max > 0.0f ? 32767.0f / max : 0.0f;
-    int16_t * q = (int16_t *)((char *)converted + TSFFN_I16_HEADER);
+    const float d = max / (float)TSFFN_I16_MAX;
+    const float inverse = max > 0.0f ? (float)TSFFN_I16_MAX / max : 0.0f;
     memcpy(converted, &d, sizeof(d));
+    int16_t * q = (int16_t *)((char *)converted + TSFFN_I16_HEADER);
+    int8_t * hi = (int8_t *)(q + n);
+    int8_t * lo = hi + n;
+    int32_t * sums = (int32_t *)(lo + n);
     for (int64_t j = 0; j < n; ++j) {
         q[j] = (int16_t)lrintf(x[j] * inverse);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        hi[j] = (int8_t)((q[j] + 128) >> 8);
+        lo[j] = (int8_t)(q[j] & 255);
+    }
+    for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
+        int32_t sum = 0;
+        for (int k = 0; k < TSFFN_BLOCK_SIZE; ++k) {
+            sum += q[b * TSFFN_BLOCK_SIZE + k];
+        }
+        sums[b] = sum;
+    }
+    int8_t * quad = (int8_t *)(sums + n / TSFFN_BLOCK_SIZE);
+    for (int64_t j = 0; j + TSFFN_I16_QUAD <= n; j += TSFFN_I16_QUAD, quad += TSFFN_I16_QUAD_BYTES) {
+        convert_quad(q + j, hi + j, lo + j, quad);
     }
 }
 
@@ -124,4 +159,4 @@ static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     }
 }
 
-TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, NULL, NULL, NULL, NULL, NULL);
+TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_ref, tsffn_panel_q4_0_ref));

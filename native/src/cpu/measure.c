@@ -17,7 +17,8 @@ enum {
     WORDS = TSFFN_CACHE_LINE / sizeof(uint64_t),
     COMPUTE_EMBD = 4096, // n_embd of the 7B models
     COMPUTE_ROWS = 64,   // 144 KB of rows: inside a second-level cache
-    PHASE_ROWS = 4096,   // about 1 ms for one thread, as the phases of a 7B layer
+    PHASE_ROWS = 4096,   // under 1 ms for one thread, as the phases of a 7B layer
+    READ_AHEAD_BYTES = 4096,
 };
 
 static double now(void) {
@@ -65,7 +66,7 @@ bool tsffn_measure_rows(const void * memory, size_t n_rows, size_t row_bytes, si
     const uint64_t * words = memory;
     const size_t n_words = row_bytes / sizeof(uint64_t);
     const size_t n_windows = n_rows / every;
-    const size_t ahead = (TSFFN_PREFETCH_BYTES + row_bytes - 1) / row_bytes;
+    const size_t ahead = (READ_AHEAD_BYTES + row_bytes - 1) / row_bytes;
     uint64_t total = 0;
     double start = 0.0;
     int granted = 0;
@@ -95,7 +96,7 @@ bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_
         return false;
     }
     const size_t row_bytes = COMPUTE_EMBD / TSFFN_BLOCK_SIZE * TSFFN_Q4_0_BYTES;
-    const size_t x_bytes = TSFFN_I16_HEADER + COMPUTE_EMBD * sizeof(int16_t);
+    const size_t x_bytes = tsffn_i16_bytes(COMPUTE_EMBD);
     uint8_t * rows = aligned_alloc(TSFFN_CACHE_LINE, COMPUTE_ROWS * row_bytes);
     char * x = aligned_alloc(TSFFN_CACHE_LINE, x_bytes);
     if (rows == NULL || x == NULL) {

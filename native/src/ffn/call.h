@@ -3,13 +3,14 @@
 #define TSFFN_CALL_H
 
 #include "../cpu/gemm.h"
+#include "ask_queue.h"
 #include "ffn.h"
 
 #include <time.h>
 
 enum {
-    TILE_ROWS = 64,     // one bit per row in a neuron's mask
-    CHUNK_NEURONS = 64, // neurons per unit of work: at least 8 KB of fc2, and a clock read costs under 1 % of it
+    TILE_ROWS = 64,      // one bit per row in a neuron's mask
+    CHUNK_NEURONS = 128, // neurons per unit of work: whole panels of fc2, and little enough to balance the threads
 };
 
 // Everything the threads of one call share.
@@ -70,6 +71,7 @@ struct segment {
     struct tsffn_counts * counts;
     struct histograms * histograms; // of this thread, when profiling
     const char * packed;            // the rows' x for dense products, NULL when row kernels serve them better
+    int ith, nth;
 };
 
 // Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
@@ -80,9 +82,20 @@ struct worklist {
     float h[CHUNK_NEURONS][TILE_ROWS];
 };
 
-// Computes the neurons [i0, i1), at most CHUNK_NEURONS, for the rows of the segment: mask, gate, up, down.
-void tsffn_compute_neurons(const struct segment * segment, int64_t i0, int64_t i1);
+// predictor.c. Phase A for the rows [r0, r1) of the tile that starts at row `tile`; they share one FFN.
+void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
+                        struct tsffn_counts * counts);
+// Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on: bit r of mask[i - i0]. Meanwhile asks for what waits in
+// the queue.
+void tsffn_predict(const struct segment * segment, int64_t i0, int64_t i1, struct tsffn_ask_queue * queue,
+                   uint64_t * mask);
+// The work of tsffn_predict, in blocks of weights that a row kernel multiplies in the same time.
+int64_t tsffn_predict_work(const struct tsffn_matrix * fc2, int64_t n_neurons);
 
+// neurons.c. Phase B: the thread's share of the neurons for the rows of the segment: mask, gate, up, down.
+void tsffn_compute_neurons(const struct segment * segment);
+
+// profile.c.
 // Gate and up of all neurons [i0, i1), counted; lists those that are active and on. mask[i - i0] has bit r set when the
 // predictor lets neuron i through for row r.
 void tsffn_profile_neurons(const struct segment * segment, int64_t i0, int64_t i1, const uint64_t * mask,

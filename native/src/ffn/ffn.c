@@ -41,14 +41,6 @@ static int64_t min_i64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-static void convert_x(const struct tsffn_row_type * type, const float * x, void * converted, int64_t n) {
-    if (type->convert_x != NULL) {
-        type->convert_x(x, converted, n);
-    } else {
-        memcpy(converted, x, (size_t)n * sizeof(float));
-    }
-}
-
 // The part of [0, n) that thread `ith` of `nth` takes.
 static void share(int64_t n, int ith, int nth, int64_t * begin, int64_t * end) {
     *begin = n * ith / nth;
@@ -65,10 +57,10 @@ static void convert_inputs(const struct shared * s, int ith, int nth) {
     for (int64_t t = begin; t < end; ++t) {
         const float * x = (const float *)(call->x + (size_t)t * call->x_stride);
         if (s->x_gate != NULL) {
-            convert_x(ffn->gate.type, x, s->x_gate + (size_t)t * s->x_gate_bytes, s->n_embd);
+            tsffn_matrix_convert_x(&ffn->gate, x, s->x_gate + (size_t)t * s->x_gate_bytes);
         }
         if (s->x_up != NULL && s->x_up != s->x_gate) {
-            convert_x(ffn->up.type, x, s->x_up + (size_t)t * s->x_up_bytes, s->n_embd);
+            tsffn_matrix_convert_x(&ffn->up, x, s->x_up + (size_t)t * s->x_up_bytes);
         }
         if (s->gemm != NULL) {
             s->gemm->split(s->n_embd, x, s->x_split + t * 2 * s->n_embd);
@@ -81,30 +73,9 @@ static void convert_inputs(const struct shared * s, int ith, int nth) {
                 }
                 p = scaled;
             }
-            convert_x(ffn->fc1.type, p, s->x_pred + (size_t)t * s->x_pred_bytes, s->n_embd);
+            tsffn_matrix_convert_x(&ffn->fc1, p, s->x_pred + (size_t)t * s->x_pred_bytes);
         }
     }
-}
-
-// Phase A for the rows [r0, r1) of the tile that starts at row `tile`; they share one FFN.
-static void hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
-                         struct tsffn_counts * counts) {
-    const struct tsffn_row * rows = s->call->rows + tile;
-    const struct tsffn_matrix * fc1 = &s->call->ffns[rows[r0].ffn].fc1;
-    int64_t begin, end;
-    share(fc1->n_rows, ith, nth, &begin, &end);
-    const void * x[TILE_ROWS];
-    float v[TILE_ROWS];
-    for (int64_t r = r0; r < r1; ++r) {
-        x[r - r0] = s->x_pred + (size_t)rows[r].token * s->x_pred_bytes;
-    }
-    for (int64_t k = begin; k < end; ++k) {
-        tsffn_matrix_stream_dots(fc1, k, end, (int)(r1 - r0), x, v);
-        for (int64_t r = r0; r < r1; ++r) {
-            s->h1[r * s->max_rank + k] = v[r - r0] > 0.0f ? v[r - r0] : 0.0f;
-        }
-    }
-    counts->bytes_predictor += (uint64_t)(end - begin) * tsffn_row_bytes(fc1->type, fc1->n_cols);
 }
 
 static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
@@ -113,7 +84,7 @@ static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows
     share(n_rows, ith, nth, &begin, &end);
     for (int64_t r = begin; r < end; ++r) {
         const struct tsffn_matrix * fc2 = &s->call->ffns[rows[r].ffn].fc2;
-        convert_x(fc2->type, s->h1 + r * s->max_rank, s->h1_converted + (size_t)r * s->h1_bytes, fc2->n_cols);
+        tsffn_matrix_convert_x(fc2, s->h1 + r * s->max_rank, s->h1_converted + (size_t)r * s->h1_bytes);
     }
 }
 
@@ -180,7 +151,7 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
     if (needs_predictor(s->call)) {
         for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
             r1 = segment_end(rows, r0, n_rows);
-            hidden_layer(s, tile, r0, r1, ith, nth, counts);
+            tsffn_hidden_layer(s, tile, r0, r1, ith, nth, counts);
         }
 #pragma omp barrier
         convert_hidden(s, tile, n_rows, ith, nth);
@@ -210,11 +181,11 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             .counts = counts,
             .histograms = s->histograms != NULL ? &s->histograms[ith] : NULL,
             .packed = s->gemm != NULL && groups_of(r0, r1) > 0 ? s->x_packed + (size_t)group * s->x_group_bytes : NULL,
+            .ith = ith,
+            .nth = nth,
         };
         group += groups_of(r0, r1);
-        for (int64_t i0 = (int64_t)ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)nth * CHUNK_NEURONS) {
-            tsffn_compute_neurons(&segment, i0, min_i64(i0 + CHUNK_NEURONS, s->n_ff));
-        }
+        tsffn_compute_neurons(&segment);
     }
     const uint64_t t2 = now_ns();
 #pragma omp barrier
@@ -241,21 +212,21 @@ static size_t lay_out(struct shared * s, char * base) {
     size_t used = 0;
     s->x_gate = s->x_up = s->x_pred = NULL;
     if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) {
-        s->x_gate_bytes = tsffn_x_bytes(ffn->gate.type, s->n_embd);
+        s->x_gate_bytes = tsffn_matrix_x_bytes(&ffn->gate);
         s->x_gate = carve(base, &used, n_tokens * s->x_gate_bytes);
     }
     if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_UP) {
-        s->x_up_bytes = tsffn_x_bytes(ffn->up.type, s->n_embd);
+        s->x_up_bytes = tsffn_matrix_x_bytes(&ffn->up);
         const bool shared_x = call->op == TSFFN_OP_FUSED && ffn->up.type->x_format == ffn->gate.type->x_format;
         s->x_up = shared_x ? s->x_gate : carve(base, &used, n_tokens * s->x_up_bytes);
     }
     if (needs_predictor(call)) {
-        s->x_pred_bytes = tsffn_x_bytes(ffn->fc1.type, s->n_embd);
+        s->x_pred_bytes = tsffn_matrix_x_bytes(&ffn->fc1);
         s->x_pred = carve(base, &used, n_tokens * s->x_pred_bytes);
         s->h1 = (float *)carve(base, &used, TILE_ROWS * (size_t)s->max_rank * sizeof(float));
         s->h1_bytes = 0;
         for (int64_t e = 0; e < call->n_ffns; ++e) {
-            const size_t bytes = tsffn_x_bytes(call->ffns[e].fc2.type, call->ffns[e].fc2.n_cols);
+            const size_t bytes = tsffn_matrix_x_bytes(&call->ffns[e].fc2);
             s->h1_bytes = bytes > s->h1_bytes ? bytes : s->h1_bytes;
         }
         s->h1_converted = carve(base, &used, TILE_ROWS * s->h1_bytes);

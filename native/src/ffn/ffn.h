@@ -66,6 +66,7 @@ struct tsffn_call {
     size_t x_stride; // bytes
     int64_t n_tokens;
     int n_threads;
+    bool dense; // FUSED: read and multiply every row of gate, up and down, as a dense FFN does; without predictor
     const struct tsffn_profile *
         profile; // FUSED: add statistics here, and compute gate and up of every neuron; or NULL
 };

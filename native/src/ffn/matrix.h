@@ -6,21 +6,42 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
-enum {
-    TSFFN_CACHE_LINE = 64,
-    TSFFN_PREFETCH_BYTES = 4096, // how far ahead rows are asked for: hardware prefetchers stop at every 4 KB page
+enum { TSFFN_CACHE_LINE = 64 };
+
+enum tsffn_layout {
+    TSFFN_LAYOUT_ROWS,   // one row after the other
+    TSFFN_LAYOUT_PANELS, // 16 rows interleaved (cpu/panels.h), then the last n_rows mod 16 one after the other
 };
 
-// n_rows weight rows of n_cols weights, one after the other.
+// n_rows weight rows of n_cols weights.
 struct tsffn_matrix {
     const struct tsffn_row_type * type;
     const uint8_t * data; // NULL when absent
     int64_t n_rows;
     int64_t n_cols;
+    enum tsffn_layout layout;
 };
 
-// Row i.
+// Bytes of the activations that the matrix is multiplied with, and those activations from x [n_cols].
+static inline size_t tsffn_matrix_x_bytes(const struct tsffn_matrix * m) {
+    return tsffn_x_bytes(m->type, m->n_cols);
+}
+static inline void tsffn_matrix_convert_x(const struct tsffn_matrix * m, const float * x, void * converted) {
+    if (m->type->convert_x != NULL) {
+        m->type->convert_x(x, converted, m->n_cols);
+    } else {
+        memcpy(converted, x, (size_t)m->n_cols * sizeof(float));
+    }
+}
+
+// Rows below this are in panels.
+static inline int64_t tsffn_matrix_panel_rows(const struct tsffn_matrix * m) {
+    return m->layout == TSFFN_LAYOUT_PANELS ? m->n_rows / TSFFN_PANEL_ROWS * TSFFN_PANEL_ROWS : 0;
+}
+
+// Row i; in a matrix of panels the first row of a panel stands for the panel.
 static inline const uint8_t * tsffn_matrix_row(const struct tsffn_matrix * m, int64_t i) {
     return m->data + (size_t)i * tsffn_row_bytes(m->type, m->n_cols);
 }
@@ -36,10 +57,15 @@ static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, c
     return sum;
 }
 
-// Row i times each of n activation vectors.
-static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x,
-                                     float * s) {
+// Row i times each of n activation vectors; asks meanwhile.
+static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x, float * s,
+                                     const struct tsffn_asks * asks) {
     int k = 0;
+    if (n == 1 && m->type->own_dot_asking != NULL) {
+        *s = m->type->own_dot_asking(m->n_cols, tsffn_matrix_row(m, i), x[0], asks);
+        return;
+    }
+    tsffn_ask_all(asks);
     if (m->type->own_dot4 != NULL) {
         for (; k + 4 <= n; k += 4) {
             m->type->own_dot4(m->n_cols, tsffn_matrix_row(m, i), x + k, s + k);
@@ -50,9 +76,15 @@ static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, i
     }
 }
 
-// y += a * row i. The host's formats are widened to f32 first, into `scratch` [n_cols].
-static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch) {
+// y += a * row i; asks meanwhile. The host's formats are widened to f32 first, into `scratch` [n_cols].
+static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch,
+                                     const struct tsffn_asks * asks) {
     const struct tsffn_row_type * type = m->type;
+    if (type->own_axpy_asking != NULL) {
+        type->own_axpy_asking(m->n_cols, a, tsffn_matrix_row(m, i), y, asks);
+        return;
+    }
+    tsffn_ask_all(asks);
     if (type->own_axpy != NULL) {
         type->own_axpy(m->n_cols, a, tsffn_matrix_row(m, i), y);
         return;
@@ -61,34 +93,6 @@ static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, f
     for (int64_t j = 0; j < m->n_cols; ++j) {
         y[j] += a * scratch[j];
     }
-}
-
-static inline void tsffn_matrix_prefetch(const struct tsffn_matrix * m, int64_t i) {
-    const uint8_t * row = tsffn_matrix_row(m, i);
-    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
-    for (size_t offset = 0; offset < bytes; offset += TSFFN_CACHE_LINE) {
-        __builtin_prefetch(row + offset, 0, 3);
-    }
-}
-
-// How many rows ahead of the one being computed make TSFFN_PREFETCH_BYTES.
-static inline int64_t tsffn_matrix_rows_ahead(const struct tsffn_matrix * m) {
-    const size_t bytes = tsffn_row_bytes(m->type, m->n_cols);
-    return (int64_t)((TSFFN_PREFETCH_BYTES + bytes - 1) / bytes);
-}
-
-// tsffn_matrix_dots for row after row up to `end`: asks for the rows ahead.
-static inline void tsffn_matrix_stream_dots(const struct tsffn_matrix * m, int64_t i, int64_t end, int n,
-                                            const void * const * x, float * s) {
-    if (n == 1 && m->type->own_stream != NULL) {
-        *s = m->type->own_stream(m->n_cols, tsffn_matrix_row(m, i), x[0]);
-        return;
-    }
-    const int64_t ahead = tsffn_matrix_rows_ahead(m);
-    if (i + ahead < end) {
-        tsffn_matrix_prefetch(m, i + ahead);
-    }
-    tsffn_matrix_dots(m, i, n, x, s);
 }
 
 #endif

@@ -5,6 +5,8 @@
 #ifndef TSFFN_ROW_TYPE_H
 #define TSFFN_ROW_TYPE_H
 
+#include "../cpu/panels.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -24,9 +26,11 @@ struct tsffn_row_type {
 
     // Own kernels; NULL selects the host's functions below.
     float (*own_dot)(int64_t n, const void * row, const void * x);
-    float (*own_stream)(int64_t n, const void * row, const void * x); // own_dot, asking for the rows behind; or NULL
     void (*own_dot4)(int64_t n, const void * row, const void * const x[4], float s[4]); // NULL: four own_dots
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
+    tsffn_dot_asking_fn own_dot_asking; // both NULL: ask first, then compute
+    tsffn_axpy_asking_fn own_axpy_asking;
+    tsffn_panel_fn own_panel; // for matrices in panels; NULL: there are none of this type
 
     // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
     const struct tsffn_gemm * gemm;

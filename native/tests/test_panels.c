@@ -1,0 +1,148 @@
+// Panels of every ISA tier of this machine: the plain C one against doubles, the others bit for bit against it.
+#include "check.h"
+#include "cpu/half.h"
+#include "cpu/panels.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { MAX_N = 1024, MAX_X = 9, MAX_BYTES = MAX_N / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q8_0_BYTES };
+
+static int weights_bytes(enum tsffn_format format) {
+    return format == TSFFN_FORMAT_Q8_0 ? 32 : 16; // of one row in one block of columns
+}
+
+// Fills a panel of n columns with random weights, or with the two extreme ones, and w with what they are. Written from
+// the layouts in panels.h and kernels.h.
+static void random_panel(enum tsffn_format format, int64_t n, int extreme, uint8_t * panel,
+                         double (*w)[TSFFN_PANEL_ROWS]) {
+    const int n_bytes = weights_bytes(format);
+    for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
+        uint8_t * block = panel + b * TSFFN_PANEL_ROWS * (2 + n_bytes);
+        for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            const uint16_t d = (uint16_t)((random_bits() & 0x83ffu) | ((1 + random_bits() % 15) << 10));
+            memcpy(block + 2 * i, &d, sizeof(d));
+            for (int k = 0; k < n_bytes; ++k) {
+                uint8_t q = (uint8_t)random_bits();
+                if (extreme != 0) {
+                    q = format == TSFFN_FORMAT_Q8_0 ? (q & 1 ? 0x80 : 0x7f) : (q & 1 ? 0xff : 0x00);
+                }
+                block[2 * TSFFN_PANEL_ROWS + k / 4 * 64 + i * 4 + k % 4] = q;
+                double * column = &w[b * TSFFN_BLOCK_SIZE + k][i];
+                if (format == TSFFN_FORMAT_Q8_0) {
+                    *column = (double)tsffn_f16_to_f32(d) * (int8_t)q;
+                } else {
+                    *column = (double)tsffn_f16_to_f32(d) * ((q & 15) - 8);
+                    column[16 * TSFFN_PANEL_ROWS] = (double)tsffn_f16_to_f32(d) * ((q >> 4) - 8);
+                }
+            }
+        }
+    }
+}
+
+static void test_panel(enum tsffn_format format, int64_t n, int n_x, int extreme) {
+    static uint8_t memory[MAX_BYTES + 2];
+    static double w[MAX_N][TSFFN_PANEL_ROWS];
+    static float x[MAX_X][MAX_N];
+    static _Alignas(64) char converted[MAX_X][TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
+    const char * name = format == TSFFN_FORMAT_Q8_0 ? "q8_0" : "q4_0";
+    uint8_t * panel = memory + (random_bits() & 2);
+    random_panel(format, n, extreme, panel, w);
+    const void * pointers[MAX_X];
+    for (int t = 0; t < n_x; ++t) {
+        for (int64_t j = 0; j < n; ++j) {
+            x[t][j] = random_float();
+            if (extreme != 0) {
+                x[t][j] = x[t][j] < 0.0f ? -1.0f : 1.0f;
+            }
+        }
+        CHECK(tsffn_i16_bytes(n) <= sizeof(converted[t]), "room");
+        tsffn_convert_i16(x[t], converted[t], n);
+        pointers[t] = converted[t];
+    }
+
+    float expected[MAX_X][TSFFN_PANEL_ROWS];
+    tsffn_kernels_ref.panel[format](n, panel, n_x, pointers, expected, NULL);
+    for (int t = 0; t < n_x; ++t) {
+        for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            double sum = 0.0, size = 1e-30, weights = 0.0;
+            for (int64_t j = 0; j < n; ++j) {
+                sum += w[j][i] * (double)x[t][j];
+                size += fabs(w[j][i] * (double)x[t][j]);
+                weights += fabs(w[j][i]);
+            }
+            // Each activation is off by at most half a step of max |x| / TSFFN_I16_MAX.
+            CHECK(fabs((double)expected[t][i] - sum) <= 0.5 / TSFFN_I16_MAX * weights + 1e-6 * size,
+                  "ref %s n=%d: row %d, vector %d: %g instead of %g", name, (int)n, i, t, (double)expected[t][i], sum);
+        }
+    }
+
+    // What is asked for in advance changes nothing.
+    const uint8_t * lines[37];
+    for (int k = 0; k < 37; ++k) {
+        lines[k] = memory + random_bits() % sizeof(memory);
+    }
+    const struct tsffn_asks asks = {.lines = lines, .n_lines = 37, .stream = panel, .n_stream = 11};
+    for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        for (int ask = 0; kernels != NULL && ask < 2; ++ask) {
+            float s[MAX_X + 1][TSFFN_PANEL_ROWS];
+            memset(s, 0x55, sizeof(s));
+            kernels->panel[format](n, panel, n_x, pointers, s, ask != 0 ? &asks : NULL);
+            for (int t = 0; t < n_x; ++t) {
+                for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+                    CHECK(s[t][i] == expected[t][i], "%s %s n=%d, %d vectors: row %d, vector %d: %.9g not %.9g",
+                          kernels->name, name, (int)n, n_x, i, t, (double)s[t][i], (double)expected[t][i]);
+                }
+            }
+            uint32_t behind;
+            memcpy(&behind, s[n_x], sizeof(behind));
+            CHECK(behind == 0x55555555, "%s %s: wrote behind %d vectors", kernels->name, name, n_x);
+        }
+    }
+}
+
+// hi, lo and the sums are what panels.h says, of the very numbers in the I16 part.
+static void test_convert(int64_t n) {
+    static float x[MAX_N];
+    static _Alignas(64) char converted[TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
+    for (int64_t j = 0; j < n; ++j) {
+        x[j] = random_float();
+    }
+    x[n / 2] = 1.5f;
+    x[n / 3] = -1.5f;
+    tsffn_convert_i16(x, converted, n);
+    const int16_t * q = tsffn_i16_values(converted);
+    const double d = (double)tsffn_i16_scale(converted);
+    CHECK(q[n / 2] == TSFFN_I16_MAX && q[n / 3] == -TSFFN_I16_MAX, "%d %d", q[n / 2], q[n / 3]);
+    for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
+        int32_t sum = 0;
+        for (int64_t j = b * TSFFN_BLOCK_SIZE; j < (b + 1) * TSFFN_BLOCK_SIZE; ++j) {
+            const int number = 256 * tsffn_i16_hi(converted, n)[j] + tsffn_i16_lo(converted, n)[j];
+            CHECK(number == q[j], "%d instead of %d", number, q[j]);
+            CHECK(fabs(d * number - (double)x[j]) <= 0.501 * d, "%g instead of %g", d * number, (double)x[j]);
+            sum += number;
+        }
+        CHECK(tsffn_i16_sums(converted, n)[b] == sum, "sum of block %d", (int)b);
+    }
+}
+
+int main(void) {
+    static const int64_t sizes[] = {32, 64, 96, 160, MAX_N};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
+        test_convert(sizes[i]);
+        for (int n_x = 1; n_x <= MAX_X; ++n_x) {
+            for (int extreme = 0; extreme < 2; ++extreme) {
+                test_panel(TSFFN_FORMAT_Q8_0, sizes[i], n_x, extreme);
+                test_panel(TSFFN_FORMAT_Q4_0, sizes[i], n_x, extreme);
+            }
+        }
+    }
+    for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        if (kernels != NULL) {
+            printf("%s: ok\n", kernels->name);
+        }
+    }
+    return 0;
+}

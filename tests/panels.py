@@ -1,0 +1,53 @@
+"""Sidecars whose matrices are in panels, read and rewritten with a loop from the formula of docs/format.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from edited import edited
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+LAYOUT, VERSION = "turbosparse.predictor.layout", "turbosparse.format_version"
+TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0)
+
+
+def naive_rows(stored: bytes, n_rows: int, kind: GGMLQuantizationType) -> np.ndarray:
+    """Plain rows of a matrix in panels: uint8 [n_rows, row_bytes]."""
+    block = GGML_QUANT_SIZES[kind][1]
+    row_bytes = len(stored) // n_rows
+    rows = bytearray(stored)
+    for row in range(n_rows // 16 * 16):
+        i = row % 16
+        for b in range(row_bytes // block):
+            source = row // 16 * 16 * row_bytes + b * 16 * block
+            target = row * row_bytes + b * block
+            rows[target : target + 2] = stored[source + 2 * i : source + 2 * i + 2]
+            for g in range((block - 2) // 4):
+                at = source + 32 + 64 * g + 4 * i
+                rows[target + 2 + 4 * g : target + 6 + 4 * g] = stored[at : at + 4]
+    return np.frombuffer(bytes(rows), np.uint8).reshape(n_rows, row_bytes)
+
+
+def stored_rows(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The plain rows of a tensor of a model or sidecar, whatever its layout: uint8 [all bytes]."""
+    data = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+    layout = reader.get_field(LAYOUT)
+    is_matrix = ".ffn_pred_fc" in tensor.name
+    if layout is None or layout.contents() == "rows" or not is_matrix or tensor.tensor_type not in TYPES:
+        return data
+    assert layout.contents() == "panels16"
+    return naive_rows(data.tobytes(), int(tensor.shape[1]), tensor.tensor_type).reshape(-1)
+
+
+def write_rows(source: Path, target: Path, version: int = 1) -> Path:
+    """Copies a sidecar in panels to one of plain rows: of version 1, or of version 2, which says so."""
+    reader = gguf.GGUFReader(source)
+    data = {
+        tensor.name: stored_rows(reader, tensor).reshape(tensor.data.shape)
+        for tensor in reader.tensors
+        if tensor.tensor_type in TYPES
+    }
+    keys = {VERSION: version} if version == 1 else {VERSION: version, LAYOUT: "rows"}
+    return edited(source, target, keys=keys, without=[LAYOUT] if version == 1 else [], data=data)

@@ -1,0 +1,69 @@
+"""Panels: rows of the predictor's q4_0 and q8_0 matrices, interleaved by 16 (docs/format.md).
+
+Every row of them is multiplied for every token, and a panel lets one vector instruction serve 16 rows. Only bytes move:
+both directions are exact. Pure functions of arrays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+PANEL_ROWS = 16
+PANEL_TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0)
+
+Rows = npt.NDArray[np.uint8]
+
+
+def panel_step(n_rows: int) -> int:
+    """About `n_rows`, in whole panels: the rows of a piece."""
+    return max(1, n_rows // PANEL_ROWS) * PANEL_ROWS
+
+
+def to_panels(rows: Rows, kind: GGMLQuantizationType) -> Rows:
+    """Plain rows as panels, the last n_rows mod 16 as they are.
+
+    Panels are independent of each other: a matrix may be given in pieces, each but the last of a multiple of 16 rows.
+
+    Args:
+        rows: contiguous uint8 [n_rows, row_bytes], whole blocks of `kind`, one of PANEL_TYPES.
+
+    Returns:
+        uint8 of the same shape; panel p has the bytes of rows 16 p to 16 p + 15.
+    """
+    whole = len(rows) // PANEL_ROWS * PANEL_ROWS
+    out = np.empty_like(rows)
+    plain, panels = _plain(rows[:whole], kind), _panels(out[:whole], kind)
+    panels["d"] = plain["d"].transpose(0, 2, 1)
+    panels["q"] = plain["q"].transpose(0, 2, 3, 1)
+    out[whole:] = rows[whole:]
+    return out
+
+
+def from_panels(stored: Rows, kind: GGMLQuantizationType) -> Rows:
+    """The plain rows that `to_panels` was given: uint8 [n_rows, row_bytes], as `stored`, and in pieces likewise."""
+    whole = len(stored) // PANEL_ROWS * PANEL_ROWS
+    out = np.empty_like(stored)
+    plain, panels = _plain(out[:whole], kind), _panels(stored[:whole], kind)
+    plain["d"] = panels["d"].transpose(0, 2, 1)
+    plain["q"] = panels["q"].transpose(0, 3, 1, 2)
+    out[whole:] = stored[whole:]
+    return out
+
+
+def _words(kind: GGMLQuantizationType) -> int:
+    """G: 4-byte words of a block behind its f16 scale."""
+    return (GGML_QUANT_SIZES[kind][1] - 2) // 4
+
+
+def _plain(rows: Rows, kind: GGMLQuantizationType) -> np.ndarray:
+    """Blocks {d, q[G]} of plain rows: [panel, row, block]."""
+    block = np.dtype([("d", "<u2"), ("q", "<u4", (_words(kind),))])
+    return rows.view(block).reshape(-1, PANEL_ROWS, rows.shape[1] // block.itemsize)
+
+
+def _panels(stored: Rows, kind: GGMLQuantizationType) -> np.ndarray:
+    """Blocks {d[16], q[G][16]} of panels: [panel, block]."""
+    blocks = np.dtype([("d", "<u2", (PANEL_ROWS,)), ("q", "<u4", (_words(kind), PANEL_ROWS))])
+    return stored.reshape(-1, stored.shape[1] * PANEL_ROWS).view(blocks)
