@@ -8,7 +8,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup demo test test-asan lint format bench bench-quick clean
+.PHONY: setup demo test test-asan test-arm lint format bench bench-quick bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,10 @@ test: setup
 test-asan: setup
 	native/tests/run_sanitized $(BIN)/python build/asan
 
+# The kernels and the FFN for 64-bit ARM, under qemu: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+test-arm: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run_qemu build/arm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,13 +58,28 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_CODE)
 
+# Speed beside dense baselines: 10 minutes on two cores with 24 GiB, generating the models included; quick: 2 minutes.
+# More options in BENCH: BENCH="--compare build/bench-old.json" for the change since the time before,
+# BENCH="--baseline dense-drelu", BENCH="-t 1,2".
 bench: setup
-	$(BIN)/tsconv bench
+	mkdir -p build
+	test ! -e build/bench.json || mv build/bench.json build/bench-old.json
+	$(BIN)/tsconv bench --suite full --save build/bench.json $(BENCH)
+
+bench-quick: setup
+	mkdir -p build
+	$(BIN)/tsconv bench --suite quick --save build/bench-quick.json $(BENCH)
+
+# What conversion and profiling cost.
+bench-tools: setup
 	$(BIN)/python -m tsconv.bench.convert
 	$(BIN)/python -m tsconv.bench.profile
 
-bench-quick: setup
-	$(BIN)/tsconv bench --layers 4 --test pp256 --test tg64 -r 2
+# Row kernels alone, on every ISA tier of this machine. BENCH_KERNELS="--threads 1 --isa avx2" and such: see --help.
+bench-kernels: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S native -B build/bench -G Ninja -DTSFFN_KERNELS_ONLY=ON -DTSFFN_BENCH=ON >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/bench
+	build/bench/bench/bench_kernels $(BENCH_KERNELS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@
 //     tsffn_model_arm(NULL);
 //
 // A program that cannot call these functions (llama-server, llama-bench) names the model in the environment instead:
-// TSFFN_MODEL=path, and optionally TSFFN_PREDICTOR=path and TSFFN_SPARSITY=predictor|exact.
+// TSFFN_MODEL=path, and optionally TSFFN_PREDICTOR=path and TSFFN_SPARSITY=predictor|exact|dense.
 #ifndef TSFFN_H
 #define TSFFN_H
 
@@ -34,6 +34,7 @@ enum tsffn_sparsity {
     TSFFN_SPARSITY_DEFAULT = 0,   // predictor when the model names one, else exact
     TSFFN_SPARSITY_PREDICTOR = 1, // the checkpoint's own mask
     TSFFN_SPARSITY_EXACT = 2,     // no predictor: unmasked dReLU, lossless
+    TSFFN_SPARSITY_DENSE = 3,     // what EXACT computes, every weight read and multiplied: a baseline
 };
 
 struct tsffn_model;
@@ -71,7 +72,9 @@ struct tsffn_layer_stats {
     uint64_t bytes_dense;     // what a dense FFN would have read
     uint64_t ns_predictor;
     uint64_t ns_ffn;
-    uint64_t single_ops; // operations computed alone because the graph was cut between them
+    uint64_t single_ops;   // operations computed alone because the graph was cut between them
+    uint64_t ns_attention; // from the end of the FFN of the layer before to the start of this one, in the same graph:
+                           // what llama.cpp computes in between (norms, attention, router). 0 for layer 0
 };
 TSFFN_API bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats);
 TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);

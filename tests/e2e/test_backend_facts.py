@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 import synthetic
@@ -197,13 +199,44 @@ def test_bytes_follow_from_the_sparsity(name, outtype, row):
         assert layer["bytes_ffn"] < 0.5 * layer["bytes_dense"]
 
 
+@pytest.mark.parametrize("name", FFN)
+def test_time_between_ffns(name):
+    """Counted for all layers but the first, and no more than the whole took together with the FFNs."""
+    model = tsconv.load(tiny.converted(name), n_threads=1)
+    model.reset_ffn_stats()
+    started = time.perf_counter()
+    model.token_logits(list(range(10, 40)), n_batch=7)
+    elapsed = time.perf_counter() - started
+    first, *others = model.ffn_stats()
+    model.reset_ffn_stats()
+    assert all(layer["seconds_attention"] == 0 for layer in model.ffn_stats())
+    model.close()
+    assert first["seconds_attention"] == 0
+    assert all(layer["seconds_attention"] > 0 for layer in others)
+    parts = ("attention", "predictor", "ffn")
+    assert sum(layer[f"seconds_{part}"] for layer in [first, *others] for part in parts) < elapsed
+
+
+@pytest.mark.parametrize(
+    ("options", "on"),
+    [({}, True), ({"flash_attn": False}, False), ({"type_k": 0, "type_v": 0}, False)],
+    ids=["default", "off", "keys in f32"],
+)
+def test_flash_attention(options, on):
+    model = tsconv.load(tiny.converted(), n_threads=1, **options)
+    assert (model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED) == on
+    model.token_logits(TOKENS)
+    model.close()
+
+
 # ---- other models
 
 PLAIN = """
 import sys, llama_cpp
 plain, sparse = sys.argv[1:]
 def logits():
-    llama = llama_cpp.Llama(plain, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
+    llama = llama_cpp.Llama(plain, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True,
+                            flash_attn=True)
     llama.eval([1, 20, 300, 7])
     return llama.scores[:4].tobytes()
 if sparse:
@@ -257,7 +290,7 @@ import os, sys, llama_cpp
 library, model = sys.argv[1:]
 assert llama_cpp.llama_cpp._lib.ggml_backend_load(library.encode()), "refused"
 llama = llama_cpp.Llama(model, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True,
-                        kv_overrides={"general.architecture": "llama"})
+                        flash_attn=True, kv_overrides={"general.architecture": "llama"})
 llama.eval([1, 20, 300, 7])
 assert "tsconv" not in sys.modules
 print(llama.scores[:4].tobytes().hex())
@@ -265,7 +298,7 @@ print(llama.scores[:4].tobytes().hex())
 
 
 @pytest.mark.parametrize("name", FFN)
-@pytest.mark.parametrize("sparsity", ["predictor", "exact", None])
+@pytest.mark.parametrize("sparsity", ["predictor", "exact", "dense", None])
 def test_model_named_in_the_environment(name, sparsity):
     model = tiny.converted(name)
     env = {"TSFFN_MODEL": str(model)} | ({"TSFFN_SPARSITY": sparsity} if sparsity else {})
@@ -293,7 +326,7 @@ def test_sidecar_named_in_the_environment(tmp_path):
     ("env", "message"),
     [
         ({"TSFFN_MODEL": "/nonexistent/m.gguf"}, "/nonexistent/m.gguf: cannot be opened: No such file or directory"),
-        ({"TSFFN_SPARSITY": "none"}, "TSFFN_SPARSITY: expected 'predictor' or 'exact', found 'none'"),
+        ({"TSFFN_SPARSITY": "none"}, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found 'none'"),
     ],
 )
 def test_mistakes_in_the_environment(env, message):

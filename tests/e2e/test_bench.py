@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
-import numpy as np
 import pytest
 import tiny
 from refused import sidecar_of
 
 import tsconv
-from tsconv.bench.generate import PRESETS, generated
+from tsconv.bench.generate import GENERATION, PRESETS, generated
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.export.gguf_header import read_header
 
@@ -41,10 +41,10 @@ def test_figures_add_up(rows):
         seconds = step / row["avg_ts"]
         assert row["gbps"] == pytest.approx(row["bytes_per_token"] / seconds / 1e9)
         assert row["bandwidth_share"] == pytest.approx(row["gbps"] / row["memory_gbps"])
-        parts = row["ms_predictor"] + row["ms_ffn"] + row["ms_rest"]
-        assert parts == pytest.approx(1e3 * seconds)
-        assert min(row["ms_predictor"], row["ms_ffn"], row["ms_rest"]) > 0
-        assert row["peak_bytes"] > row["model_size"]
+        parts = [row[f"ms_{part}"] for part in ("attention", "predictor", "ffn", "rest")]
+        assert sum(parts) == pytest.approx(1e3 * seconds)
+        assert min(parts[:-1]) > 0  # the rest is what is left, with the first layer's attention from the others
+        assert row["model_size"] < row["peak_bytes"] < 1 << 30, "not that of measuring memory before"
 
 
 def test_bytes_of_a_token(rows):
@@ -72,24 +72,64 @@ def test_moe_reads_the_routed_experts(tmp_path):
     assert row["dense_bytes_per_token"] == whole - experts * 6 / 8
 
 
+def test_everything_at_once(tmp_path):
+    """All kinds of tests, several numbers of threads, more of them than processors too, beside both baselines."""
+    arguments = ("-m", tiny.converted("tiny-turbosparse-mixtral", "q4_0"), "-r", 1, "--baseline", "dense-drelu")
+    tests = ("--test", "pp40", "--test", "tg6", "--test", "tg6x4", "--test", "tg6x1", "-t", "1,3")
+    done = tiny.run("bench", *arguments, *tests, "--save", tmp_path / "new.json", env=QUIET)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "new.json").read_text())
+    assert [(row["n_threads"], row["test"], row["baseline"]) for row in rows] == [
+        (n, test, baseline)
+        for n in (1, 3)
+        for test in ("pp40", "tg6", "tg6x4")
+        for baseline in ("llama.cpp", "dense-drelu")
+    ]
+    for row in rows:
+        n_tokens, n_steps = {"pp40": (40, 1), "tg6": (6, 6), "tg6x4": (24, 6)}[row["test"]]
+        parts = row["ms_attention"] + row["ms_predictor"] + row["ms_ffn"] + row["ms_rest"]
+        assert parts == pytest.approx(1e3 * n_tokens / n_steps / row["avg_ts"])
+        assert row["ratio"] == pytest.approx(row["avg_ts"] / row["dense_avg_ts"])
+        assert 0 < row["bytes_per_token"] < row["dense_bytes_per_token"]
+    one, together = (next(row for row in rows if row["test"] == test) for test in ("tg6", "tg6x4"))
+    # Four tokens share the weights outside the FFNs, and some of the experts.
+    assert one["dense_bytes_per_token"] < together["dense_bytes_per_token"] < 4 * one["dense_bytes_per_token"]
+    assert len(re.findall(r"\| tg6x4 +\| +3 \|.*dense-drelu", done.stdout.decode())) == 1
+
+
+def test_model_of_one_layer(tmp_path):
+    """Nothing lies between two FFNs, so that attention cannot be told from the rest."""
+    shape = Shape(320, 64, 96, 4, 2, 1, ranks=(32,))
+    write_checkpoint(tmp_path / "checkpoint", shape)
+    model = tsconv.convert(tmp_path / "checkpoint", tmp_path / "m.gguf", "q8_0").model
+    done = tiny.run("bench", "-m", model, "-t", 1, "-r", 1, "--test", "tg4", "--save", tmp_path / "o.json", env=QUIET)
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    assert row["ms_attention"] is None
+    assert row["ms_predictor"] + row["ms_ffn"] + row["ms_rest"] == pytest.approx(1e3 / row["avg_ts"])
+    assert re.search(r"\| tg4 +\| +1 \| +[0-9.]+ \| +- \|", done.stdout.decode())
+
+
 def test_formats(rows, tmp_path):
-    table = bench().stdout.decode()
-    assert table.startswith("| model | size | test | t/s | dense t/s | ratio |")
-    assert "1 threads" in table
+    (tmp_path / "old.json").write_text(json.dumps(rows))
+    done = bench("--compare", tmp_path / "old.json")
+    table = done.stdout.decode()
+    assert re.match(r"\| model +\| size +\| test \| threads \| +t/s \| baseline +\| +its t/s \| ratio", table)
     found = list(csv.DictReader(io.StringIO(bench("-o", "csv").stdout.decode())))
     assert [row["test"] for row in found] == ["pp40", "tg6"]
     assert set(found[0]) == set(rows[0])
-    (tmp_path / "old.json").write_text(json.dumps(rows))
-    done = bench("--compare", tmp_path / "old.json")
-    assert b"tg6: ratio " in done.stderr and b" -> " in done.stderr
+    assert re.search(rb"tg6, 1 threads: \S+ -> \S+ tokens/s \(\S+%\), ratio to llama.cpp \S+ -> ", done.stderr)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--test", "xx5"), "not a test: expected pp512, tg128"),
+        (("--test", "xx5"), "not a test: expected pp512, tg128, tg32x4"),
         (("--test", "tg0"), "not a test"),
         (("--test", "pp5000"), "1 to 1024 tokens"),
+        (("--test", "tg8x17"), "1 to 16 sequences"),
+        (("-t", "1,zwei"), "threads: expected numbers from 1 to 512, such as 2 or 1,2, found '1,zwei'"),
+        (("--suite", "quick"), "--suite decides about --model itself"),
+        (("--save", "nowhere/o.json"), "nowhere: no such folder"),
         (("--compare", "nothing.json"), "cannot be read"),
         (("--compare", __file__), "not a result of tsconv bench"),
     ],
@@ -110,22 +150,12 @@ def test_generated_once(tmp_path, monkeypatch):
     said: list[str] = []
     path = generated("small", 2, "q4_0", said.append)
     assert said[0].startswith("generating small, 2 layers, q4_0: needs ")
-    assert sorted(file.name for file in path.parent.iterdir()) == [
-        "small-2-layers-q4_0.gguf",
-        "small-2-layers-q4_0.predictor.gguf",
-    ]
+    stem = f"small-2-layers-q4_0-g{GENERATION}"
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"{stem}.gguf", f"{stem}.predictor.gguf"]
     written = path.stat().st_mtime_ns
     assert generated("small", 2, "q4_0", said.append) == path
     assert path.stat().st_mtime_ns == written
     assert len(said) == 2
-
-
-@pytest.mark.parametrize("predicted", [0.1, 0.3])
-def test_predictors_pass_the_share_asked_for(tmp_path, predicted):
-    shape = Shape(320, 512, 2048, 4, 2, 2, ranks=(256, 256))
-    write_checkpoint(tmp_path / "checkpoint", shape, predicted=predicted)
-    model = tsconv.load(tsconv.convert(tmp_path / "checkpoint", tmp_path / "m.gguf", "q8_0").model, n_threads=1)
-    model.eval(np.random.default_rng(0).integers(3, 250, 64).tolist())
-    found = [layer["predicted"] / layer["n_ff"] for layer in model.ffn_stats()]
-    model.close()
-    assert found == pytest.approx([predicted] * 2, abs=0.02)
+    other = generated("small", 2, "q4_0", said.append, active=0.2, seed=3)
+    assert other.name == f"{stem}-0.2-seed3.gguf"
+    assert other.read_bytes()[-4096:] != path.read_bytes()[-4096:]  # weights, after the header with its random id

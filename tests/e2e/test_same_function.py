@@ -171,7 +171,7 @@ def test_graph_cut_between_the_operations(name, tokens, sparsity, stop, outtype)
     stats = model.ffn_stats()
     model.close()
     assert seen
-    assert all(layer["single_ops"] > 0 and layer["calls"] == 0 for layer in stats)
+    assert all(layer["single_ops"] > 0 and layer["calls"] == layer["seconds_attention"] == 0 for layer in stats)
     # At q4_0 the hidden state is not quantized between the operations either: only the order of sums differs.
     assert nmse(cut, whole) <= 1e-9
 
@@ -195,6 +195,24 @@ def test_counters_equal_the_reference(name, tokens):
         assert layer["bytes_ffn"] == pytest.approx(row * touched * rows)
         assert layer["bytes_dense"] == row * 3 * layer["n_ff"] * rows
         assert layer["bytes_ffn"] < 0.5 * layer["bytes_dense"]
+
+
+@pytest.mark.parametrize("n_batch", [1, 8, 512])
+def test_dense_is_exact_without_skipping(name, tokens, reference, n_batch):
+    """The same function and the same neurons; every row of gate, up and down is read."""
+    stats = {}
+    for sparsity in ("exact", "dense"):
+        model = load(name, "f32", sparsity)
+        assert model.sparsity == sparsity
+        assert nmse(model.token_logits(tokens, n_batch=n_batch), reference["exact"]) <= NMSE_LIMITS["f32"]
+        stats[sparsity] = model.ffn_stats()
+        model.close()
+    for exact, dense in zip(stats["exact"], stats["dense"], strict=True):
+        assert dense["bytes_predictor"] == 0
+        assert dense["bytes_ffn"] == dense["bytes_dense"] == exact["bytes_dense"] > exact["bytes_ffn"]
+        assert dense["predicted"] == dense["n_ff"] == exact["n_ff"]
+        for count in ("gate_positive", "active"):
+            assert dense[count] == pytest.approx(exact[count], rel=1e-3)
 
 
 @pytest.mark.sanitized

@@ -1,8 +1,8 @@
-"""tsconv beside stock llama.cpp, dense: the same file, in turn, in one session.
+"""tsconv beside dense baselines: the same file, in turn, in one session.
 
-Both engines run in processes of their own (tsconv.bench.worker) that keep the model loaded and take turns, A B A B, so
-that a machine whose speed drifts drifts for both. Field names are those of llama-bench (tools/llama-bench) where it has
-them.
+Each engine runs in a process of its own (tsconv.bench.worker) that keeps the model loaded, and they take turns, A B A
+B, so that a machine whose speed drifts drifts for all. Field names are those of llama-bench (tools/llama-bench) where
+it has them.
 """
 
 from __future__ import annotations
@@ -11,48 +11,50 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tsconv
+from tsconv.bench.workload import Workload
 from tsconv.errors import BackendError
+from tsconv.export.gguf_header import Header
 from tsconv.export.pair import read_pair
 from tsconv.profile.hardware.measure import measure_memory
 from tsconv.runtime.backend import load_backend
 from tsconv.runtime.cpu import cpu_model, physical_cores
 
-ENGINES = ("tsconv", "llama.cpp")
+STOCK, DENSE_DRELU = "llama.cpp", "dense-drelu"
+BASELINES = (STOCK, DENSE_DRELU)
+WARM_UP_TOKENS = {"pp": 64, "tg": 8}  # in a sequence: touches the weights and the buffers of every test
 
-
-@dataclass(frozen=True)
-class Test:
-    """`pp`: n tokens together; `tg`: n tokens one by one. As llama-bench, pp512 and tg128."""
-
-    kind: str
-    n: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}{self.n}"
+Answer = dict[str, Any]  # of a worker
 
 
 @dataclass(frozen=True)
 class Row:
-    """One test of one model. Times and ratios are medians over the repetitions; ratio_min and ratio_max their spread.
+    """One test of one model beside one baseline, with one number of threads. Times and ratios are medians over the
+    repetitions; ratio_min and ratio_max their spread. A step is a token of each sequence; pp: the batch. Bytes, shares
+    and parts of a step are those of the repetition whose time is the median.
 
     Attributes:
-        avg_ts, dense_avg_ts: tokens/s of tsconv and of stock llama.cpp.
+        baseline: "llama.cpp" (stock, dense SwiGLU of the same shape and types) or "dense-drelu" (our backend, the same
+            weights, every one read and multiplied, no predictor). The fields dense_... are the baseline's.
+        avg_ts, dense_avg_ts: tokens/s of all sequences together.
         ratio: of the two, each pair measured one after the other.
-        bytes_per_token, dense_bytes_per_token: of weights that are read; for pp, per batch of 512.
-        gbps, bandwidth_share: bytes over seconds of tsconv, and their share of the memory bandwidth, measured before
-            and after, in the order of addresses.
+        bytes_per_token, dense_bytes_per_token: of weights that are read in a step.
+        gbps, bandwidth_share: bytes over seconds of tsconv, and their share of the memory bandwidth that as many
+            threads have, measured before and after, in the order of addresses.
         roofline_ratio: dense_bytes_per_token / bytes_per_token: the ratio if bytes were all that counts.
         roofline_reached: ratio / roofline_ratio; both None for pp, which is not bound by bytes.
         predicted, active: mean shares of the neurons.
-        ms_predictor, ms_ffn, ms_rest: of a token (pp: of the batch); the rest is attention, output and llama.cpp's own.
+        ms_attention, ms_predictor, ms_ffn, ms_rest: of a step. Attention is what llama.cpp computes between two FFNs:
+            norms, attention, router. Before layer 0 it cannot be told from the embedding, and is taken to last as long
+            as the mean of the other layers; None for a model of one layer. The rest is everything else: embedding,
+            output, starting of threads and Python.
         peak_bytes, dense_peak_bytes: largest resident sizes, mapped files included.
         load_seconds, dense_load_seconds: with the file in the page cache or not, as it was.
     """
@@ -61,6 +63,7 @@ class Row:
     model_size: int
     n_threads: int
     test: str
+    baseline: str
     avg_ts: float
     dense_avg_ts: float
     ratio: float
@@ -76,6 +79,7 @@ class Row:
     roofline_reached: float | None
     predicted: float
     active: float
+    ms_attention: float | None
     ms_predictor: float
     ms_ffn: float
     ms_rest: float
@@ -99,13 +103,13 @@ class _Worker:
         )
         self.load_seconds: float = self._answer()["load_seconds"]
 
-    def run(self, test: Test) -> dict[str, Any]:
+    def run(self, workload: Workload, n_threads: int) -> Answer:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"test": test.kind, "n": test.n}) + "\n")
+        self._process.stdin.write(json.dumps({"test": workload.name, "n_threads": n_threads}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Answer:
         assert self._process.stdout is not None and self._process.stderr is not None
         line = self._process.stdout.readline()
         if not line:
@@ -120,10 +124,10 @@ class _Worker:
 
 
 @contextmanager
-def _workers(path: Path, n_threads: int) -> Iterator[dict[str, _Worker]]:
+def _workers(engines: Sequence[str], path: Path, n_threads: int) -> Iterator[dict[str, _Worker]]:
     workers: dict[str, _Worker] = {}
     try:
-        for engine in ENGINES:
+        for engine in engines:
             workers[engine] = _Worker(engine, path, n_threads)
         yield workers
     finally:
@@ -133,94 +137,152 @@ def _workers(path: Path, n_threads: int) -> Iterator[dict[str, _Worker]]:
 
 def compare(
     path: Path,
-    tests: Sequence[Test],
+    workloads: Sequence[Workload],
     *,
+    baselines: Sequence[str] = (STOCK,),
     repetitions: int = 3,
-    n_threads: int | None = None,
+    n_threads: Sequence[int] | None = None,
+    seconds: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Runs every test `repetitions` times on both engines in turn, after one turn that is not counted.
+    """Runs every test `repetitions` times on all engines in turn, after a short turn that is not counted.
 
     Args:
-        path: a converted model; the dense engine reads its FFNs as SwiGLU of the same shape and types.
-        n_threads: None for the physical cores.
+        path: a converted model; the stock engine reads its FFNs as SwiGLU of the same shape and types.
+        baselines: of BASELINES.
+        n_threads: each number in turn; None for the physical cores.
+        seconds: no further turn is begun that would end later than this after the call; one is always run.
+
+    Returns:
+        a row for every number of threads, test and baseline, in this order.
 
     Raises:
         ModelFileError: the model cannot be read.
         BackendError: an engine could not run it.
     """
-    n_threads = n_threads or physical_cores()
+    started = time.monotonic()
+    counts = tuple(n_threads or (physical_cores(),))
     headers = read_pair(path)
-    tensors = headers[0].tensors
-    dense_bytes = sum(t.n_bytes for t in tensors if t.name != "token_embd.weight")
-    ffn_bytes = sum(t.n_bytes for t in tensors if ".ffn_" in t.name and "_norm" not in t.name and "_inp" not in t.name)
-    n_expert, n_used = (headers[0].keys.get(f"llama.expert{name}", 1) for name in ("_count", "_used_count"))
     backend = load_backend()
-    bandwidth = [measure_memory(backend, n_threads)[0]]
-    measured: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {test.name: [] for test in tests}
-    with _workers(path, n_threads) as workers:
-        loads = [workers[engine].load_seconds for engine in ENGINES]
-        for number in range(repetitions + 1):
-            for test in tests:
-                pair = tuple(workers[engine].run(test) for engine in ENGINES)
-                speeds = " and ".join(f"{test.n / answer['seconds']:.1f}" for answer in pair)
-                progress(f"{test.name}: {speeds} tokens/s")
-                if number:
-                    measured[test.name].append((pair[0], pair[1]))
-    bandwidth.append(measure_memory(backend, n_threads)[0])
+    engines = ("tsconv", *baselines)
+    cases = [(n, workload) for n in counts for workload in workloads]
+    turns: list[dict[tuple[int, Workload], dict[str, Answer]]] = []
+    bandwidth = {n: [measure_memory(backend, n)[0]] for n in counts}
+    with _workers(engines, path, max(counts)) as workers:
+
+        def run(n: int, workload: Workload) -> dict[str, Answer]:
+            answers = {engine: workers[engine].run(workload, n) for engine in engines}
+            speeds = ", ".join(f"{engine} {workload.n_tokens / a['seconds']:.1f}" for engine, a in answers.items())
+            progress(f"{workload.name}, {n} threads: {speeds} tokens/s")
+            return answers
+
+        for workload in dict.fromkeys(workload.cut(WARM_UP_TOKENS[workload.kind]) for workload in workloads):
+            run(max(counts), workload)
+        for _ in range(repetitions):
+            begun = time.monotonic()
+            turns.append({case: run(*case) for case in cases})
+            now = time.monotonic()
+            if seconds is not None and now + (now - begun) > started + seconds:
+                break
+        loads = {engine: workers[engine].load_seconds for engine in engines}
+    for n in counts:
+        bandwidth[n].append(measure_memory(backend, n)[0])
     common = {
         "model_filename": path.name,
         "model_size": sum(header.file_bytes for header in headers),
-        "n_threads": n_threads,
-        "memory_gbps": statistics.fmean(bandwidth) / 1e9,
-        "load_seconds": loads[0],
-        "dense_load_seconds": loads[1],
+        "load_seconds": loads["tsconv"],
         "cpu_info": cpu_model(),
         "backend": f"TSFFN {backend.isa}, ggml {backend.ggml_version}",
         "build": f"tsconv {tsconv.__version__}",
     }
-    dense_per_token = dense_bytes - ffn_bytes * (1 - n_used / n_expert)
-    return [_row(test, measured[test.name], dense_bytes - ffn_bytes, dense_per_token, common) for test in tests]
+    weights = Weights.of(headers[0])
+    return [
+        _row(
+            workload,
+            [turn[n, workload]["tsconv"] for turn in turns],
+            [turn[n, workload][baseline] for turn in turns],
+            weights,
+            statistics.fmean(bandwidth[n]) / 1e9,
+            common | {"n_threads": n, "baseline": baseline, "dense_load_seconds": loads[baseline]},
+        )
+        for n, workload in cases
+        for baseline in baselines
+    ]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of weights that a token reads: `dense` by a dense model, `other` of them not of FFNs."""
+
+    dense: float
+    other: int
+
+    @classmethod
+    def of(cls, header: Header) -> Weights:
+        read = [t for t in header.tensors if t.name != "token_embd.weight"]
+        ffn = sum(t.n_bytes for t in read if ".ffn_" in t.name and "_norm" not in t.name and "_inp" not in t.name)
+        n_expert, n_used = (header.keys.get(f"llama.expert{name}", 1) for name in ("_count", "_used_count"))
+        other = sum(t.n_bytes for t in read) - ffn
+        return cls(other + ffn * n_used / n_expert, other)
 
 
 def _row(
-    test: Test,
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]],
-    other_bytes: int,
-    dense_per_token: float,
-    common: dict[str, Any],
+    workload: Workload,
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
+    weights: Weights,
+    memory_gbps: float,
+    common: Mapping[str, Any],
 ) -> Row:
-    steps = 1 if test.kind == "pp" else test.n  # a step reads the weights once
-    ratios = [dense["seconds"] / ours["seconds"] for ours, dense in pairs]
-    seconds = statistics.median(ours["seconds"] for ours, _ in pairs) / steps
-    layers = [layer for ours, _ in pairs for layer in ours["layers"]]
-    runs = len(pairs) * steps
-    read = other_bytes + sum(layer["bytes_read"] for layer in layers) / runs
-    dense_read = dense_per_token if test.kind == "tg" else other_bytes + sum(la["bytes_dense"] for la in layers) / runs
-    predictor, ffn = (sum(layer[f"seconds_{part}"] for layer in layers) / runs for part in ("predictor", "ffn"))
+    ratios = [dense["seconds"] / answer["seconds"] for answer, dense in zip(ours, theirs, strict=True)]
+    middle = _middle(ours)
+    seconds = statistics.fmean(answer["seconds"] for answer in middle) / workload.n_steps
+    layers = [layer for answer in middle for layer in answer["layers"]]
+    steps = len(middle) * workload.n_steps
+    read = weights.other + sum(layer["bytes_read"] for layer in layers) / steps
+    # Which experts the tokens of a step share is known only from the counters.
+    one_token = workload.n_tokens == workload.n_steps
+    dense_read = weights.dense if one_token else weights.other + sum(la["bytes_dense"] for la in layers) / steps
+    predictor, ffn = (sum(layer[f"seconds_{part}"] for layer in layers) / steps for part in ("predictor", "ffn"))
+    attention = _attention(layers, len(layers) // len(middle), steps)
     n_ff = sum(layer["n_ff"] for layer in layers)
     ratio = statistics.median(ratios)
-    roofline = dense_read / read if test.kind == "tg" else None
+    roofline = None if workload.kind == "pp" else dense_read / read
     return Row(
-        test=test.name,
-        avg_ts=test.n / (seconds * steps),
-        dense_avg_ts=test.n / statistics.median(dense["seconds"] for _, dense in pairs),
+        test=workload.name,
+        avg_ts=workload.n_tokens / (seconds * workload.n_steps),
+        dense_avg_ts=workload.n_tokens / statistics.median(dense["seconds"] for dense in theirs),
         ratio=ratio,
         ratio_min=min(ratios),
         ratio_max=max(ratios),
-        repetitions=len(pairs),
+        repetitions=len(ours),
         bytes_per_token=read,
         dense_bytes_per_token=dense_read,
         gbps=read / seconds / 1e9,
-        bandwidth_share=read / seconds / 1e9 / common["memory_gbps"],
+        memory_gbps=memory_gbps,
+        bandwidth_share=read / seconds / 1e9 / memory_gbps,
         roofline_ratio=roofline,
         roofline_reached=None if roofline is None else ratio / roofline,
         predicted=sum(layer["predicted"] for layer in layers) / n_ff,
         active=sum(layer["active"] for layer in layers) / n_ff,
+        ms_attention=None if attention is None else 1e3 * attention,
         ms_predictor=1e3 * predictor,
         ms_ffn=1e3 * ffn,
-        ms_rest=1e3 * (seconds - predictor - ffn),
-        peak_bytes=max(ours["peak_bytes"] for ours, _ in pairs),
-        dense_peak_bytes=max(dense["peak_bytes"] for _, dense in pairs),
+        ms_rest=1e3 * (seconds - (attention or 0.0) - predictor - ffn),
+        peak_bytes=max(answer["peak_bytes"] for answer in ours),
+        dense_peak_bytes=max(answer["peak_bytes"] for answer in theirs),
         **common,
     )
+
+
+def _middle(answers: Sequence[Answer]) -> list[Answer]:
+    """The one or two whose (mean) time is the median of all: the parts of a step are those of the same runs."""
+    ordered = sorted(answers, key=lambda answer: answer["seconds"])
+    return ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+
+
+def _attention(layers: Sequence[Mapping[str, float]], n_layer: int, steps: int) -> float | None:
+    """Seconds of a step, all layers; layer 0, which is not measured, as long as the mean of the others."""
+    if n_layer == 1:
+        return None
+    return sum(layer["seconds_attention"] for layer in layers) / steps * n_layer / (n_layer - 1)

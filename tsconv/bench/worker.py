@@ -1,25 +1,31 @@
 """One engine in a process of its own: loads a model once, then runs tests as they are asked for on stdin.
 
-    python -m tsconv.bench.worker tsconv|llama.cpp MODEL.gguf THREADS
+    python -m tsconv.bench.worker tsconv|dense-drelu|llama.cpp MODEL.gguf THREADS
 
-Lines of JSON: {"test": "pp", "n": 512} or {"test": "tg", "n": 128} in, {"seconds": ..., ...} out. `llama.cpp` is the
-stock library on the same file: told that the architecture is llama, it computes a dense SwiGLU model of the same shape
-and types, with the kernels it likes best. (Its text is noise: ffn_down lies in another layout. Its speed is not.)
+Lines of JSON: {"test": "tg128", "n_threads": 2} in, {"seconds": ..., ...} out. `dense-drelu` is our backend with every
+weight read and multiplied. `llama.cpp` is the stock library on the same file: told that the architecture is llama, it
+computes a dense SwiGLU model of the same shape and types, with the kernels it likes best. (Its text is noise: ffn_down
+lies in another layout. Its speed is not.) All of them have flash attention, with which each is faster.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
+from llama_cpp._internals import LlamaBatch, LlamaContext
 
-MAX_TOKENS = 1024
+from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
+from tsconv.export.kv_cache import padded
+
 N_UBATCH = 512
 
 
@@ -31,37 +37,100 @@ def load_stock(path: str, n_threads: int) -> llama_cpp.Llama:
         n_batch=N_UBATCH,
         n_threads=n_threads,
         n_threads_batch=n_threads,
+        flash_attn=True,
         kv_overrides={"general.architecture": "llama"},
         verbose=False,
     )
 
 
-def load_sparse(path: str, n_threads: int) -> llama_cpp.Llama:
+def load_sparse(path: str, n_threads: int, sparsity: str | None = None) -> llama_cpp.Llama:
     """The file in llama.cpp with our backend."""
     from tsconv.runtime.model import load
 
-    return load(path, n_ctx=MAX_TOKENS, n_batch=N_UBATCH, n_threads=n_threads)
+    return load(path, sparsity=sparsity, n_ctx=MAX_TOKENS, n_batch=N_UBATCH, n_threads=n_threads)
 
 
-ENGINES = {"tsconv": load_sparse, "llama.cpp": load_stock}
+def load_dense(path: str, n_threads: int) -> llama_cpp.Llama:
+    """The same, without skipping anything."""
+    return load_sparse(path, n_threads, "dense")
 
 
-def run(model: llama_cpp.Llama, test: str, tokens: list[int]) -> float:
-    """Seconds for the tokens from an empty context: "pp" together, "tg" one by one."""
-    model.reset()
-    model._ctx.kv_cache_clear()
-    started = time.perf_counter()
-    if test == "pp":
-        model.eval(tokens)
+ENGINES = {"tsconv": load_sparse, "dense-drelu": load_dense, "llama.cpp": load_stock}
+
+
+class Sequences:
+    """A context of `model` for `n_seq` sequences of at most `n` tokens, which are decoded together."""
+
+    def __init__(self, model: llama_cpp.Llama, n: int, n_seq: int, n_threads: int) -> None:
+        params = type(model.context_params).from_buffer_copy(model.context_params)
+        params.n_ctx = n_seq * padded(n)
+        params.n_batch = params.n_ubatch = params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = n_threads
+        self._context = LlamaContext(model=model._model, params=params, verbose=False)
+        self._batch = LlamaBatch(n_tokens=n_seq, embd=0, n_seq_max=1, verbose=False)
+
+    def clear(self) -> None:
+        self._context.kv_cache_clear()
+
+    def decode(self, tokens: list[int], position: int) -> None:
+        """One token of each sequence, with logits."""
+        batch = self._batch.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, True
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i
+        self._context.decode(self._batch)
+
+    def close(self) -> None:
+        self._batch.close()
+        self._context.close()
+
+
+def run(model: llama_cpp.Llama, workload: Workload, tokens: npt.NDArray[np.int64], n_threads: int) -> dict[str, Any]:
+    """Seconds for the tokens [n, n_seq] from an empty context, and what our backend counted meanwhile."""
+    if workload.n_seq > 1:
+        sequences = Sequences(model, workload.n, workload.n_seq, n_threads)
+        rows = tokens.tolist()
+        sequences.decode(rows[0], 0)  # a new context's memory is first touched here
+        sequences.clear()
+        reset(model)
+        started = time.perf_counter()
+        for position, row in enumerate(rows):
+            sequences.decode(row, position)
+        seconds = time.perf_counter() - started
+        sequences.close()
     else:
-        for token in tokens:
-            model.eval([token])
-    return time.perf_counter() - started
+        model._ctx.set_n_threads(n_threads, n_threads)
+        model.reset()
+        model._ctx.kv_cache_clear()
+        reset(model)
+        column = tokens[:, 0].tolist()
+        started = time.perf_counter()
+        if workload.kind == "pp":
+            model.eval(column)
+        else:
+            for token in column:
+                model.eval([token])
+        seconds = time.perf_counter() - started
+    layers = {"layers": model.ffn_stats()} if hasattr(model, "ffn_stats") else {}
+    return {"seconds": seconds} | layers
+
+
+def reset(model: llama_cpp.Llama) -> None:
+    """Sets our backend's counters to 0."""
+    if hasattr(model, "reset_ffn_stats"):
+        model.reset_ffn_stats()
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident size of this program so far, mapped files included.
+
+    Source: VmHWM in proc(5). ru_maxrss would include what the parent process had when it started this one.
+    """
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert peak is not None
+    return 1024 * int(peak[1])
 
 
 def main(engine: str, path: str, n_threads: int) -> None:
@@ -74,12 +143,9 @@ def main(engine: str, path: str, n_threads: int) -> None:
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         command = json.loads(line)
-        tokens = rng.integers(3, min(model.n_vocab(), 256), command["n"]).tolist()
-        if engine == "tsconv":
-            model.reset_ffn_stats()
-        answer: dict[str, Any] = {"seconds": run(model, command["test"], tokens)}
-        if engine == "tsconv":
-            answer["layers"] = model.ffn_stats()
+        workload = parse_workload(command["test"])
+        tokens = rng.integers(3, min(model.n_vocab(), 256), (workload.n, workload.n_seq))
+        answer = run(model, workload, tokens, command["n_threads"])
         print(json.dumps(answer | {"peak_bytes": peak_bytes()}), file=answers, flush=True)
 
 

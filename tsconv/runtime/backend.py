@@ -26,8 +26,8 @@ LIBRARY_NAME = "libggml-tsffn.so"
 ERROR_SIZE = 2048
 
 # enum tsffn_sparsity (native/include/tsffn.h)
-SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2}
-SPARSITY_NAMES = {1: "predictor", 2: "exact"}
+SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2, "dense": 3}
+SPARSITY_NAMES = {1: "predictor", 2: "exact", 3: "dense"}
 
 
 class LayerStats(ctypes.Structure):
@@ -48,6 +48,7 @@ class LayerStats(ctypes.Structure):
             "ns_predictor",
             "ns_ffn",
             "single_ops",
+            "ns_attention",
         )
     )
 
@@ -213,13 +214,13 @@ class Backend:
         Args:
             path: the model, `NAME.gguf`.
             sidecar: None looks for `NAME.predictor.gguf` beside it.
-            sparsity: "predictor", "exact", or None for the model's own.
+            sparsity: "predictor", "exact", "dense", or None for the model's own.
 
         Raises:
             ModelFileError: a file that is missing, damaged, or not its partner's.
         """
         if sparsity not in SPARSITY_VALUES:
-            raise TsconvError("sparsity", expected="'predictor' or 'exact'", found=repr(sparsity))
+            raise TsconvError("sparsity", expected="'predictor', 'exact' or 'dense'", found=repr(sparsity))
         from tsconv.runtime.log import quiet_unless
 
         message = ctypes.create_string_buffer(ERROR_SIZE)

@@ -28,12 +28,15 @@ class SparseLlama(llama_cpp.Llama):
 
     Args:
         model_path: `NAME.gguf` written by `tsconv convert`.
-        sparsity: "predictor" (the checkpoint's own mask), "exact" (no predictor, unmasked dReLU), or None: predictor
-            when the model has one.
+        sparsity: "predictor" (the checkpoint's own mask), "exact" (no predictor, unmasked dReLU), "dense" (what exact
+            computes, every weight read and multiplied: a baseline to measure against), or None: predictor when the
+            model has one.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         n_threads: None for the physical cores this process may use.
         n_ctx: tokens of context, 0 for the model's own; rounded up to a multiple of 256 as llama.cpp does, so that the
             buffers that `llama_cpp.Llama` keeps beside the context are as long as the context.
+        flash_attn: llama.cpp's fused attention, which prefill and decoding are faster with. None: on, but for keys or
+            values in f32, which it would round to f16 for every token.
         verbose: llama.cpp's log on stderr.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -51,6 +54,7 @@ class SparseLlama(llama_cpp.Llama):
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         n_ctx: int = 512,
+        flash_attn: bool | None = None,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -64,6 +68,8 @@ class SparseLlama(llama_cpp.Llama):
         self._native = native
         self.sparsity: str = native.sparsity
         n_threads = n_threads or physical_cores()
+        if flash_attn is None:
+            flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
         undo = ExitStack()
         undo.callback(native.close)
         try:
@@ -73,6 +79,7 @@ class SparseLlama(llama_cpp.Llama):
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
                     n_ctx=padded(n_ctx),
+                    flash_attn=flash_attn,
                     kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
                     verbose=verbose,
                     **kwargs,
@@ -145,7 +152,9 @@ class SparseLlama(llama_cpp.Llama):
         gate_positive and active (mean neurons per token: let through by the predictor, of these gate > 0, of these
         up > 0);
         bytes_predictor, bytes_ffn, bytes_read (their sum) and bytes_dense (what a dense FFN would have read);
-        seconds_predictor, seconds_ffn; single_ops (operations computed alone because the graph was cut in between).
+        seconds_predictor, seconds_ffn; seconds_attention (what llama.cpp computes between the FFN of the layer before
+        and this one: norms, attention, router; 0 for layer 0, which has none before it); single_ops (operations
+        computed alone because the graph was cut in between).
         """
         layers = []
         for layer in range(self._native.n_layer):
@@ -166,6 +175,7 @@ class SparseLlama(llama_cpp.Llama):
                     "bytes_dense": s.bytes_dense,
                     "seconds_predictor": s.ns_predictor * 1e-9,
                     "seconds_ffn": s.ns_ffn * 1e-9,
+                    "seconds_attention": s.ns_attention * 1e-9,
                     "single_ops": s.single_ops,
                 }
             )

@@ -230,8 +230,11 @@ static bool open_from_environment(char * error, size_t error_size) {
         mode = TSFFN_SPARSITY_PREDICTOR;
     } else if (sparsity != NULL && strcmp(sparsity, "exact") == 0) {
         mode = TSFFN_SPARSITY_EXACT;
+    } else if (sparsity != NULL && strcmp(sparsity, "dense") == 0) {
+        mode = TSFFN_SPARSITY_DENSE;
     } else if (sparsity != NULL) {
-        return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor' or 'exact', found '%s'", sparsity);
+        return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'",
+                          sparsity);
     }
     struct tsffn_model * model = tsffn_model_open(path, getenv("TSFFN_PREDICTOR"), mode, error, error_size);
     if (model == NULL) {

@@ -10,6 +10,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 static bool is_matmul(const tsffn_tensor * op) {
     return op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID;
@@ -162,6 +169,7 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
 static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
                                 const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
                                 const tsffn_tensor * out) {
+    const uint64_t start_ns = now_ns();
     int64_t n_rows;
     const enum ggml_status status = list_rows(stream, weight->model, x, ids, h, out, &n_rows);
     if (status != GGML_STATUS_SUCCESS) {
@@ -185,6 +193,7 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
         .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
         .n_tokens = x->ne[1] * x->ne[2],
         .n_threads = stream->n_threads,
+        .dense = weight->model->sparsity == TSFFN_SPARSITY_DENSE,
         .profile = profiling ? &profile : NULL,
     };
     struct tsffn_counts counts = {0};
@@ -196,9 +205,14 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
         return GGML_STATUS_ALLOC_FAILED;
     }
     if (op == TSFFN_OP_FUSED) {
-        tsffn_model_count(weight->model, weight->layer, n_rows, &counts);
+        // Every graph begins at layer 0, so the layer before was computed in the same one.
+        const bool follows = weight->layer > 0 && weight->layer == stream->next_layer;
+        tsffn_model_count(weight->model, weight->layer, n_rows, follows ? start_ns - stream->last_end_ns : 0, &counts);
+        stream->next_layer = weight->layer + 1;
+        stream->last_end_ns = now_ns();
     } else {
         tsffn_model_count_single(weight->model, weight->layer);
+        stream->next_layer = 0;
     }
     return GGML_STATUS_SUCCESS;
 }

@@ -12,6 +12,8 @@ struct tsffn_stream {
     int64_t n_ffns;
     struct tsffn_row * rows; // [n_rows]
     int64_t n_rows;
+    int64_t next_layer; // the one after that whose FFN was computed last as a whole; 0: none was
+    uint64_t last_end_ns;
 };
 
 // True for MUL_MAT and MUL_MAT_ID with an FFN weight of an opened model, and for the SWIGLU between them.

@@ -18,8 +18,8 @@ static bool resolve_sparsity(enum tsffn_sparsity asked, const struct tsffn_ident
                           "%s: the model has no predictor; run with exact sparsity, or convert with --predictor",
                           model_path);
     }
-    const bool exact = asked == TSFFN_SPARSITY_EXACT || !has_predictor;
-    model->sparsity = exact ? TSFFN_SPARSITY_EXACT : TSFFN_SPARSITY_PREDICTOR;
+    const enum tsffn_sparsity own = has_predictor ? TSFFN_SPARSITY_PREDICTOR : TSFFN_SPARSITY_EXACT;
+    model->sparsity = asked == TSFFN_SPARSITY_DEFAULT ? own : asked;
     return true;
 }
 

@@ -43,8 +43,9 @@ struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
 // The model armed by tsffn_model_arm, or NULL.
 struct tsffn_model * tsffn_model_armed(void);
 
-// Adds one fused computation of `rows` rows to the counters of `layer`.
-void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, const struct tsffn_counts * counts);
+// Adds one fused computation of `rows` rows to the counters of `layer`, and the time since that of the layer before.
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
+                       const struct tsffn_counts * counts);
 // Adds one operation that was computed alone.
 void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
 

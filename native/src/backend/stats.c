@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, const struct tsffn_counts * counts) {
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
+                       const struct tsffn_counts * counts) {
     pthread_mutex_lock(&model->stats_mutex);
     struct tsffn_layer_stats * stats = &model->stats[layer];
     stats->calls += 1;
@@ -17,6 +18,7 @@ void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, 
     stats->bytes_dense += counts->bytes_dense;
     stats->ns_predictor += counts->ns_predictor;
     stats->ns_ffn += counts->ns_ffn;
+    stats->ns_attention += ns_attention;
     pthread_mutex_unlock(&model->stats_mutex);
 }
 

@@ -1,0 +1,143 @@
+"""Several generated models one after the other, each cut to what memory and time allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from tsconv.bench.compare import DENSE_DRELU, Row, compare
+from tsconv.bench.generate import PRESETS, generated
+from tsconv.bench.synthetic import Shape, tensor_shapes
+from tsconv.bench.workload import Workload, parse_workload
+from tsconv.runtime.limits import available_memory
+from tsconv.transform.plan import DEFAULTS, parse_type
+
+# KV caches and compute buffers of three engines, and this process while it measures memory.
+SPARE_BYTES = 3 << 30
+
+
+@dataclass(frozen=True)
+class Item:
+    """A generated model and its tests.
+
+    Attributes:
+        n_layer: at most; fewer when memory has no room for all engines.
+        until: seconds after the suite's start by which its last turn should have ended; a first one is always run.
+    """
+
+    preset: str
+    outtype: str
+    n_layer: int
+    workloads: tuple[Workload, ...]
+    until: float
+
+
+def _item(preset: str, outtype: str, n_layer: int, tests: str, until: float) -> Item:
+    return Item(preset, outtype, n_layer, tuple(map(parse_workload, tests.split())), until)
+
+
+# Two cores that read 20 GB/s generate the models of the full one in about 65, 40 and 37 s; a turn of each takes 100, 40
+# and 17 s.
+SUITES = {
+    "full": (
+        _item("turbosparse-mistral-7b", "q4_0", 32, "tg128 pp512 pp32 tg16x2 tg16x4 tg16x8", 360),
+        _item("turbosparse-mistral-7b", "f16", 16, "tg32 pp128 pp32 tg16x4", 490),
+        _item("turbosparse-mixtral-47b", "q4_0", 3, "tg64 pp256 pp32 tg16x4", 590),
+    ),
+    "quick": (
+        _item("turbosparse-mistral-7b", "q4_0", 4, "tg64 pp256 tg16x4", 45),
+        _item("turbosparse-mistral-7b", "f16", 4, "tg32 pp64", 80),
+        _item("turbosparse-mixtral-47b", "q4_0", 2, "tg64 tg16x4", 110),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of a converted model: gate, up and down; all other tensors of its file; the predictors of the other file."""
+
+    ffn: int
+    other: int
+    predictor: int
+
+    @classmethod
+    def of(cls, shape: Shape, outtype: str) -> Bytes:
+        kind = parse_type(outtype)
+        output, predictor = DEFAULTS[kind]
+        bytes_ = {"ffn": 0, "other": 0, "predictor": 0}
+        for name, dims in tensor_shapes(shape).items():
+            is_ffn = ".mlp." in name or ".experts." in name
+            part = "predictor" if ".predictor." in name else "ffn" if is_ffn else "other"
+            stored = predictor if part == "predictor" else output if name == "lm_head.weight" else kind
+            is_fixed = len(dims) == 1 or name.endswith("block_sparse_moe.gate.weight")
+            bytes_[part] += _stored(GGMLQuantizationType.F32 if is_fixed else stored, prod(dims))
+        return cls(**bytes_)
+
+    @property
+    def file(self) -> int:
+        """Of both files."""
+        return self.ffn + self.other + self.predictor
+
+    def resident(self, baselines: Sequence[str]) -> int:
+        """What all engines together keep in memory. Ours map the FFNs and predictors, and llama.cpp keeps its own copy
+        of the rest, rearranged for this processor; the stock engine keeps such a copy of everything."""
+        ours = self.ffn + self.predictor + self.other
+        return ours + self.ffn + self.other + (self.other if DENSE_DRELU in baselines else 0)
+
+
+def _stored(kind: GGMLQuantizationType, n: int) -> int:
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    return n // block * n_bytes
+
+
+def layers_that_fit(item: Item, baselines: Sequence[str], available: int) -> int:
+    """Most layers, up to the item's, with which all engines fit into `available` bytes of memory; at least 1."""
+    shape = PRESETS[item.preset].shape
+
+    def fits(n_layer: int) -> bool:
+        return Bytes.of(shape(n_layer), item.outtype).resident(baselines) + SPARE_BYTES <= available
+
+    return next((n for n in range(item.n_layer, 1, -1) if fits(n)), 1)
+
+
+def run_suite(
+    name: str,
+    *,
+    baselines: Sequence[str],
+    n_threads: Sequence[int] | None,
+    say: Callable[[str], None],
+    progress: Callable[[str], None],
+) -> Iterator[list[Row]]:
+    """Generates and measures the models of SUITES[name]; yields the rows of each when it is done.
+
+    Args:
+        baselines, n_threads, progress: as `compare`.
+        say: called with a line for every model before it is generated.
+
+    Raises:
+        OutputError: the cache folder cannot be written or has no room.
+        BackendError: an engine could not run a model.
+    """
+    started = time.monotonic()
+    for number, item in enumerate(SUITES[name], 1):
+        n_layer = layers_that_fit(item, baselines, available_memory())
+        preset = PRESETS[item.preset]
+        bytes_ = Bytes.of(preset.shape(n_layer), item.outtype)
+        cut = "" if n_layer == item.n_layer else f", for more than {n_layer} of which memory has no room"
+        say(
+            f"model {number} of {len(SUITES[name])}: {item.preset}, {item.outtype}, {bytes_.file / 1e9:.1f} GB: "
+            f"{n_layer} of {preset.n_layer} layers{cut}"
+        )
+        path = generated(item.preset, n_layer, item.outtype, say)
+        yield compare(
+            path,
+            item.workloads,
+            baselines=baselines,
+            n_threads=n_threads,
+            seconds=started + item.until - time.monotonic(),
+            progress=progress,
+        )
