@@ -156,8 +156,8 @@ def fit(
         # Where everything fits, nothing competes for the memory. Locked memory is taken from all others: only when
         # the rest of what every token needs has room beside it.
         lock=strategy != "all" and fixed <= budget,
-        # Exact sparsity reads all gate rows of a token one after the other; predictors pick rows.
-        read_ahead=strategy == "all" or sparsity == "exact",
+        # Without a predictor all gate rows of a token are read one after the other; predictors pick rows.
+        read_ahead=strategy == "all" or sparsity != "predictor",
     )
 
 

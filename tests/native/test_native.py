@@ -20,7 +20,7 @@ def native_tests() -> Path:
     return build(BUILD, "-DTSFFN_TESTS=ON") / "tests"
 
 
-@pytest.mark.parametrize("name", ["test_kernels", "test_ffn", "test_profile"])
+@pytest.mark.parametrize("name", ["test_kernels", "test_panels", "test_ffn", "test_profile"])
 def test_program(native_tests, name):
     # Several threads on few cores: waiting threads must sleep, or the test takes minutes.
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}

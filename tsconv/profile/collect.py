@@ -44,7 +44,7 @@ def subject_of(header: Header, sparsity: str) -> Subject:
         n_ff=keys["llama.feed_forward_length"],
         n_expert=keys.get("llama.expert_count", 0),
         n_expert_used=keys.get("llama.expert_used_count", 0),
-        sparsity=sparsity,
+        sparsity="exact" if sparsity == "dense" else sparsity,  # the same function
     )
 
 

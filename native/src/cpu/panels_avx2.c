@@ -25,7 +25,8 @@ static inline __m256 add_block(__m256 total, const uint8_t * d, __m256i products
 }
 
 // The products of the low and the high nibbles of rows 8 half .. 8 half + 7 with one activation vector.
-static inline __m256i products_q4_0(const uint8_t * q, const int8_t * hi, const int8_t * lo) {
+static inline __m256i products_q4_0(const uint8_t * q, const int16_t * x, const int8_t * hi, const int8_t * lo) {
+    (void)x;
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i hi_sum = _mm256_setzero_si256(), lo_sum = hi_sum;
     for (int g = 0; g < 4; ++g) {
@@ -52,7 +53,8 @@ static inline __m256i products_q4_0(const uint8_t * q, const int8_t * hi, const 
 }
 
 #if defined(TSFFN_PANELS_AVXVNNI)
-static inline __m256i products_q8_0(const uint8_t * q, const int8_t * hi, const int8_t * lo) {
+static inline __m256i products_q8_0(const uint8_t * q, const int16_t * x, const int8_t * hi, const int8_t * lo) {
+    (void)x;
     const __m256i offset = _mm256_set1_epi8((char)0x80);
     __m256i hi_sum = _mm256_setzero_si256(), lo_sum = hi_sum;
     for (int g = 0; g < 8; ++g) {
@@ -65,15 +67,13 @@ static inline __m256i products_q8_0(const uint8_t * q, const int8_t * hi, const 
 enum { OFFSET_Q8_0 = 128 };
 #else
 // Four rows to a register of words; pairs of sums are added at the end, which leaves rows 0 1 4 5 2 3 6 7.
-static inline __m256i products_q8_0(const uint8_t * q, const int8_t * hi, const int8_t * lo) {
+static inline __m256i products_q8_0(const uint8_t * q, const int16_t * x, const int8_t * hi, const int8_t * lo) {
+    (void)hi;
+    (void)lo;
     __m256i sum_a = _mm256_setzero_si256(), sum_b = sum_a;
     for (int g = 0; g < 8; ++g) {
         int64_t words;
-        int16_t x[4];
-        for (int k = 0; k < 4; ++k) {
-            x[k] = (int16_t)(256 * hi[4 * g + k] + lo[4 * g + k]);
-        }
-        __builtin_memcpy(&words, x, sizeof(words));
+        __builtin_memcpy(&words, x + 4 * g, sizeof(words));
         const __m256i v = _mm256_set1_epi64x(words);
         const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + g * 64)));
         const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + g * 64 + 16)));
@@ -100,9 +100,10 @@ enum { OFFSET_Q4_0 = 8 };
             for (int64_t b = 0; b < n_blocks; ++b, hi += 32, lo += 32, block += (BYTES)) {                             \
                 tsffn_asking_step(&asking);                                                                            \
                 const uint8_t * q = block + 2 * TSFFN_PANEL_ROWS;                                                      \
+                const int16_t * words = tsffn_i16_values(x[t]) + b * TSFFN_BLOCK_SIZE;                                 \
                 const int32_t back = (OFFSET) * sums[b];                                                               \
-                total_a = add_block(total_a, block, products_##SUFFIX(q, hi, lo), back);                               \
-                total_b = add_block(total_b, block + 16, products_##SUFFIX(q + 32, hi, lo), back);                     \
+                total_a = add_block(total_a, block, products_##SUFFIX(q, words, hi, lo), back);                        \
+                total_b = add_block(total_b, block + 16, products_##SUFFIX(q + 32, words, hi, lo), back);              \
             }                                                                                                          \
             const __m256 d = _mm256_set1_ps(tsffn_i16_scale(x[t]));                                                    \
             _mm256_storeu_ps(s[t], _mm256_mul_ps(total_a, d));                                                         \
