@@ -149,7 +149,8 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         y[j] = random_float();
         expected[j] = (double)y[j] + (double)a * w[j];
     }
-    static float asked[MAX_N + GUARD];
+    static float start[MAX_N], asked[MAX_N + GUARD];
+    memcpy(start, y, (size_t)n * sizeof(float));
     memcpy(asked, y, (size_t)n * sizeof(float));
     y[n] = asked[n] = 12345.0f;
     kernels->axpy[format](n, a, row, y);
@@ -157,6 +158,14 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     if (kernels->axpy_asking[format] != NULL) {
         kernels->axpy_asking[format](n, a, row, asked, &asks);
         CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy",
+              kernels->name, format_names[format], (int)n);
+    }
+    if (kernels->scales[format] != NULL) {
+        static float scales[MAX_N / TSFFN_BLOCK_SIZE];
+        memcpy(asked, start, (size_t)n * sizeof(float));
+        kernels->scales[format](n, row, scales);
+        kernels->axpy_scaled[format](n, a, row, scales, asked);
+        CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: axpy_scaled differs from axpy",
               kernels->name, format_names[format], (int)n);
     }
     CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,

@@ -5,7 +5,7 @@
 //   vec_sum(v)                   the sum of the lanes
 //   products_q8_0(block, x), products_q4_0(block, x)
 //                                the products of a block's 32 weights with x[0..32), summed into the lanes
-//   axpy_block_q8_0(d, q, y), axpy_block_q4_0(d, q, y)
+//   axpy_block_q8_0(d, q, y)
 //                                y[0..32) += d * w of the weights behind a block's scale
 #ifndef TSFFN_BLOCKS_X86_H
 #define TSFFN_BLOCKS_X86_H

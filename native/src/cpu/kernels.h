@@ -158,6 +158,11 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
 typedef float (*tsffn_dot_asking_fn)(int64_t n, const void * row, const void * x, const struct tsffn_asks * asks);
 typedef void (*tsffn_axpy_asking_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
 
+// For rows that are added more than once: their scales in f32 [n / 32], and axpy with those; bit for bit what axpy
+// gives.
+typedef void (*tsffn_scales_fn)(int64_t n, const void * row, float * scales);
+typedef void (*tsffn_axpy_scaled_fn)(int64_t n, float a, const void * row, const float * scales, float * y);
+
 struct tsffn_gemm;
 
 // s[t][i] = row i of a panel times x[t], see panels.h.
@@ -174,6 +179,8 @@ struct tsffn_kernels {
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
     tsffn_dot_asking_fn dot_asking[TSFFN_FORMAT_COUNT];   // NULL: there is only the plain one
     tsffn_axpy_asking_fn axpy_asking[TSFFN_FORMAT_COUNT]; //
+    tsffn_scales_fn scales[TSFFN_FORMAT_COUNT];           // both NULL: axpy does as well
+    tsffn_axpy_scaled_fn axpy_scaled[TSFFN_FORMAT_COUNT]; //
     tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];             // of the block formats (panels.h)
     const struct tsffn_gemm * gemm;                       // NULL: the tier has no matrix unit
 };

@@ -96,33 +96,57 @@ static inline void axpy_block_q8_0(__m512 d, const uint8_t * q, float * y) {
     }
 }
 
-// A nibble is an index into its 16 values: VPERMPS looks at the low four bits only, and saves masking, subtracting and
-// converting.
-static inline void axpy_block_q4_0(__m512 d, const uint8_t * nibbles, float * y) {
+// a times the 16 values of a nibble. A nibble is an index into them: VPERMPS looks at the low four bits only, and saves
+// masking, subtracting and converting.
+static inline __m512 nibble_values(float a) {
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_mul_ps(_mm512_set1_ps(a), values);
+}
+
+// y[0..32) += d * (a * w)
+static inline void axpy_block_q4_0(__m512 d, __m512 values, const uint8_t * nibbles, float * y) {
     const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)nibbles));
     axpy16(d, _mm512_permutexvar_ps(q, values), y);
     axpy16(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), values), y + 16);
 }
 
-// The scales of four blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
+// The scales of n / 32 blocks, n a multiple of 32.
+static void scales_q4_0(int64_t n, const void * row, float * scales) {
+    const uint8_t * block = row;
+    const __m512i every_fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    int64_t b = 0;
+    for (; b + 4 <= n / TSFFN_BLOCK_SIZE; b += 4, block += 4 * TSFFN_Q4_0_BYTES) {
+        const __m512 d = _mm512_mul_ps(four_scales_q4_0(block), _mm512_set1_ps(TSFFN_F16_SCALE_BACK));
+        _mm_storeu_ps(scales + b, _mm512_castps512_ps128(_mm512_permutexvar_ps(every_fourth, d)));
+    }
+    for (; b < n / TSFFN_BLOCK_SIZE; ++b, block += TSFFN_Q4_0_BYTES) {
+        scales[b] = _cvtsh_ss(tsffn_load_u16(block));
+    }
+}
+
+static void axpy_scaled_q4_0(int64_t n, float a, const void * row, const float * scales, float * y) {
+    const uint8_t * nibbles = (const uint8_t *)row + 2;
+    const __m512 values = nibble_values(a);
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, nibbles += TSFFN_Q4_0_BYTES) {
+        axpy_block_q4_0(_mm512_set1_ps(scales[j / TSFFN_BLOCK_SIZE]), values, nibbles, y + j);
+    }
+}
+
+// The scales of a few blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
 #define DEFINE_AXPY_Q4_0(NAME, ASKS, BEGIN, ASK)                                                                       \
     static void NAME(int64_t n, float a, const void * row, float * y ASKS()) {                                         \
+        enum { BLOCKS = 16 };                                                                                          \
         BEGIN(n / TSFFN_BLOCK_SIZE);                                                                                   \
+        const __m512 values = nibble_values(a);                                                                        \
         const uint8_t * block = row;                                                                                   \
-        const __m512 scale_back = _mm512_set1_ps(TSFFN_F16_SCALE_BACK), va = _mm512_set1_ps(a);                        \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 4 * TSFFN_BLOCK_SIZE <= n; j += 4 * TSFFN_BLOCK_SIZE) {                                             \
-            _Alignas(64) float d[16];                                                                                  \
-            _mm512_store_ps(d, _mm512_mul_ps(va, _mm512_mul_ps(four_scales_q4_0(block), scale_back)));                 \
-            for (int b = 0; b < 4; ++b, block += TSFFN_Q4_0_BYTES) {                                                   \
-                ASK();                                                                                                 \
-                axpy_block_q4_0(_mm512_set1_ps(d[4 * b]), block + 2, y + j + b * TSFFN_BLOCK_SIZE);                    \
+        float d[BLOCKS];                                                                                               \
+        for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b, block += TSFFN_Q4_0_BYTES) {                                \
+            if (b % BLOCKS == 0) {                                                                                     \
+                const int64_t left = n - b * TSFFN_BLOCK_SIZE;                                                         \
+                scales_q4_0(left < BLOCKS * TSFFN_BLOCK_SIZE ? left : BLOCKS * TSFFN_BLOCK_SIZE, block, d);            \
             }                                                                                                          \
-        }                                                                                                              \
-        for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {                                              \
             ASK();                                                                                                     \
-            axpy_block_q4_0(_mm512_set1_ps(a * _cvtsh_ss(tsffn_load_u16(block))), block + 2, y + j);                   \
+            axpy_block_q4_0(_mm512_set1_ps(d[b % BLOCKS]), values, block + 2, y + b * TSFFN_BLOCK_SIZE);               \
         }                                                                                                              \
     }
 DEFINE_AXPY_Q4_0(axpy_q4_0, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
@@ -138,6 +162,8 @@ typedef __m512 vec;
 #include "panels.h"
 
 TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0),
+                     .scales = TSFFN_BLOCK_KERNELS(NULL, scales_q4_0),
+                     .axpy_scaled = TSFFN_BLOCK_KERNELS(NULL, axpy_scaled_q4_0),
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
 
 #define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
@@ -150,6 +176,8 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSF
         .dot_asking = {dot_asking_f32, dot_asking_f16, dot_asking_bf16, dot_asking_q8_0,                               \
                        tsffn_dot_asking_q4_0_avx512vnni},                                                              \
         .axpy_asking = {axpy_asking_f32, axpy_asking_f16, axpy_asking_bf16, axpy_asking_q8_0, axpy_asking_q4_0},       \
+        .scales = TSFFN_BLOCK_KERNELS(NULL, scales_q4_0),                                                              \
+        .axpy_scaled = TSFFN_BLOCK_KERNELS(NULL, axpy_scaled_q4_0),                                                    \
         .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx512vnni, tsffn_panel_q4_0_avx512vnni),                        \
         __VA_ARGS__}
 

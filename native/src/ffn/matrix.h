@@ -61,11 +61,11 @@ static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, c
 static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x, float * s,
                                      const struct tsffn_asks * asks) {
     int k = 0;
-    if (n == 1 && m->type->own_dot_asking != NULL) {
-        *s = m->type->own_dot_asking(m->n_cols, tsffn_matrix_row(m, i), x[0], asks);
-        return;
+    if (n % 4 != 0 && m->type->own_dot_asking != NULL) {
+        s[k++] = m->type->own_dot_asking(m->n_cols, tsffn_matrix_row(m, i), x[0], asks);
+    } else {
+        tsffn_ask_all(asks);
     }
-    tsffn_ask_all(asks);
     if (m->type->own_dot4 != NULL) {
         for (; k + 4 <= n; k += 4) {
             m->type->own_dot4(m->n_cols, tsffn_matrix_row(m, i), x + k, s + k);

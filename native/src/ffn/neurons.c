@@ -141,6 +141,7 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
     const int64_t n_embd = g->s->n_embd;
     uint8_t neurons[TILE_ROWS][CHUNK_NEURONS]; // of each row: places in the list
     int n_neurons[TILE_ROWS] = {0};
+    float scales[CHUNK_NEURONS][DOWN_COLUMNS / TSFFN_BLOCK_SIZE]; // of the column block
     int64_t n_pairs = 0;
     for (int k = 0; k < list->n; ++k) {
         for (uint64_t b = list->rows[k]; b != 0; b &= b - 1, ++n_pairs) {
@@ -156,11 +157,20 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
         const size_t offset = tsffn_row_bytes(down->type, c0);
         const struct tsffn_asks asks = tsffn_queue_take(asked, n_pairs * n / TSFFN_BLOCK_SIZE);
         tsffn_ask_all(&asks);
+        for (int k = 0; down->type->own_scales != NULL && k < list->n; ++k) {
+            down->type->own_scales(n, tsffn_matrix_row(down, list->neuron[k]) + offset, scales[k]);
+        }
         for (int64_t r = g->r0; r < g->r1; ++r) {
             float * sums = g->acc + r * n_embd + c0;
             for (int k = 0; k < n_neurons[r]; ++k) {
                 const int place = neurons[r][k];
-                down->type->own_axpy(n, list->h[place][r], tsffn_matrix_row(down, list->neuron[place]) + offset, sums);
+                const float h = list->h[place][r];
+                const uint8_t * row = tsffn_matrix_row(down, list->neuron[place]) + offset;
+                if (down->type->own_scales != NULL) {
+                    down->type->own_axpy_scaled(n, h, row, scales[place], sums);
+                } else {
+                    down->type->own_axpy(n, h, row, sums);
+                }
             }
         }
     }
