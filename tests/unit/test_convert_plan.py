@@ -53,8 +53,9 @@ def test_tied_embeddings_take_the_output_type() -> None:
     assert types([EMBEDDING, GATE], "q4_0") == ["q6_k", "q4_0"]
 
 
-def test_predictor_type() -> None:
-    assert types([OUTPUT, FC1, FC2], "q4_0", "f16") == ["q6_k", "f16", "f16"]
+@pytest.mark.parametrize("predictor", ["f16", "f32", "q8_0"])
+def test_predictor_type(predictor: str) -> None:
+    assert types([OUTPUT, FC1, FC2], "q4_0", predictor) == ["q6_k", predictor, predictor]
 
 
 def test_overrides_win_and_the_first_of_them_counts() -> None:

@@ -124,7 +124,8 @@ def choose_types(
         if matching:
             wanted = matching[0].kind
         elif PREDICTOR.search(output.name):
-            wanted = predictor_outtype or (default := predictor_type)
+            # Not `or`: F32 is 0.
+            wanted = predictor_outtype if predictor_outtype is not None else (default := predictor_type)
         elif output.name == "output.weight" or (tied and output.name == "token_embd.weight"):
             wanted = default = output_type
         else:
