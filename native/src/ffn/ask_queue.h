@@ -36,8 +36,7 @@ static inline void tsffn_queue_clear(struct tsffn_ask_queue * queue) {
 static inline void tsffn_queue_row(struct tsffn_ask_queue * queue, const struct tsffn_matrix * m, int64_t i) {
     if (queue->n_rows < TSFFN_ASK_ROWS) {
         queue->rows[queue->n_rows] = tsffn_matrix_row(m, i);
-        queue->row_lines[queue->n_rows] =
-            (int64_t)((tsffn_row_bytes(m->type, m->n_cols) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE);
+        queue->row_lines[queue->n_rows] = tsffn_cache_lines(tsffn_row_bytes(m->type, m->n_cols));
         ++queue->n_rows;
     }
 }
@@ -69,7 +68,7 @@ static inline void tsffn_queue_close(struct tsffn_ask_queue * queue, const uint8
         tsffn_queue_group(queue, first, end);
     }
     queue->stream = stream;
-    queue->n_stream = (int64_t)((bytes + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE);
+    queue->n_stream = tsffn_cache_lines(bytes);
     queue->work = work;
 }
 

@@ -54,6 +54,10 @@ static inline bool needs_predictor(const struct tsffn_call * call) {
     return (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) && call->ffns[0].fc1.data != NULL;
 }
 
+static inline int64_t min_i64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 static inline uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -37,10 +37,6 @@ static int64_t max_i64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-static int64_t min_i64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // The part of [0, n) that thread `ith` of `nth` takes.
 static void share(int64_t n, int ith, int nth, int64_t * begin, int64_t * end) {
     *begin = n * ith / nth;

@@ -10,6 +10,10 @@
 
 enum { TSFFN_CACHE_LINE = 64 };
 
+static inline int64_t tsffn_cache_lines(size_t bytes) {
+    return (int64_t)((bytes + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE);
+}
+
 enum tsffn_layout {
     TSFFN_LAYOUT_ROWS,   // one row after the other
     TSFFN_LAYOUT_PANELS, // 16 rows interleaved (cpu/panels.h), then the last n_rows mod 16 one after the other

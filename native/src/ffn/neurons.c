@@ -22,10 +22,6 @@ enum {
     DOWN_COLUMNS = 512, // down is added by blocks of columns: 2 KB of sums, 288 bytes of a Q4_0 row
 };
 
-static int64_t min_i64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // Work is counted in blocks of weights that are multiplied (tsffn_predict_work).
 static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
     return m->n_cols / TSFFN_BLOCK_SIZE * __builtin_popcountll(rows);

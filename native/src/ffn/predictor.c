@@ -1,10 +1,6 @@
 // Phases A and the first half of B of ffn.c: the predictor's two matrices, of which every row is read for every token.
 #include "call.h"
 
-static int64_t min_i64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
     for (int64_t r = r0; r < r1; ++r) {
         const float h = v[(r - r0) * stride];
@@ -28,7 +24,7 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     const int64_t first_panel = n_panels * ith / nth, end_panel = n_panels * (ith + 1) / nth;
     const int64_t first = panel_rows + n_single * ith / nth, end = panel_rows + n_single * (ith + 1) / nth;
     const size_t row_bytes = tsffn_row_bytes(fc1->type, fc1->n_cols);
-    const int64_t lines_per_row = (int64_t)((row_bytes + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE);
+    const int64_t lines_per_row = tsffn_cache_lines(row_bytes);
     float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
     for (int64_t p = first_panel; p < end_panel; ++p) {
         const int64_t k = p * TSFFN_PANEL_ROWS;
