@@ -29,4 +29,27 @@ TSFFN_DECLARE_PANELS(avx512vnni);
 TSFFN_DECLARE_PANELS(neon);
 TSFFN_DECLARE_PANELS(neondot);
 
+// Panels of a tier with functions SUFFIX_1 .. SUFFIX_4 for that many vectors at once, which share unpacking the
+// weights.
+#define TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, TIER)                                                                      \
+    void tsffn_panel_##SUFFIX##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                 \
+                                       float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                 \
+        for (int t = 0; t < n_x; t += 4, asks = NULL) {                                                                \
+            switch (n_x - t) {                                                                                         \
+            case 1:                                                                                                    \
+                SUFFIX##_1(n, panel, x + t, s + t, asks);                                                              \
+                break;                                                                                                 \
+            case 2:                                                                                                    \
+                SUFFIX##_2(n, panel, x + t, s + t, asks);                                                              \
+                break;                                                                                                 \
+            case 3:                                                                                                    \
+                SUFFIX##_3(n, panel, x + t, s + t, asks);                                                              \
+                break;                                                                                                 \
+            default:                                                                                                   \
+                SUFFIX##_4(n, panel, x + t, s + t, asks);                                                              \
+                break;                                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
 #endif

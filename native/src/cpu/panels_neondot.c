@@ -7,8 +7,6 @@
 
 #include <arm_neon.h>
 
-enum { MAX_X = 4 }; // activation vectors at once: 4 registers of activations and 2 of sums each, of 32
-
 // hi and lo (kernels.h) of one block of 32 columns.
 struct columns {
     int8x16_t hi[2], lo[2];
@@ -95,30 +93,13 @@ struct columns {
         }                                                                                                              \
     }
 
+// Four vectors at most: 4 registers of activations and 2 of sums each, of 32.
 #define DEFINE_FORMAT(SUFFIX, BYTES, OFFSET, PRODUCTS)                                                                 \
     DEFINE_PANEL(SUFFIX, 1, BYTES, OFFSET, PRODUCTS)                                                                   \
     DEFINE_PANEL(SUFFIX, 2, BYTES, OFFSET, PRODUCTS)                                                                   \
     DEFINE_PANEL(SUFFIX, 3, BYTES, OFFSET, PRODUCTS)                                                                   \
     DEFINE_PANEL(SUFFIX, 4, BYTES, OFFSET, PRODUCTS)                                                                   \
-    void tsffn_panel_##SUFFIX##_neondot(int64_t n, const void * panel, int n_x, const void * const * x,                \
-                                        float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                \
-        for (int t = 0; t < n_x; t += MAX_X, asks = NULL) {                                                            \
-            switch (n_x - t) {                                                                                         \
-            case 1:                                                                                                    \
-                SUFFIX##_1(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            case 2:                                                                                                    \
-                SUFFIX##_2(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            case 3:                                                                                                    \
-                SUFFIX##_3(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            default:                                                                                                   \
-                SUFFIX##_4(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
+    TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, neondot)
 
 DEFINE_FORMAT(q8_0, TSFFN_PANEL_Q8_0_BYTES, 0, PRODUCTS_Q8_0)
 DEFINE_FORMAT(q4_0, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)
