@@ -57,6 +57,9 @@ static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
     }
 }
 
+#define ROUND_TO_INT 12582912.0f // 1.5 * 2^23
+enum { ROUND_TO_INT_BITS = 0x4b400000 };
+
 // The 320 bytes for columns j .. j + 127.
 static void convert_quad(const int16_t * q, const int8_t * hi, const int8_t * lo, int8_t * quad) {
     int32_t back[16] = {0};
@@ -86,8 +89,13 @@ void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
     int8_t * hi = (int8_t *)(q + n);
     int8_t * lo = hi + n;
     int32_t * sums = (int32_t *)(lo + n);
+    // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low bits: unlike lrintf, in vectors.
     for (int64_t j = 0; j < n; ++j) {
-        q[j] = (int16_t)lrintf(x[j] * inverse);
+        const float scaled = x[j] * inverse;
+        const float shifted = scaled + ROUND_TO_INT;
+        int32_t bits;
+        memcpy(&bits, &shifted, sizeof(bits));
+        q[j] = (int16_t)(bits - ROUND_TO_INT_BITS);
     }
     for (int64_t j = 0; j < n; ++j) {
         hi[j] = (int8_t)((q[j] + 128) >> 8);

@@ -22,14 +22,12 @@ struct tsffn_ask_queue {
     const uint8_t * rows[TSFFN_ASK_ROWS];
     int64_t n_lines, next; // lines[next .. n_lines) wait
     const uint8_t * lines[TSFFN_ASK_LINES];
-    int64_t n_stream; // and so many lines from here on
-    const uint8_t * stream;
     int64_t work; // over which all are to be spread, in any unit
 };
 
 static inline void tsffn_queue_clear(struct tsffn_ask_queue * queue) {
     queue->n_rows = 0;
-    queue->n_lines = queue->next = queue->n_stream = 0;
+    queue->n_lines = queue->next = 0;
 }
 
 // Adds row i of m, which is not in panels.
@@ -56,9 +54,8 @@ static inline void tsffn_queue_group(struct tsffn_ask_queue * queue, int first, 
     queue->n_lines += n_lines * n;
 }
 
-// No more rows: puts their lines into order, and adds `bytes` from `stream` on. All is to be spread over `work`.
-static inline void tsffn_queue_close(struct tsffn_ask_queue * queue, const uint8_t * stream, size_t bytes,
-                                     int64_t work) {
+// No more rows: puts their lines into order. All is to be spread over `work`.
+static inline void tsffn_queue_close(struct tsffn_ask_queue * queue, int64_t work) {
     for (int first = 0, end; first < queue->n_rows; first = end) {
         end = first + 1;
         while (end < queue->n_rows && end - first < TSFFN_ASK_GROUP &&
@@ -67,8 +64,6 @@ static inline void tsffn_queue_close(struct tsffn_ask_queue * queue, const uint8
         }
         tsffn_queue_group(queue, first, end);
     }
-    queue->stream = stream;
-    queue->n_stream = tsffn_cache_lines(bytes);
     queue->work = work;
 }
 
@@ -79,13 +74,9 @@ static inline struct tsffn_asks tsffn_queue_take(struct tsffn_ask_queue * queue,
     const struct tsffn_asks asks = {
         .lines = queue->lines + queue->next,
         .n_lines = all ? lines : (lines * work + queue->work - 1) / queue->work,
-        .stream = queue->stream,
-        .n_stream = all ? queue->n_stream : (queue->n_stream * work + queue->work - 1) / queue->work,
     };
     queue->work -= work;
     queue->next += asks.n_lines;
-    queue->stream += asks.n_stream * TSFFN_CACHE_LINE;
-    queue->n_stream -= asks.n_stream;
     return asks;
 }
 

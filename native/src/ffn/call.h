@@ -10,7 +10,16 @@
 
 enum {
     TILE_ROWS = 64,      // one bit per row in a neuron's mask
-    CHUNK_NEURONS = 128, // neurons per unit of work: whole panels of fc2, and little enough to balance the threads
+    CHUNK_NEURONS = 128, // neurons per step at most: whole panels of fc2
+    OWN_NEURONS = 64,    // neurons [64 k, 64 k + 64) are added by thread k mod n_threads, whichever rows need them
+};
+
+// The neurons that some row of a segment needs, in ascending order: thread t writes those of its part of fc2 from place
+// first_neuron(t) on.
+struct needed {
+    int32_t * neuron; // [segments][n_ff]
+    uint64_t * rows;  // [segments][n_ff], bit r for row r of the tile
+    int64_t * n;      // [segments][n_threads], how many each thread wrote
 };
 
 // Everything the threads of one call share.
@@ -25,6 +34,7 @@ struct shared {
     float * h1;                                    // [TILE_ROWS][max_rank]
     char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot
     size_t h1_bytes;
+    struct needed needed;         // of the tile
     float * acc;                  // [n_threads][TILE_ROWS][n_embd]
     float * scratch;              // [n_threads][max(n_embd, max_rank)]
     struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
@@ -75,8 +85,35 @@ struct segment {
     struct tsffn_counts * counts;
     struct histograms * histograms; // of this thread, when profiling
     const char * packed;            // the rows' x for dense products, NULL when row kernels serve them better
+    int index;                      // in the tile
     int ith, nth;
 };
+
+// The first neuron of thread ith's part of fc2: whole panels.
+static inline int64_t first_neuron(int64_t n_ff, int ith, int nth) {
+    return ith == nth ? n_ff : n_ff * ith / nth / TSFFN_PANEL_ROWS * TSFFN_PANEL_ROWS;
+}
+
+// Weights that are read in the order of addresses are asked for so far ahead. Without, a layer's predictor takes 30 %
+// longer; a page instead costs 4 %.
+enum { STREAM_AHEAD = 2048 };
+
+// The lines to ask for while `bytes` from `at` are computed, of a stream that ends at `end`.
+static inline struct tsffn_asks stream_ahead(const uint8_t * at, size_t bytes, const uint8_t * end) {
+    const int64_t left = end - at - STREAM_AHEAD;
+    return (struct tsffn_asks){
+        .stream = at + STREAM_AHEAD,
+        .n_stream = left > 0 ? tsffn_cache_lines((size_t)min_i64((int64_t)bytes, left)) : 0,
+    };
+}
+
+// Asks for the beginning of a stream, while something else is waited for.
+static inline void ask_stream_begin(const uint8_t * begin, const uint8_t * end) {
+    tsffn_ask_all(&(struct tsffn_asks){
+        .stream = begin,
+        .n_stream = begin < end ? tsffn_cache_lines((size_t)min_i64(STREAM_AHEAD, end - begin)) : 0,
+    });
+}
 
 // Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
 struct worklist {
@@ -89,15 +126,19 @@ struct worklist {
 // predictor.c. Phase A for the rows [r0, r1) of the tile that starts at row `tile`; they share one FFN.
 void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
                         struct tsffn_counts * counts);
-// Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on: bit r of mask[i - i0]. Meanwhile asks for what waits in
-// the queue.
-void tsffn_predict(const struct segment * segment, int64_t i0, int64_t i1, struct tsffn_ask_queue * queue,
-                   uint64_t * mask);
-// The work of tsffn_predict, in blocks of weights that a row kernel multiplies in the same time.
-int64_t tsffn_predict_work(const struct tsffn_matrix * fc2, int64_t n_neurons);
+// Asks for what this thread reads first in phase A, and in phase B.
+void tsffn_ask_hidden_layer(const struct tsffn_ffn * ffn, int ith, int nth);
+void tsffn_ask_logits(const struct tsffn_ffn * ffn, int ith, int nth);
+// Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on: bit r of mask[i - i0]. `end`: of the stream of fc2's
+// rows.
+void tsffn_predict(const struct segment * segment, int64_t i0, int64_t i1, int64_t end, uint64_t * mask);
 
-// neurons.c. Phase B: the thread's share of the neurons for the rows of the segment: mask, gate, up, down.
+// neurons.c. Phase B: lists the neurons that are on, of the thread's part of fc2.
+void tsffn_list_neurons(const struct segment * segment);
+// Phase C, when all threads have listed theirs: gate, up and down of the thread's own neurons among them.
 void tsffn_compute_neurons(const struct segment * segment);
+// Phases B and C of what is not the sparse FFN: single operations, and activation statistics.
+void tsffn_compute_chunks(const struct segment * segment);
 
 // profile.c.
 // Gate and up of all neurons [i0, i1), counted; lists those that are active and on. mask[i - i0] has bit r set when the

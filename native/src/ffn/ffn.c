@@ -1,12 +1,13 @@
-// One parallel region per call. Per tile of at most 64 rows, three phases with a barrier after each:
+// One parallel region per call. Per tile of at most 64 rows, four phases with a barrier after each:
 //
 //   A  hidden   h1[r] = relu(fc1 . p_r)                            threads share the rows of fc1
-//   B  neurons  chunk by chunk: logits -> mask -> gate, up, down    threads take chunks of neurons in turn and add
-//                                                                   into accumulators of their own
-//   C  reduce   y[r] = sum over threads of acc[thread][r]           threads share rows and columns
+//   B  logits   fc2 . h1 -> the neurons that are on                threads share the rows of fc2
+//   C  neurons  gate, up, down of those                            threads take blocks of neurons in turn and add
+//                                                                  into accumulators of their own
+//   D  reduce   y[r] = sum over threads of acc[thread][r]          threads share rows and columns
 //
-// Weight rows are outer and activations inner, so a weight row is read from memory once per tile. Chunk c belongs to
-// thread c mod n_threads: the order of the sums depends on the thread count only.
+// Weight rows are outer and activations inner, so a weight row is read from memory once per tile. Whose sums a neuron
+// goes into depends on its number and the thread count only: a row's result does not depend on the others of its batch.
 #include "call.h"
 
 #include <omp.h>
@@ -14,7 +15,7 @@
 #include <string.h>
 
 enum {
-    COLUMN_BLOCK = 256, // columns per unit of work in phase C: whole cache lines, no false sharing
+    COLUMN_BLOCK = 256, // columns per unit of work in phase D: whole cache lines, no false sharing
 };
 
 struct tsffn_workspace {
@@ -43,15 +44,37 @@ static void share(int64_t n, int ith, int nth, int64_t * begin, int64_t * end) {
     *end = n * (ith + 1) / nth;
 }
 
+// Token t's p = x * scale, in the format of fc1's dot.
+static void convert_for_predictor(const struct shared * s, const float * x, int64_t t, float * scaled) {
+    const struct tsffn_ffn * ffn = &s->call->ffns[0];
+    if (s->x_pred == NULL) {
+        return;
+    }
+    const float * p = x;
+    if (ffn->pred_scale != NULL) {
+        for (int64_t j = 0; j < s->n_embd; ++j) {
+            scaled[j] = x[j] * ffn->pred_scale[j];
+        }
+        p = scaled;
+    }
+    tsffn_matrix_convert_x(&ffn->fc1, p, s->x_pred + (size_t)t * s->x_pred_bytes);
+}
+
 // Before any output is written: every token's activations, converted for gate, up and the predictor.
 static void convert_inputs(const struct shared * s, int ith, int nth) {
     const struct tsffn_call * call = s->call;
     const struct tsffn_ffn * ffn = &call->ffns[0];
     int64_t begin, end;
-    share(call->n_tokens, ith, nth, &begin, &end);
+    // Two parts of each token, so that a single one keeps two threads busy.
+    share(2 * call->n_tokens, ith, nth, &begin, &end);
     float * scaled = s->scratch + (size_t)ith * (size_t)max_i64(s->n_embd, s->max_rank);
-    for (int64_t t = begin; t < end; ++t) {
+    for (int64_t part = begin; part < end; ++part) {
+        const int64_t t = part / 2;
         const float * x = (const float *)(call->x + (size_t)t * call->x_stride);
+        if (part % 2 == 0) {
+            convert_for_predictor(s, x, t, scaled);
+            continue;
+        }
         if (s->x_gate != NULL) {
             tsffn_matrix_convert_x(&ffn->gate, x, s->x_gate + (size_t)t * s->x_gate_bytes);
         }
@@ -60,16 +83,6 @@ static void convert_inputs(const struct shared * s, int ith, int nth) {
         }
         if (s->gemm != NULL) {
             s->gemm->split(s->n_embd, x, s->x_split + t * 2 * s->n_embd);
-        }
-        if (s->x_pred != NULL) {
-            const float * p = x;
-            if (ffn->pred_scale != NULL) {
-                for (int64_t j = 0; j < s->n_embd; ++j) {
-                    scaled[j] = x[j] * ffn->pred_scale[j];
-                }
-                p = scaled;
-            }
-            tsffn_matrix_convert_x(&ffn->fc1, p, s->x_pred + (size_t)t * s->x_pred_bytes);
         }
     }
 }
@@ -84,7 +97,7 @@ static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows
     }
 }
 
-// Phase C: the accumulators of all threads, summed in thread order.
+// Phase D: the accumulators of all threads, summed in thread order.
 static void reduce(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
     const int64_t n_blocks = (s->n_embd + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
     int64_t begin, end;
@@ -137,34 +150,13 @@ static void pack_tile(const struct shared * s, int64_t tile, int64_t n_rows, int
     }
 }
 
-static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth,
-                         struct tsffn_counts * counts) {
+// Calls `phase` for each segment of the tile.
+static void each_segment(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth,
+                         struct tsffn_counts * counts, void (*phase)(const struct segment * segment)) {
     const struct tsffn_row * rows = s->call->rows + tile;
-    const bool writes_embd = s->call->op == TSFFN_OP_FUSED || s->call->op == TSFFN_OP_DOWN;
-    float * acc = s->acc + (int64_t)ith * TILE_ROWS * s->n_embd;
-    float * scratch = s->scratch + (int64_t)ith * max_i64(s->n_embd, s->max_rank);
-    const uint64_t t0 = now_ns();
-    if (needs_predictor(s->call)) {
-        for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
-            r1 = segment_end(rows, r0, n_rows);
-            tsffn_hidden_layer(s, tile, r0, r1, ith, nth, counts);
-        }
-#pragma omp barrier
-        convert_hidden(s, tile, n_rows, ith, nth);
-#pragma omp barrier
-    }
-    const uint64_t t1 = now_ns();
-    counts->ns_predictor += t1 - t0;
-
-    if (writes_embd) {
-        memset(acc, 0, (size_t)(n_rows * s->n_embd) * sizeof(float));
-    }
-    if (s->gemm != NULL) {
-        pack_tile(s, tile, n_rows, ith, nth);
-#pragma omp barrier
-    }
     int64_t group = 0;
-    for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
+    int index = 0;
+    for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1, ++index) {
         r1 = segment_end(rows, r0, n_rows);
         const struct segment segment = {
             .s = s,
@@ -172,24 +164,63 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             .ffn = &s->call->ffns[rows[r0].ffn],
             .r0 = r0,
             .r1 = r1,
-            .acc = acc,
-            .scratch = scratch,
+            .acc = s->acc + (int64_t)ith * TILE_ROWS * s->n_embd,
+            .scratch = s->scratch + (int64_t)ith * max_i64(s->n_embd, s->max_rank),
             .counts = counts,
             .histograms = s->histograms != NULL ? &s->histograms[ith] : NULL,
             .packed = s->gemm != NULL && groups_of(r0, r1) > 0 ? s->x_packed + (size_t)group * s->x_group_bytes : NULL,
+            .index = index,
             .ith = ith,
             .nth = nth,
         };
         group += groups_of(r0, r1);
-        tsffn_compute_neurons(&segment);
+        phase(&segment);
     }
-    const uint64_t t2 = now_ns();
+}
+
+static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth,
+                         struct tsffn_counts * counts) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    const bool writes_embd = s->call->op == TSFFN_OP_FUSED || s->call->op == TSFFN_OP_DOWN;
+    const bool sparse = s->call->op == TSFFN_OP_FUSED && s->call->profile == NULL;
+    const bool predicts = needs_predictor(s->call);
+    const uint64_t t0 = now_ns();
+    if (predicts) {
+        for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
+            r1 = segment_end(rows, r0, n_rows);
+            tsffn_hidden_layer(s, tile, r0, r1, ith, nth, counts);
+        }
+        tsffn_ask_logits(&s->call->ffns[rows[0].ffn], ith, nth);
+#pragma omp barrier
+        convert_hidden(s, tile, n_rows, ith, nth);
+#pragma omp barrier
+    }
+    uint64_t t1 = now_ns();
+    counts->ns_predictor += t1 - t0;
+
+    if (s->gemm != NULL) {
+        pack_tile(s, tile, n_rows, ith, nth);
+#pragma omp barrier
+    }
+    if (writes_embd) {
+        memset(s->acc + (int64_t)ith * TILE_ROWS * s->n_embd, 0, (size_t)(n_rows * s->n_embd) * sizeof(float));
+    }
+    if (sparse) {
+        each_segment(s, tile, n_rows, ith, nth, counts, tsffn_list_neurons);
+#pragma omp barrier
+        const uint64_t listed = now_ns();
+        counts->ns_predictor += predicts ? listed - t1 : 0;
+        t1 = predicts ? listed : t1;
+        each_segment(s, tile, n_rows, ith, nth, counts, tsffn_compute_neurons);
+    } else {
+        each_segment(s, tile, n_rows, ith, nth, counts, tsffn_compute_chunks);
+    }
 #pragma omp barrier
     if (writes_embd) {
         reduce(s, tile, n_rows, ith, nth);
 #pragma omp barrier
     }
-    counts->ns_ffn += now_ns() - t2;
+    counts->ns_ffn += now_ns() - t1;
 }
 
 // Carves the next `size` bytes out of the workspace; with base NULL it only measures.
@@ -227,6 +258,11 @@ static size_t lay_out(struct shared * s, char * base) {
         }
         s->h1_converted = carve(base, &used, TILE_ROWS * s->h1_bytes);
     }
+    const size_t n_segments = (size_t)min_i64(min_i64(TILE_ROWS, call->n_rows), call->n_ffns);
+    const size_t n_needed = n_segments * (size_t)s->n_ff;
+    s->needed.neuron = (int32_t *)carve(base, &used, n_needed * sizeof(*s->needed.neuron));
+    s->needed.rows = (uint64_t *)carve(base, &used, n_needed * sizeof(*s->needed.rows));
+    s->needed.n = (int64_t *)carve(base, &used, n_segments * nth * sizeof(*s->needed.n));
     s->acc = (float *)carve(base, &used, nth * TILE_ROWS * (size_t)s->n_embd * sizeof(float));
     s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
     s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
@@ -310,6 +346,9 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
         const int ith = omp_get_thread_num();
         const int nth = omp_get_num_threads();
         struct tsffn_counts * mine = (struct tsffn_counts *)((char *)s.counts + (size_t)ith * s.counts_stride);
+        if (needs_predictor(call)) {
+            tsffn_ask_hidden_layer(&call->ffns[call->rows[0].ffn], ith, nth);
+        }
         convert_inputs(&s, ith, nth);
 #pragma omp barrier
         for (int64_t tile = 0; tile < call->n_rows; tile += TILE_ROWS) {

@@ -1,28 +1,34 @@
-// Phase B of ffn.c: which neurons are on, and what they add to the output. This is where weights are not read.
+// Phases B and C of ffn.c: which neurons are on, and what they add to the output. This is where weights are not read.
 //
-// A thread takes every n_threads-th chunk of neurons, and several chunks are on their way at once:
+// Phase B lists the neurons that are on. In phase C every thread goes through those that are its own, chunk by chunk,
+// and several chunks are on their way at once:
 //
-//   step c    chunk c      logits -> mask    the gates of the neurons that are on will be needed
-//             chunk c - 2  gate              up and down of the neurons with gate > 0 will be needed
-//             chunk c - 4  up, down
+//   step c    chunk c + 1  its gates are asked for
+//             chunk c      gate
+//             chunk c - 1  up and down of its neurons with gate > 0 are asked for
+//             chunk c - 2  up, down
 //
-// What a step finds to be needed is asked for all through the next one, with the predictor's rows of the chunk after
-// that, so that it lies in L2 when its own step comes. Random rows reach the sequential bandwidth only when they are
-// asked for early, and all of them the memory's bandwidth only if the asking never pauses: asked for in bursts, weights
-// came at 12 GB/s where reading alone reaches 25 (two cores).
+// What a step asks for is spread over its products, so that it lies in L2 when its own step comes. Random rows reach
+// the sequential bandwidth only when they are asked for early, and all of them the memory's bandwidth only if the
+// asking never pauses: asked for in bursts, weights came at 12 GB/s where reading alone reaches 25 (two cores). But
+// what is on its way should stay little: chunks of 16 instead of 8 neurons cost 3 %, of 64 25 %, another step of delay
+// 6 %.
 #include "call.h"
 
 #include <string.h>
 
 enum {
-    GATE_DELAY = 2,            // steps from a chunk's mask to its gates,
-    UP_DELAY = 2 * GATE_DELAY, // and to its ups and downs
-    STEPS = UP_DELAY + 1,
+    GATE_AHEAD = 1, // steps from asking for a chunk's gates to computing them,
+    UP_ASK = 1,     // from there to asking for its ups and downs,
+    UP_DELAY = 2,   // and to computing those
+    STEPS = GATE_AHEAD + UP_DELAY + 1,
+    FEW_ROWS = 4,       // below this many rows waiting for memory decides, and chunks are small,
+    FEW_NEURONS = 8,    // the more evenly to ask
     BATCH_ROWS = 4,     // from so many rows on
     DOWN_COLUMNS = 512, // down is added by blocks of columns: 2 KB of sums, 288 bytes of a Q4_0 row
 };
 
-// Work is counted in blocks of weights that are multiplied (tsffn_predict_work).
+// Work is counted in blocks of weights that are multiplied.
 static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
     return m->n_cols / TSFFN_BLOCK_SIZE * __builtin_popcountll(rows);
 }
@@ -74,28 +80,8 @@ static uint64_t keep_all(struct worklist * list, int k, const float * v) {
     return positive;
 }
 
-// Lists the neurons [i0, i1) that are on, with h = 1; their gates go into the queue.
-static void list_neurons(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask,
-                         struct tsffn_ask_queue * queue, struct worklist * list) {
-    list->n = 0;
-    for (int64_t i = i0; i < i1; ++i) {
-        const uint64_t rows = mask[i - i0];
-        if (rows != 0) {
-            g->counts->predicted += (uint64_t)__builtin_popcountll(rows);
-            for (uint64_t b = rows; b != 0; b &= b - 1) {
-                list->h[list->n][__builtin_ctzll(b)] = 1.0f;
-            }
-            list->neuron[list->n] = i;
-            list->rows[list->n] = rows;
-            ++list->n;
-            tsffn_queue_row(queue, &g->ffn->gate, i);
-        }
-    }
-}
-
-// h = relu(gate . x) of the listed neurons; up and down of those that stay go into the queue.
-static void gates(const struct segment * g, struct tsffn_ask_queue * asked, struct tsffn_ask_queue * queue,
-                  struct worklist * list) {
+// h = relu(gate . x) of the listed neurons.
+static void gates(const struct segment * g, struct tsffn_ask_queue * asked, struct worklist * list) {
     const struct tsffn_ffn * ffn = g->ffn;
     const bool dense = g->s->call->dense;
     float v[TILE_ROWS];
@@ -105,11 +91,7 @@ static void gates(const struct segment * g, struct tsffn_ask_queue * asked, stru
         dots(g, &ffn->gate, i, list->rows[k], g->s->x_gate, g->s->x_gate_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
         g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
-        if (dense || positive != 0) {
-            tsffn_queue_row(queue, &ffn->up, i);
-            tsffn_queue_row(queue, &ffn->down, i);
-            ++kept;
-        }
+        kept += dense || positive != 0;
     }
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(ffn->gate.type, ffn->gate.n_cols);
     list->n = kept;
@@ -244,7 +226,10 @@ static void clear_hidden(const struct segment * g, int64_t i0, int64_t i1) {
 
 // One chunk of whatever is not the sparse FFN: single operations, and activation statistics.
 static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask,
-                          struct tsffn_ask_queue * asked, struct worklist * list) {
+                          struct worklist * list) {
+    struct tsffn_ask_queue nothing;
+    tsffn_queue_clear(&nothing);
+    tsffn_queue_close(&nothing, 0);
     if (g->s->call->op != TSFFN_OP_FUSED) {
         for (int64_t i = i0; i < i1; ++i) {
             single_neuron(g, i, mask[i - i0]);
@@ -254,66 +239,130 @@ static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, cons
     clear_hidden(g, i0, i1);
     tsffn_profile_neurons(g, i0, i1, mask, list);
     for (int k = 0; k < list->n; ++k) {
-        add_down(g, list, k, asked);
+        add_down(g, list, k, &nothing);
     }
     count_chunk(g, i1 - i0);
 }
 
-void tsffn_compute_neurons(const struct segment * g) {
+static uint64_t all_rows(const struct segment * g) {
+    return (~(uint64_t)0 >> (TILE_ROWS - (g->r1 - g->r0))) << g->r0;
+}
+
+// The mask of the neurons [i0, i1), of a thread's part that ends at `end`.
+static void mask_neurons(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
+    if (needs_predictor(g->s->call)) {
+        tsffn_predict(g, i0, i1, end, mask);
+        return;
+    }
+    for (int64_t i = i0; i < i1; ++i) {
+        mask[i - i0] = all_rows(g);
+    }
+}
+
+void tsffn_list_neurons(const struct segment * g) {
     const struct shared * s = g->s;
-    const struct tsffn_ffn * ffn = g->ffn;
-    const int64_t n_rows = g->r1 - g->r0;
-    const uint64_t all = (~(uint64_t)0 >> (TILE_ROWS - n_rows)) << g->r0;
-    const bool predicts = needs_predictor(s->call);
-    const bool sparse = s->call->op == TSFFN_OP_FUSED && s->call->profile == NULL;
-    const int64_t step = (int64_t)g->nth * CHUNK_NEURONS;
-    const int64_t first = (int64_t)g->ith * CHUNK_NEURONS;
-    const int64_t n_chunks = first < s->n_ff ? (s->n_ff - first + step - 1) / step : 0;
+    const int64_t begin = first_neuron(s->n_ff, g->ith, g->nth);
+    const int64_t end = first_neuron(s->n_ff, g->ith + 1, g->nth);
+    int32_t * neuron = s->needed.neuron + g->index * s->n_ff + begin;
+    uint64_t * needed_rows = s->needed.rows + g->index * s->n_ff + begin;
+    int64_t n = 0, products = 0;
     uint64_t mask[CHUNK_NEURONS];
-    struct worklist lists[STEPS];     // of chunk c at c mod STEPS
-    struct tsffn_ask_queue queues[2]; // filled in step c at c mod 2, asked for in step c + 1
-    tsffn_queue_clear(&queues[1]);
-    for (int64_t c = 0; c < n_chunks + (sparse ? UP_DELAY : 0); ++c) {
-        const int64_t i0 = first + c * step;
-        const int64_t i1 = min_i64(i0 + CHUNK_NEURONS, s->n_ff);
-        const bool has_gates = sparse && c >= GATE_DELAY && c - GATE_DELAY < n_chunks;
-        const bool has_ups = sparse && c >= UP_DELAY;
-        struct worklist * list = &lists[c % STEPS];
-        struct worklist * gate_list = has_gates ? &lists[(c - GATE_DELAY) % STEPS] : NULL;
-        struct worklist * up_list = has_ups ? &lists[(c - UP_DELAY) % STEPS] : NULL;
-        struct tsffn_ask_queue * asked = &queues[(c + 1) % 2];
-        struct tsffn_ask_queue * queue = &queues[c % 2];
-        tsffn_queue_clear(queue);
-        const int64_t predict_work = predicts && c < n_chunks ? n_rows * tsffn_predict_work(&ffn->fc2, i1 - i0) : 0;
-        const int64_t next_rows = predicts && c + 1 < n_chunks ? min_i64(CHUNK_NEURONS, s->n_ff - i0 - step) : 0;
-        tsffn_queue_close(asked, next_rows > 0 ? tsffn_matrix_row(&ffn->fc2, i0 + step) : NULL,
-                          next_rows > 0 ? (size_t)next_rows * tsffn_row_bytes(ffn->fc2.type, ffn->fc2.n_cols) : 0,
-                          predict_work + list_work(&ffn->gate, gate_list) + 2 * list_work(&ffn->up, up_list));
-        const uint64_t t0 = now_ns();
-        if (predicts && c < n_chunks) {
-            tsffn_predict(g, i0, i1, asked, mask);
-        } else {
-            for (int64_t i = i0; i < i1; ++i) {
-                mask[i - i0] = all;
+    for (int64_t i0 = begin; i0 < end; i0 += CHUNK_NEURONS) {
+        const int64_t i1 = min_i64(i0 + CHUNK_NEURONS, end);
+        mask_neurons(g, i0, i1, end, mask);
+        for (int64_t i = i0; i < i1; ++i) {
+            const uint64_t rows = mask[i - i0];
+            neuron[n] = (int32_t)i;
+            needed_rows[n] = rows;
+            n += rows != 0;
+            products += __builtin_popcountll(rows);
+        }
+    }
+    s->needed.n[g->index * g->nth + g->ith] = n;
+    g->counts->predicted += (uint64_t)products;
+    clear_hidden(g, begin, end);
+    count_chunk(g, end - begin);
+}
+
+// Goes through the lists of all threads.
+struct walk {
+    int thread; // whose list
+    int64_t k;  // place there
+};
+
+// Fills `list` with the next neurons of this thread, with h = 1.
+static void next_neurons(const struct segment * g, int n_most, struct walk * w, struct worklist * list) {
+    const struct needed * needed = &g->s->needed;
+    list->n = 0;
+    for (; w->thread < g->nth; ++w->thread, w->k = 0) {
+        const int64_t begin = g->index * g->s->n_ff + first_neuron(g->s->n_ff, w->thread, g->nth);
+        const int64_t n = needed->n[g->index * g->nth + w->thread];
+        for (; w->k < n; ++w->k) {
+            const int32_t neuron = needed->neuron[begin + w->k];
+            if (neuron / OWN_NEURONS % g->nth != g->ith) {
+                continue;
             }
+            if (list->n == n_most) {
+                return;
+            }
+            const uint64_t rows = needed->rows[begin + w->k];
+            for (uint64_t b = rows; b != 0; b &= b - 1) {
+                list->h[list->n][__builtin_ctzll(b)] = 1.0f;
+            }
+            list->neuron[list->n] = neuron;
+            list->rows[list->n] = rows;
+            ++list->n;
         }
-        const uint64_t t1 = now_ns();
-        g->counts->ns_predictor += t1 - t0;
-        if (sparse && c < n_chunks) {
-            clear_hidden(g, i0, i1);
-            list_neurons(g, i0, i1, mask, queue, list);
-            count_chunk(g, i1 - i0);
-        } else if (c < n_chunks) {
-            compute_chunk(g, i0, i1, mask, asked, list);
+    }
+}
+
+void tsffn_compute_neurons(const struct segment * g) {
+    const struct tsffn_ffn * ffn = g->ffn;
+    const int n_most = g->r1 - g->r0 < FEW_ROWS ? FEW_NEURONS : CHUNK_NEURONS;
+    struct walk walk = {0};
+    struct worklist lists[STEPS]; // of chunk c at c mod STEPS
+    for (int k = 0; k < STEPS; ++k) {
+        lists[k].n = 0;
+    }
+    struct tsffn_ask_queue queue;
+    int64_t last = INT64_MAX; // the step of the last chunk's ups and downs
+    for (int64_t c = 0; c <= last; ++c) {
+        // Steps are counted from the one that asks for the first gates.
+        struct worklist * asked = &lists[c % STEPS];
+        struct worklist * gate_list = &lists[(c + STEPS - GATE_AHEAD) % STEPS];
+        const struct worklist * kept = &lists[(c + STEPS - GATE_AHEAD - UP_ASK) % STEPS];
+        struct worklist * up_list = &lists[(c + STEPS - GATE_AHEAD - UP_DELAY) % STEPS];
+        next_neurons(g, n_most, &walk, asked);
+        if (asked->n == 0 && last == INT64_MAX) {
+            last = c + GATE_AHEAD + UP_DELAY - 1;
         }
-        if (has_gates) {
-            gates(g, asked, queue, gate_list);
+        tsffn_queue_clear(&queue);
+        for (int k = 0; k < asked->n; ++k) {
+            tsffn_queue_row(&queue, &ffn->gate, asked->neuron[k]);
         }
-        if (has_ups) {
-            ups_and_downs(g, asked, up_list);
+        for (int k = 0; k < kept->n; ++k) {
+            tsffn_queue_row(&queue, &ffn->up, kept->neuron[k]);
+            tsffn_queue_row(&queue, &ffn->down, kept->neuron[k]);
         }
-        const struct tsffn_asks left = tsffn_queue_take(asked, asked->work);
+        tsffn_queue_close(&queue, list_work(&ffn->gate, gate_list) + 2 * list_work(&ffn->up, up_list));
+        gates(g, &queue, gate_list);
+        ups_and_downs(g, &queue, up_list);
+        const struct tsffn_asks left = tsffn_queue_take(&queue, queue.work);
         tsffn_ask_all(&left);
-        g->counts->ns_ffn += now_ns() - t1;
+    }
+}
+
+void tsffn_compute_chunks(const struct segment * g) {
+    const struct shared * s = g->s;
+    uint64_t mask[OWN_NEURONS];
+    struct worklist list;
+    for (int64_t i0 = (int64_t)g->ith * OWN_NEURONS; i0 < s->n_ff; i0 += (int64_t)g->nth * OWN_NEURONS) {
+        const int64_t i1 = min_i64(i0 + OWN_NEURONS, s->n_ff);
+        const uint64_t t0 = now_ns();
+        mask_neurons(g, i0, i1, i1, mask);
+        const uint64_t ns = now_ns() - t0;
+        g->counts->ns_predictor += ns;
+        g->counts->ns_ffn -= ns; // the caller counts all of this
+        compute_chunk(g, i0, i1, mask, &list);
     }
 }

@@ -1,4 +1,4 @@
-// Phases A and the first half of B of ffn.c: the predictor's two matrices, of which every row is read for every token.
+// Phases A and B of ffn.c: the predictor's two matrices, of which every row is read for every token.
 #include "call.h"
 
 static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
@@ -6,6 +6,22 @@ static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_
         const float h = v[(r - r0) * stride];
         s->h1[r * s->max_rank + k] = h > 0.0f ? h : 0.0f;
     }
+}
+
+// The rows of fc1 that thread ith computes: panels, then single rows.
+struct hidden_share {
+    int64_t first_panel, end_panel, first, end;
+};
+
+static struct hidden_share hidden_share(const struct tsffn_matrix * fc1, int ith, int nth) {
+    const int64_t panel_rows = tsffn_matrix_panel_rows(fc1);
+    const int64_t n_panels = panel_rows / TSFFN_PANEL_ROWS, n_single = fc1->n_rows - panel_rows;
+    return (struct hidden_share){
+        .first_panel = n_panels * ith / nth,
+        .end_panel = n_panels * (ith + 1) / nth,
+        .first = panel_rows + n_single * ith / nth,
+        .end = panel_rows + n_single * (ith + 1) / nth,
+    };
 }
 
 void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
@@ -17,36 +33,40 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     for (int64_t r = r0; r < r1; ++r) {
         x[r - r0] = s->x_pred + (size_t)rows[r].token * s->x_pred_bytes;
     }
-    // Units of a panel, then of a row; each asks for the next one.
-    const int64_t panel_rows = tsffn_matrix_panel_rows(fc1);
-    const int64_t n_panels = panel_rows / TSFFN_PANEL_ROWS;
-    const int64_t n_single = fc1->n_rows - panel_rows;
-    const int64_t first_panel = n_panels * ith / nth, end_panel = n_panels * (ith + 1) / nth;
-    const int64_t first = panel_rows + n_single * ith / nth, end = panel_rows + n_single * (ith + 1) / nth;
+    const struct hidden_share mine = hidden_share(fc1, ith, nth);
     const size_t row_bytes = tsffn_row_bytes(fc1->type, fc1->n_cols);
-    const int64_t lines_per_row = tsffn_cache_lines(row_bytes);
+    const uint8_t * end_panels = tsffn_matrix_row(fc1, mine.end_panel * TSFFN_PANEL_ROWS);
+    const uint8_t * end_rows = tsffn_matrix_row(fc1, mine.end);
     float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
-    for (int64_t p = first_panel; p < end_panel; ++p) {
+    for (int64_t p = mine.first_panel; p < mine.end_panel; ++p) {
         const int64_t k = p * TSFFN_PANEL_ROWS;
-        const struct tsffn_asks asks = {
-            .stream = tsffn_matrix_row(fc1, k + TSFFN_PANEL_ROWS),
-            .n_stream = p + 1 < end_panel ? TSFFN_PANEL_ROWS * lines_per_row : 0,
-        };
-        fc1->type->own_panel(fc1->n_cols, tsffn_matrix_row(fc1, k), n, x, panel, &asks);
+        const uint8_t * w = tsffn_matrix_row(fc1, k);
+        const struct tsffn_asks asks = stream_ahead(w, TSFFN_PANEL_ROWS * row_bytes, end_panels);
+        fc1->type->own_panel(fc1->n_cols, w, n, x, panel, &asks);
         for (int64_t i = 0; i < TSFFN_PANEL_ROWS; ++i) {
             store_hidden(s, r0, r1, k + i, TSFFN_PANEL_ROWS, &panel[0][i]);
         }
     }
     float v[TILE_ROWS];
-    for (int64_t k = first; k < end; ++k) {
-        const struct tsffn_asks asks = {
-            .stream = tsffn_matrix_row(fc1, k + 1),
-            .n_stream = k + 1 < end ? lines_per_row : 0,
-        };
+    for (int64_t k = mine.first; k < mine.end; ++k) {
+        const struct tsffn_asks asks = stream_ahead(tsffn_matrix_row(fc1, k), row_bytes, end_rows);
         tsffn_matrix_dots(fc1, k, n, x, v, &asks);
         store_hidden(s, r0, r1, k, 1, v);
     }
-    counts->bytes_predictor += (uint64_t)((end_panel - first_panel) * TSFFN_PANEL_ROWS + end - first) * row_bytes;
+    const int64_t n_rows = (mine.end_panel - mine.first_panel) * TSFFN_PANEL_ROWS + mine.end - mine.first;
+    counts->bytes_predictor += (uint64_t)n_rows * row_bytes;
+}
+
+void tsffn_ask_hidden_layer(const struct tsffn_ffn * ffn, int ith, int nth) {
+    const struct hidden_share mine = hidden_share(&ffn->fc1, ith, nth);
+    const int64_t panel = mine.first_panel * TSFFN_PANEL_ROWS, end_panel = mine.end_panel * TSFFN_PANEL_ROWS;
+    ask_stream_begin(tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
+    ask_stream_begin(tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
+}
+
+void tsffn_ask_logits(const struct tsffn_ffn * ffn, int ith, int nth) {
+    ask_stream_begin(tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith, nth)),
+                     tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith + 1, nth)));
 }
 
 // Bit r0 + k is set when logit k, of n that lie `stride` apart, passes the threshold.
@@ -60,15 +80,11 @@ static uint64_t decide(const struct segment * g, int n, int64_t stride, const fl
     return bits;
 }
 
-// A panel takes a third of the time of its rows one by one.
-int64_t tsffn_predict_work(const struct tsffn_matrix * fc2, int64_t n_neurons) {
-    const int64_t blocks = n_neurons * ((fc2->n_cols + TSFFN_BLOCK_SIZE - 1) / TSFFN_BLOCK_SIZE);
-    return fc2->layout == TSFFN_LAYOUT_PANELS ? (blocks + 2) / 3 : blocks;
-}
-
-void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, struct tsffn_ask_queue * queue, uint64_t * mask) {
+void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
     const struct tsffn_matrix * fc2 = &g->ffn->fc2;
     const int n = (int)(g->r1 - g->r0);
+    const size_t row_bytes = tsffn_row_bytes(fc2->type, fc2->n_cols);
+    const uint8_t * end_stream = tsffn_matrix_row(fc2, end);
     const void * hidden[TILE_ROWS];
     for (int k = 0; k < n; ++k) {
         hidden[k] = g->s->h1_converted + (size_t)(g->r0 + k) * g->s->h1_bytes;
@@ -77,17 +93,18 @@ void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, struct tsff
     float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
     int64_t i = i0;
     for (; i < end_panels; i += TSFFN_PANEL_ROWS) {
-        const struct tsffn_asks asks = tsffn_queue_take(queue, n * tsffn_predict_work(fc2, TSFFN_PANEL_ROWS));
-        fc2->type->own_panel(fc2->n_cols, tsffn_matrix_row(fc2, i), n, hidden, panel, &asks);
+        const uint8_t * w = tsffn_matrix_row(fc2, i);
+        const struct tsffn_asks asks = stream_ahead(w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
+        fc2->type->own_panel(fc2->n_cols, w, n, hidden, panel, &asks);
         for (int64_t k = 0; k < TSFFN_PANEL_ROWS; ++k) {
             mask[i - i0 + k] = decide(g, n, TSFFN_PANEL_ROWS, &panel[0][k]);
         }
     }
     float logit[TILE_ROWS];
     for (; i < i1; ++i) {
-        const struct tsffn_asks asks = tsffn_queue_take(queue, n * tsffn_predict_work(fc2, 1));
+        const struct tsffn_asks asks = stream_ahead(tsffn_matrix_row(fc2, i), row_bytes, end_stream);
         tsffn_matrix_dots(fc2, i, n, hidden, logit, &asks);
         mask[i - i0] = decide(g, n, 1, logit);
     }
-    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * tsffn_row_bytes(fc2->type, fc2->n_cols);
+    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
 }
