@@ -116,7 +116,9 @@ import llama_cpp
 before = anonymous()
 model = tsconv.load(path, n_threads=1, n_ctx=64)
 copied = anonymous() - before
-((begin, end, offset, loaded),) = mappings()
+pieces = mappings()  # the FFNs are mappings of their own
+begin, end, offset = pieces[0][0], pieces[-1][1], pieces[0][2]
+loaded = sum(resident for *_, resident in pieces)
 assert offset <= first < last <= offset + end - begin, "the FFN weights are in the mapping"
 
 # Empty page cache and no read-ahead: what is resident from here on has been asked for.
@@ -168,7 +170,7 @@ def test_only_touched_weights_are_resident():
     found = json.loads(result.stdout)
     print({key: value for key, value in found.items() if key != "layer"}, "of", n_bytes)
     assert found["copied"] < 0.25 * n_bytes
-    assert found["loaded"] < 0.3 * n_bytes, "llama.cpp populates the mapping; the backend takes the FFN out again"
+    assert found["loaded"] < 0.001 * n_bytes, "llama.cpp populates the mapping; the backend takes it out again"
     if found["empty"]:
         pytest.skip("this file system does not evict pages")
     row = 4 * N_EMBD

@@ -95,6 +95,29 @@ def sidecar_of(model: Path) -> Path:
 # ---- pages
 
 
+def test_only_what_is_computed_with_comes_back(large_rows):
+    """Loading leaves no page of the file in the process; what a token needs comes back unchanged."""
+    model = large_rows["dense"]
+    llama = tsconv.load(model, n_threads=1)
+    assert present(model) == set()
+    expected = llama.token_logits(TOKENS)
+    assert present(model) & inside(model)
+    llama.close()
+    again = tsconv.load(model, n_threads=1, use_mmap=False)
+    np.testing.assert_array_equal(again.token_logits(TOKENS), expected)
+    again.close()
+
+
+def test_a_model_the_user_locks_stays(large_rows):
+    model = large_rows["dense"]
+    llama = tsconv.load(model, n_threads=1, use_mlock=True)
+    if not locked_bytes(model):
+        pytest.skip("this process may not lock so much")
+    assert inside(model) <= present(model)
+    assert len(present(model)) * os.sysconf("SC_PAGESIZE") >= locked_bytes(model)
+    llama.close()
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("kind", SHAPES)
 def test_exactly_the_hot_pages_are_resident(large_rows, kind):

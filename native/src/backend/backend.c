@@ -2,6 +2,7 @@
 #include "gguf_file.h"
 #include "graph.h"
 #include "mapping.h"
+#include "residency.h"
 
 #include <omp.h>
 #include <stdio.h>
@@ -97,6 +98,8 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * p
         tsffn_workspace_free(workspace);
         return NULL;
     }
+    // llama.cpp starts backends for a context, whose model it has loaded.
+    tsffn_residency_loaded();
     stream->n_threads = omp_get_max_threads();
     stream->workspace = workspace;
     *backend = (struct ggml_backend){

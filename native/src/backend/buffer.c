@@ -81,7 +81,12 @@ ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned) {
     if (context == NULL) {
         return NULL;
     }
-    *context = (struct tsffn_buffer){.base = base, .owned = owned, .model = tsffn_model_retain(tsffn_model_armed())};
+    *context = (struct tsffn_buffer){
+        .base = base,
+        .size = size,
+        .owned = owned,
+        .model = tsffn_model_retain(tsffn_model_armed()),
+    };
     return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
 }
 

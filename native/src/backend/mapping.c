@@ -19,16 +19,23 @@ enum {
     PAGEMAP_ENTRIES = 512,
 };
 
-// The path of the file that [begin, end) is one shared mapping of, in `line`; NULL when it is none. A line of
-// /proc/self/maps (proc(5)): begin-end rwxp offset device inode path, with 's' instead of 'p' for a shared mapping and
-// inode 0 for no file.
-static const char * shared_file(uintptr_t begin, uintptr_t end, char line[LINE_SIZE]) {
+// A shared mapping of a file.
+struct mapping {
+    uintptr_t begin, end;
+    const char * path; // in `line`; NULL: there is none
+    char line[LINE_SIZE];
+};
+
+// The one shared mapping of a file that all of [begin, end) lies in. A line of /proc/self/maps (proc(5)): begin-end
+// rwxp offset device inode path, with 's' instead of 'p' for a shared mapping and inode 0 for no file.
+static bool find_mapping(uintptr_t begin, uintptr_t end, struct mapping * mapping) {
+    mapping->path = NULL;
     FILE * maps = fopen("/proc/self/maps", "r");
     if (maps == NULL) {
-        return NULL;
+        return false;
     }
-    const char * path = NULL;
-    while (path == NULL && fgets(line, LINE_SIZE, maps) != NULL) {
+    char * line = mapping->line;
+    while (mapping->path == NULL && fgets(line, LINE_SIZE, maps) != NULL) {
         uint64_t first, last, inode;
         char sharing;
         int path_at = 0;
@@ -36,21 +43,29 @@ static const char * shared_file(uintptr_t begin, uintptr_t end, char line[LINE_S
                              &sharing, &inode, &path_at);
         if (n == 4 && first <= begin && end <= last && sharing == 's' && inode != 0) {
             line[strcspn(line, "\n")] = '\0';
-            path = line + path_at;
+            mapping->begin = (uintptr_t)first;
+            mapping->end = (uintptr_t)last;
+            mapping->path = line + path_at;
         }
     }
     fclose(maps);
-    return path;
+    return mapping->path != NULL;
 }
 
 void tsffn_release_pages(void * address, size_t size) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t begin = ((uintptr_t)address + page - 1) / page * page;
     const uintptr_t end = ((uintptr_t)address + size) / page * page;
-    char line[LINE_SIZE];
-    if (begin < end && shared_file(begin, end, line) != NULL) {
+    struct mapping mapping;
+    if (begin < end && find_mapping(begin, end, &mapping)) {
         madvise((void *)begin, end - begin, MADV_DONTNEED);
     }
+}
+
+bool tsffn_release_mapping(const void * address, size_t size) {
+    struct mapping mapping;
+    return find_mapping((uintptr_t)address, (uintptr_t)address + size, &mapping) &&
+           madvise((void *)mapping.begin, mapping.end - mapping.begin, MADV_DONTNEED) == 0; // EINVAL: locked
 }
 
 int tsffn_prefault_pages(void * pages, size_t size) {
@@ -98,9 +113,8 @@ size_t tsffn_resident_bytes(const void * pages, size_t size, size_t unknown) {
 // By way of the path, because the device and inode numbers in /proc/self/maps are not always those of stat (overlayfs,
 // btrfs).
 bool tsffn_is_mapped_from_another_file(const void * address, size_t size, uint64_t device, uint64_t inode) {
-    char line[LINE_SIZE];
-    const char * path = shared_file((uintptr_t)address, (uintptr_t)address + size, line);
+    struct mapping mapping;
     struct stat info;
-    return path != NULL && stat(path, &info) == 0 &&
+    return find_mapping((uintptr_t)address, (uintptr_t)address + size, &mapping) && stat(mapping.path, &info) == 0 &&
            ((uint64_t)info.st_dev != device || (uint64_t)info.st_ino != inode);
 }

@@ -12,6 +12,10 @@
 // be lost.
 void tsffn_release_pages(void * address, size_t size);
 
+// The same for the whole mapping that [address, address + size) is a part of. False, and nothing is done, when that is
+// locked (mlock) or is more than one mapping.
+bool tsffn_release_mapping(const void * address, size_t size);
+
 // Brings whole pages into this process, reading them when they are on disk. Returns 0 or an errno.
 int tsffn_prefault_pages(void * pages, size_t size);
 

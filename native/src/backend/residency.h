@@ -8,6 +8,10 @@
 bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
                               const tsffn_tensor * tensor);
 
+// llama.cpp has loaded its models: takes the mappings of their files out of the process, once. What llama.cpp has
+// copied (repacked attention and output matrices) is never read there again; the rest comes back when it is touched.
+void tsffn_residency_loaded(void);
+
 // Before a buffer goes: unlocks its pages and takes it off its model's list.
 void tsffn_residency_forget(struct tsffn_buffer * buffer);
 
