@@ -9,11 +9,14 @@ import re
 
 import pytest
 import tiny
+from llama_cpp import llama_cpp as library
 from refused import sidecar_of
 
 import tsconv
 from tsconv.bench.generate import GENERATION, PRESETS, generated
 from tsconv.bench.synthetic import Shape, write_checkpoint
+from tsconv.bench.worker import ENGINES
+from tsconv.errors import TsconvError
 from tsconv.export.gguf_header import read_header
 
 QUIET = {"OMP_WAIT_POLICY": "passive"}
@@ -60,6 +63,48 @@ def test_bytes_of_a_token(rows):
     assert row["roofline_ratio"] == pytest.approx(dense / row["bytes_per_token"])
     assert row["roofline_reached"] == pytest.approx(row["ratio"] / row["roofline_ratio"])
     assert rows[0]["roofline_ratio"] is None
+
+
+def test_norepack_and_another_predictor(tmp_path):
+    """Our backend still computes the FFNs, and reads the predictor that is there: of f16 nearly twice the bytes."""
+    checkpoint = tiny.CHECKPOINTS / "tiny-turbosparse-mistral"
+    wide = tsconv.convert(checkpoint, tmp_path / "m.gguf", "q8_0", predictor_outtype="f16").model
+    n_bytes, read = {}, {}
+    for kind, model in (("q8_0", tiny.converted("tiny-turbosparse-mistral", "q8_0")), ("f16", wide)):
+        arguments = ("-m", model, "-t", 1, "-r", 1, "--test", "tg6", "--baseline", "llama.cpp-norepack")
+        done = tiny.run("bench", *arguments, "--save", tmp_path / "o.json", env=QUIET)
+        assert done.returncode == 0, done.stderr
+        assert "tsconv-norepack: neither has" in done.stdout.decode()
+        (row,) = json.loads((tmp_path / "o.json").read_text())
+        assert (row["baseline"], row["engine"]) == ("llama.cpp-norepack", "tsconv-norepack")
+        assert row["predictor_type"] == kind
+        assert 0 < row["active"] < row["predicted"] < 0.5
+        assert row["roofline_ratio"] == pytest.approx(row["dense_bytes_per_token"] / row["bytes_per_token"])
+        n_bytes[kind] = sum(t.n_bytes for t in read_header(sidecar_of(model)).tensors if "fc" in t.name)
+        read[kind] = row["bytes_per_token"]
+    assert n_bytes["f16"] > 1.8 * n_bytes["q8_0"]
+    # Both predict nearly the same neurons.
+    assert read["f16"] - read["q8_0"] == pytest.approx(n_bytes["f16"] - n_bytes["q8_0"], rel=0.02)
+
+
+def test_extra_buffers_are_left_out(monkeypatch):
+    """The parameter reaches llama.cpp for both engines, and is its default again afterwards."""
+    asked: list[bool] = []
+    load_file = library.llama_model_load_from_file
+
+    def load(path, params):
+        asked.append(params.use_extra_bufts)
+        return load_file(path, params)
+
+    monkeypatch.setattr(library, "llama_model_load_from_file", load)
+    model = tiny.converted("tiny-turbosparse-mistral", "q4_0")
+    for engine in ("llama.cpp-norepack", "llama.cpp", "tsconv-norepack", "tsconv"):
+        loaded = ENGINES[engine](str(model), 1)
+        loaded.eval([3])
+        if engine.startswith("tsconv"):
+            assert all(layer["calls"] > 0 and layer["bytes_read"] > 0 for layer in loaded.ffn_stats())
+        loaded.close()
+    assert asked == [False, True, False, True]
 
 
 def test_moe_reads_the_routed_experts(tmp_path):
@@ -113,7 +158,9 @@ def test_formats(rows, tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(rows))
     done = bench("--compare", tmp_path / "old.json")
     table = done.stdout.decode()
-    assert re.match(r"\| model +\| size +\| test \| threads \| +t/s \| baseline +\| +its t/s \| ratio", table)
+    assert re.match(
+        r"\| model +\| size +\| predictor \| test \| threads \| +t/s \| baseline +\| +its t/s \| ratio", table
+    )
     found = list(csv.DictReader(io.StringIO(bench("-o", "csv").stdout.decode())))
     assert [row["test"] for row in found] == ["pp40", "tg6"]
     assert set(found[0]) == set(rows[0])
@@ -129,6 +176,7 @@ def test_formats(rows, tmp_path):
         (("--test", "tg8x17"), "1 to 16 sequences"),
         (("-t", "1,zwei"), "threads: expected numbers from 1 to 512, such as 2 or 1,2, found '1,zwei'"),
         (("--suite", "quick"), "--suite decides about --model itself"),
+        (("--baseline", "sparse"), "llama.cpp-norepack"),
         (("--save", "nowhere/o.json"), "nowhere: no such folder"),
         (("--compare", "nothing.json"), "cannot be read"),
         (("--compare", __file__), "not a result of tsconv bench"),
@@ -156,6 +204,14 @@ def test_generated_once(tmp_path, monkeypatch):
     assert generated("small", 2, "q4_0", said.append) == path
     assert path.stat().st_mtime_ns == written
     assert len(said) == 2
+    assert generated("small", 2, "q4_0", said.append, predictor_outtype="Q4_0") == path, "the default"
+    wide = generated("small", 2, "q4_0", said.append, predictor_outtype="q8_0")
+    assert said[2].startswith("generating small, 2 layers, q4_0, predictor q8_0: needs ")
+    assert wide.name == f"{stem}-pred-q8_0.gguf"
+    kinds = {tensor.kind.name for tensor in read_header(sidecar_of(wide)).tensors if "fc" in tensor.name}
+    assert kinds == {"Q8_0"}
+    with pytest.raises(TsconvError, match="unknown type 'q3'"):
+        generated("small", 2, "q4_0", said.append, predictor_outtype="q3")
     other = generated("small", 2, "q4_0", said.append, active=0.2, seed=3)
     assert other.name == f"{stem}-0.2-seed3.gguf"
     assert other.read_bytes()[-4096:] != path.read_bytes()[-4096:]  # weights, after the header with its random id

@@ -17,6 +17,8 @@ COMMON = {
     "model_size": 5 * 10**9,
     "n_threads": 2,
     "baseline": "llama.cpp",
+    "engine": "tsconv",
+    "predictor_type": "q8_0",
     "load_seconds": 1.25,
     "dense_load_seconds": 2.0,
     "cpu_info": "a processor",
@@ -102,7 +104,8 @@ def rows() -> list[Row]:
 
 def test_table():
     speed, parts, machine = formatted(rows(), "md").split("\n\n", 1)[0], *formatted(rows(), "md").split("\n\n")[2:]
-    assert [line.split("|")[3].strip() for line in speed.splitlines()[2:]] == ["tg4x3", "tg4x3", "pp40", "pp40"]
+    assert [line.split("|")[4].strip() for line in speed.splitlines()[2:]] == ["tg4x3", "tg4x3", "pp40", "pp40"]
+    assert {line.split("|")[3].strip() for line in speed.splitlines()[2:]} == {"q8_0"}
     assert " 2.00 (2.00 to 2.00) |" in speed
     assert "|    1.2 |" in speed.splitlines()[2], "load time"
     assert len({len(line) for line in speed.splitlines()}) == 1, "aligned in plain text"
@@ -111,6 +114,15 @@ def test_table():
     cells = [cell.strip() for cell in lines[2].split("|")]
     assert cells[1:9] == ["some", "tg4x3", "2", "1000.00", "300.00", "75.00", "150.00", "475.00"]
     assert machine == "a processor; TSFFN ref; tsconv 1\n"
+
+
+def test_table_without_predictor_or_repacking():
+    """What both engines went without is said; a model without sidecar has no type of predictor."""
+    plain = row(Workload("tg", 4), [4.0], [8.0], LAYERS, predictor_type=None)
+    assert formatted([plain], "md").splitlines()[2].split("|")[3].strip() == "-"
+    assert "Beside" not in formatted([plain], "md")
+    beside = dataclasses.replace(plain, baseline="llama.cpp-norepack", engine="tsconv-norepack")
+    assert "\n\nBeside llama.cpp-norepack, tsconv-norepack: neither has llama.cpp's extra" in formatted([beside], "md")
 
 
 def test_changes_of_the_same_case_only(tmp_path):

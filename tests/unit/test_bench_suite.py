@@ -20,12 +20,14 @@ MOE = Shape(320, 256, 512, 4, 2, 2, ranks=(64, 64), n_expert=4)
 BOTH = ("llama.cpp", "dense-drelu")
 
 
-@pytest.mark.parametrize("outtype", ["q4_0", "f16", "q8_0"])
+@pytest.mark.parametrize(
+    ("outtype", "predictor_outtype"), [("q4_0", None), ("f16", None), ("q8_0", None), ("f16", "q8_0"), ("q4_0", "f16")]
+)
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
-def test_bytes_are_those_of_the_files(tmp_path, shape, outtype):
+def test_bytes_are_those_of_the_files(tmp_path, shape, outtype, predictor_outtype):
     write_checkpoint(tmp_path / "checkpoint", shape)
-    model = convert(tmp_path / "checkpoint", tmp_path / "m.gguf", outtype).model
-    found = Bytes.of(shape, outtype)
+    model = convert(tmp_path / "checkpoint", tmp_path / "m.gguf", outtype, predictor_outtype=predictor_outtype).model
+    found = Bytes.of(shape, outtype, predictor_outtype)
     tensors = {tensor.name: tensor.n_bytes for tensor in read_header(model).tensors}
     ffn = sum(
         n
@@ -39,10 +41,14 @@ def test_bytes_are_those_of_the_files(tmp_path, shape, outtype):
 
 
 @pytest.mark.parametrize("baselines", [("llama.cpp",), BOTH])
+@pytest.mark.parametrize("predictor_outtype", [None, "q8_0"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_cut_to_memory(preset, baselines):
-    item = Item(preset, "f16", 8, (), 0)
-    need = [Bytes.of(PRESETS[preset].shape(n), "f16").resident(baselines) + SPARE_BYTES for n in range(1, 9)]
+def test_cut_to_memory(preset, predictor_outtype, baselines):
+    item = Item(preset, "f16", 8, (), 0, predictor_outtype)
+    need = [
+        Bytes.of(PRESETS[preset].shape(n), "f16", predictor_outtype).resident(baselines) + SPARE_BYTES
+        for n in range(1, 9)
+    ]
     assert layers_that_fit(item, baselines, 1 << 50) == 8
     assert layers_that_fit(item, baselines, need[7]) == 8
     assert layers_that_fit(item, baselines, need[7] - 1) == 7
@@ -55,6 +61,8 @@ def test_both_dense_copies_count():
     assert found.file == 111
     assert found.resident(("llama.cpp",)) == 111 + 110
     assert found.resident(BOTH) == 111 + 110 + 10
+    assert found.resident(("llama.cpp-norepack",)) == 111, "mapped by both"
+    assert found.resident((*BOTH, "llama.cpp-norepack")) == 111 + 110 + 10 + 10
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -62,7 +70,10 @@ def test_suites_are_possible(name):
     items = SUITES[name]
     for item in items:
         assert 1 <= item.n_layer <= PRESETS[item.preset].n_layer
-        assert Bytes.of(PRESETS[item.preset].shape(item.n_layer), item.outtype).file > 0
+        default = Bytes.of(PRESETS[item.preset].shape(item.n_layer), item.outtype)
+        found = item.bytes(item.n_layer)
+        assert 0 < found.file <= default.file
+        assert (found.predictor < 0.6 * default.predictor) == (item.outtype == "f16"), "q8_0 beside f16"
     assert [item.until for item in items] == sorted(item.until for item in items)
 
 
@@ -74,7 +85,7 @@ def test_small_suite(tmp_path, monkeypatch):
         made = lambda n, shape=shape: dataclasses.replace(shape, n_layer=n, ranks=(64,) * n)  # noqa: E731
         monkeypatch.setitem(PRESETS, name, Preset(made, 4, 0.1))
     late = (Workload("tg", 2), Workload("pp", 4))
-    items = (Item("small", "q4_0", 3, (Workload("tg", 2, 2),), 1e6), Item("experts", "q8_0", 2, late, 0))
+    items = (Item("small", "q4_0", 3, (Workload("tg", 2, 2),), 1e6, "q8_0"), Item("experts", "q8_0", 2, late, 0))
     monkeypatch.setitem(SUITES, "small", items)
     monkeypatch.setattr(suite, "available_memory", lambda: SPARE_BYTES + 2 * Bytes.of(DENSE, "q8_0").resident(BOTH))
     said: list[str] = []
@@ -82,11 +93,11 @@ def test_small_suite(tmp_path, monkeypatch):
     assert [(row.test, row.baseline, row.repetitions) for row in first] == [("tg2x2", name, 3) for name in BOTH]
     assert [(row.test, row.repetitions) for row in second] == [("tg2", 1), ("tg2", 1), ("pp4", 1), ("pp4", 1)]
     assert first[0].model_filename.startswith("small-3-layers-q4_0")
+    assert "-pred-q8_0" in first[0].model_filename
+    assert {row.predictor_type for row in (*first, *second)} == {"q8_0"}, "of experts it is the default"
     announced = [line for line in said if line.startswith("model ")]
-    assert (
-        announced[0]
-        == f"model 1 of 2: small, q4_0, {Bytes.of(PRESETS['small'].shape(3), 'q4_0').file / 1e9:.1f} GB: 3 of 4 layers"
-    )
+    n_bytes = Bytes.of(PRESETS["small"].shape(3), "q4_0", "q8_0").file
+    assert announced[0] == f"model 1 of 2: small, q4_0, predictor q8_0, {n_bytes / 1e9:.1f} GB: 3 of 4 layers"
     assert announced[1].startswith("model 2 of 2: experts, q8_0, ")
 
 

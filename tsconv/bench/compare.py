@@ -26,9 +26,12 @@ from tsconv.export.pair import read_pair
 from tsconv.profile.hardware.measure import measure_memory
 from tsconv.runtime.backend import load_backend
 from tsconv.runtime.cpu import cpu_model, physical_cores
+from tsconv.transform.plan import PREDICTOR
+from tsconv.transform.quantize import type_name
 
-STOCK, DENSE_DRELU = "llama.cpp", "dense-drelu"
-BASELINES = (STOCK, DENSE_DRELU)
+STOCK, DENSE_DRELU, NOREPACK = "llama.cpp", "dense-drelu", "llama.cpp-norepack"
+# baseline -> the engine of ours that is measured beside it
+ENGINES = {STOCK: "tsconv", DENSE_DRELU: "tsconv", NOREPACK: "tsconv-norepack"}
 WARM_UP_TOKENS = {"pp": 64, "tg": 8}  # in a sequence: touches the weights and the buffers of every test
 
 Answer = dict[str, Any]  # of a worker
@@ -41,8 +44,13 @@ class Row:
     and parts of a step are those of the repetition whose time is the median.
 
     Attributes:
-        baseline: "llama.cpp" (stock, dense SwiGLU of the same shape and types) or "dense-drelu" (our backend, the same
-            weights, every one read and multiplied, no predictor). The fields dense_... are the baseline's.
+        baseline: "llama.cpp" (stock, dense SwiGLU of the same shape and types), "dense-drelu" (our backend, the same
+            weights, every one read and multiplied, no predictor), or "llama.cpp-norepack" (stock without the weights
+            that llama.cpp rearranges for this processor). The fields dense_... are the baseline's.
+        engine: what is measured beside it: "tsconv", or beside llama.cpp-norepack "tsconv-norepack", whose weights
+            outside the FFNs are not rearranged either.
+        predictor_type: of the predictor's matrices in the sidecar, such as "q8_0"; several are joined by "+"; None
+            without a sidecar.
         avg_ts, dense_avg_ts: tokens/s of all sequences together.
         ratio: of the two, each pair measured one after the other.
         bytes_per_token, dense_bytes_per_token: of weights that are read in a step.
@@ -64,6 +72,8 @@ class Row:
     n_threads: int
     test: str
     baseline: str
+    engine: str
+    predictor_type: str | None
     avg_ts: float
     dense_avg_ts: float
     ratio: float
@@ -149,7 +159,7 @@ def compare(
 
     Args:
         path: a converted model; the stock engine reads its FFNs as SwiGLU of the same shape and types.
-        baselines: of BASELINES.
+        baselines: of ENGINES.
         n_threads: each number in turn; None for the physical cores.
         seconds: no further turn is begun that would end later than this after the call; one is always run.
 
@@ -164,7 +174,7 @@ def compare(
     counts = tuple(n_threads or (physical_cores(),))
     headers = read_pair(path)
     backend = load_backend()
-    engines = ("tsconv", *baselines)
+    engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)
     cases = [(n, workload) for n in counts for workload in workloads]
     turns: list[dict[tuple[int, Workload], dict[str, Answer]]] = []
     bandwidth = {n: [measure_memory(backend, n)[0]] for n in counts}
@@ -190,7 +200,7 @@ def compare(
     common = {
         "model_filename": path.name,
         "model_size": sum(header.file_bytes for header in headers),
-        "load_seconds": loads["tsconv"],
+        "predictor_type": _predictor_type(headers),
         "cpu_info": cpu_model(),
         "backend": f"TSFFN {backend.isa}, ggml {backend.ggml_version}",
         "build": f"tsconv {tsconv.__version__}",
@@ -199,15 +209,23 @@ def compare(
     return [
         _row(
             workload,
-            [turn[n, workload]["tsconv"] for turn in turns],
+            [turn[n, workload][ENGINES[baseline]] for turn in turns],
             [turn[n, workload][baseline] for turn in turns],
             weights,
             statistics.fmean(bandwidth[n]) / 1e9,
-            common | {"n_threads": n, "baseline": baseline, "dense_load_seconds": loads[baseline]},
+            common
+            | {"n_threads": n, "baseline": baseline, "engine": ENGINES[baseline]}
+            | {"load_seconds": loads[ENGINES[baseline]], "dense_load_seconds": loads[baseline]},
         )
         for n, workload in cases
         for baseline in baselines
     ]
+
+
+def _predictor_type(headers: Sequence[Header]) -> str | None:
+    """Type of fc1 and fc2 in the sidecar, the second of the headers."""
+    matrices = [t for header in headers[1:] for t in header.tensors if PREDICTOR.search(t.name)]
+    return "+".join(dict.fromkeys(type_name(t.kind) for t in matrices)) or None
 
 
 @dataclass(frozen=True)

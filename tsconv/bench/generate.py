@@ -9,10 +9,14 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
+
 from tsconv.bench.activity import ActiveWeights
 from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
 from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
+from tsconv.transform.plan import DEFAULTS, parse_type
+from tsconv.transform.quantize import type_name
 
 GENERATION = 2  # in the files' names: models of other weights are not taken for these
 
@@ -38,29 +42,44 @@ PRESETS = {
 }
 
 
+def predictor_types(outtype: str, predictor_outtype: str | None) -> tuple[GGMLQuantizationType, GGMLQuantizationType]:
+    """The type asked for of the predictor's matrices, and convert's default beside `outtype`.
+
+    Raises:
+        TsconvError: a type is unknown.
+    """
+    default = DEFAULTS[parse_type(outtype)][1]
+    return default if predictor_outtype is None else parse_type(predictor_outtype), default
+
+
 def generated(
     preset: str,
     n_layer: int,
     outtype: str,
     announce: Callable[[str], None],
     *,
+    predictor_outtype: str | None = None,
     active: float | None = None,
     seed: int = 0,
 ) -> Path:
     """A converted model of `preset` cut to `n_layer` layers; written on the first call.
 
     Args:
+        predictor_outtype: type of the predictor's matrices; None: convert's default for `outtype`.
         active: mean share of active neurons (`activity.ActiveWeights`); None: the preset's.
         seed: of the weights.
 
     Raises:
         OutputError: the cache folder cannot be written or has no room.
+        TsconvError: a type is unknown.
     """
     from tsconv.conversion import convert
 
     folder = cache_folder() / "bench"
     active = PRESETS[preset].active if active is None else active
-    options = (f"-{active:g}" if active != PRESETS[preset].active else "") + (f"-seed{seed}" if seed else "")
+    kind, default = predictor_types(outtype, predictor_outtype)
+    options = f"-pred-{type_name(kind)}" if kind != default else ""
+    options += (f"-{active:g}" if active != PRESETS[preset].active else "") + (f"-seed{seed}" if seed else "")
     path = folder / f"{preset}-{n_layer}-layers-{outtype}-g{GENERATION}{options}.gguf"
     if path.exists():
         return path
@@ -79,10 +98,11 @@ def generated(
             found=f"{free:,}",
             fix="free some, lower --layers, or set XDG_CACHE_HOME",
         )
-    announce(f"generating {preset}, {n_layer} layers, {outtype}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")
+    types = outtype if kind == default else f"{outtype}, predictor {type_name(kind)}"
+    announce(f"generating {preset}, {n_layer} layers, {types}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as checkpoint:
         write_checkpoint(Path(checkpoint), shape, weights=ActiveWeights(shape, active, seed))
-        convert(checkpoint, path, outtype)
+        convert(checkpoint, path, outtype, predictor_outtype=predictor_outtype)
     kept = sum(file.stat().st_size for file in folder.glob(f"{path.stem}*"))
     announce(f"kept for the next time: {kept / 1e9:.2f} GB in {folder}")
     return path

@@ -9,8 +9,8 @@ from math import prod
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from tsconv.bench.compare import DENSE_DRELU, Row, compare
-from tsconv.bench.generate import PRESETS, generated
+from tsconv.bench.compare import DENSE_DRELU, ENGINES, NOREPACK, STOCK, Row, compare
+from tsconv.bench.generate import PRESETS, generated, predictor_types
 from tsconv.bench.synthetic import Shape, tensor_shapes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.runtime.limits import available_memory
@@ -27,6 +27,7 @@ class Item:
     Attributes:
         n_layer: at most; fewer when memory has no room for all engines.
         until: seconds after the suite's start by which its last turn should have ended; a first one is always run.
+        predictor_outtype: type of the predictor's matrices; None: convert's default for `outtype`.
     """
 
     preset: str
@@ -34,23 +35,37 @@ class Item:
     n_layer: int
     workloads: tuple[Workload, ...]
     until: float
+    predictor_outtype: str | None = None
+
+    @property
+    def types(self) -> str:
+        """The types as a suite's announcement names them."""
+        return self.outtype + (f", predictor {self.predictor_outtype}" if self.predictor_outtype else "")
+
+    def bytes(self, n_layer: int) -> Bytes:
+        """Of the model cut to `n_layer` layers."""
+        return Bytes.of(PRESETS[self.preset].shape(n_layer), self.outtype, self.predictor_outtype)
 
 
-def _item(preset: str, outtype: str, n_layer: int, tests: str, until: float) -> Item:
-    return Item(preset, outtype, n_layer, tuple(map(parse_workload, tests.split())), until)
+def _item(
+    preset: str, outtype: str, n_layer: int, tests: str, until: float, predictor_outtype: str | None = None
+) -> Item:
+    return Item(preset, outtype, n_layer, tuple(map(parse_workload, tests.split())), until, predictor_outtype)
 
 
+# The predictor of f16 models is q8_0 here: it is read whole for every token, and q8_0 takes half the bytes.
+#
 # Two cores that read 20 GB/s generate the models of the full one in about 65, 40 and 37 s; a turn of each takes 100, 40
 # and 17 s.
 SUITES = {
     "full": (
         _item("turbosparse-mistral-7b", "q4_0", 32, "tg128 pp512 pp32 tg16x2 tg16x4 tg16x8", 360),
-        _item("turbosparse-mistral-7b", "f16", 16, "tg32 pp128 pp32 tg16x4", 490),
+        _item("turbosparse-mistral-7b", "f16", 16, "tg32 pp128 pp32 tg16x4", 490, "q8_0"),
         _item("turbosparse-mixtral-47b", "q4_0", 3, "tg64 pp256 pp32 tg16x4", 590),
     ),
     "quick": (
         _item("turbosparse-mistral-7b", "q4_0", 4, "tg64 pp256 tg16x4", 45),
-        _item("turbosparse-mistral-7b", "f16", 4, "tg32 pp64", 80),
+        _item("turbosparse-mistral-7b", "f16", 4, "tg32 pp64", 80, "q8_0"),
         _item("turbosparse-mixtral-47b", "q4_0", 2, "tg64 tg16x4", 110),
     ),
 }
@@ -65,9 +80,10 @@ class Bytes:
     predictor: int
 
     @classmethod
-    def of(cls, shape: Shape, outtype: str) -> Bytes:
+    def of(cls, shape: Shape, outtype: str, predictor_outtype: str | None = None) -> Bytes:
         kind = parse_type(outtype)
-        output, predictor = DEFAULTS[kind]
+        output = DEFAULTS[kind][0]
+        predictor = predictor_types(outtype, predictor_outtype)[0]
         bytes_ = {"ffn": 0, "other": 0, "predictor": 0}
         for name, dims in tensor_shapes(shape).items():
             is_ffn = ".mlp." in name or ".experts." in name
@@ -84,9 +100,11 @@ class Bytes:
 
     def resident(self, baselines: Sequence[str]) -> int:
         """What all engines together keep in memory. Ours map the FFNs and predictors, and llama.cpp keeps its own copy
-        of the rest, rearranged for this processor; the stock engine keeps such a copy of everything."""
-        ours = self.ffn + self.predictor + self.other
-        return ours + self.ffn + self.other + (self.other if DENSE_DRELU in baselines else 0)
+        of the rest, rearranged for this processor; the stock engine keeps such a copy of everything. Without
+        rearranged weights both engines map the files."""
+        ours = self.ffn + self.predictor + self.other * len({ENGINES[baseline] for baseline in baselines})
+        copies = {STOCK: self.ffn + self.other, DENSE_DRELU: self.other, NOREPACK: 0}
+        return ours + sum(copies[baseline] for baseline in baselines)
 
 
 def _stored(kind: GGMLQuantizationType, n: int) -> int:
@@ -96,10 +114,9 @@ def _stored(kind: GGMLQuantizationType, n: int) -> int:
 
 def layers_that_fit(item: Item, baselines: Sequence[str], available: int) -> int:
     """Most layers, up to the item's, with which all engines fit into `available` bytes of memory; at least 1."""
-    shape = PRESETS[item.preset].shape
 
     def fits(n_layer: int) -> bool:
-        return Bytes.of(shape(n_layer), item.outtype).resident(baselines) + SPARE_BYTES <= available
+        return item.bytes(n_layer).resident(baselines) + SPARE_BYTES <= available
 
     return next((n for n in range(item.n_layer, 1, -1) if fits(n)), 1)
 
@@ -126,13 +143,13 @@ def run_suite(
     for number, item in enumerate(SUITES[name], 1):
         n_layer = layers_that_fit(item, baselines, available_memory())
         preset = PRESETS[item.preset]
-        bytes_ = Bytes.of(preset.shape(n_layer), item.outtype)
         cut = "" if n_layer == item.n_layer else f", for more than {n_layer} of which memory has no room"
+        n_bytes = item.bytes(n_layer).file
         say(
-            f"model {number} of {len(SUITES[name])}: {item.preset}, {item.outtype}, {bytes_.file / 1e9:.1f} GB: "
+            f"model {number} of {len(SUITES[name])}: {item.preset}, {item.types}, {n_bytes / 1e9:.1f} GB: "
             f"{n_layer} of {preset.n_layer} layers{cut}"
         )
-        path = generated(item.preset, n_layer, item.outtype, say)
+        path = generated(item.preset, n_layer, item.outtype, say, predictor_outtype=item.predictor_outtype)
         yield compare(
             path,
             item.workloads,

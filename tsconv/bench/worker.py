@@ -1,11 +1,12 @@
 """One engine in a process of its own: loads a model once, then runs tests as they are asked for on stdin.
 
-    python -m tsconv.bench.worker tsconv|dense-drelu|llama.cpp MODEL.gguf THREADS
+    python -m tsconv.bench.worker ENGINE MODEL.gguf THREADS
 
 Lines of JSON: {"test": "tg128", "n_threads": 2} in, {"seconds": ..., ...} out. `dense-drelu` is our backend with every
 weight read and multiplied. `llama.cpp` is the stock library on the same file: told that the architecture is llama, it
 computes a dense SwiGLU model of the same shape and types, with the kernels it likes best. (Its text is noise: ffn_down
-lies in another layout. Its speed is not.) All of them have flash attention, with which each is faster.
+lies in another layout. Its speed is not.) `tsconv-norepack` and `llama.cpp-norepack` are two of these without
+llama.cpp's extra buffer types. All of them have flash attention, with which each is faster.
 """
 
 from __future__ import annotations
@@ -15,18 +16,42 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import llama_cpp as library
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
 from tsconv.export.kv_cache import padded
 
 N_UBATCH = 512
+
+
+@contextmanager
+def no_extra_bufts() -> Iterator[None]:
+    """While this holds, models are loaded without llama.cpp's extra buffer types (`use_extra_bufts` of
+    llama_model_params in llama.h), which keep weights rearranged for this processor's kernels, AMX among them.
+
+    llama_cpp.Llama has no argument for it; it begins with what llama_model_default_params returns, which is replaced.
+    """
+    default = library.llama_model_default_params
+
+    def without() -> library.llama_model_params:
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = without
+    try:
+        yield
+    finally:
+        library.llama_model_default_params = default
 
 
 def load_stock(path: str, n_threads: int) -> llama_cpp.Llama:
@@ -55,7 +80,13 @@ def load_dense(path: str, n_threads: int) -> llama_cpp.Llama:
     return load_sparse(path, n_threads, "dense")
 
 
-ENGINES = {"tsconv": load_sparse, "dense-drelu": load_dense, "llama.cpp": load_stock}
+ENGINES = {
+    "tsconv": load_sparse,
+    "dense-drelu": load_dense,
+    "llama.cpp": load_stock,
+    "tsconv-norepack": no_extra_bufts()(load_sparse),
+    "llama.cpp-norepack": no_extra_bufts()(load_stock),
+}
 
 
 class Sequences:

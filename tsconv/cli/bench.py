@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tsconv.bench.compare import Row
 
 FORMATS = ("md", "json", "jsonl", "csv")
-OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "tests", "repetitions")  # what a suite decides itself
+# What a suite decides itself.
+OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tests", "repetitions")
 
 
 @click.command("bench")
@@ -29,6 +30,7 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "tests", "repetitions")  
 )
 @click.option("--layers", type=click.IntRange(1, 32), help="Layers of it.  [default: all]")
 @click.option("--outtype", metavar="TYPE", default="q4_0", show_default=True, help="Type of its weights.")
+@click.option("--predictor-outtype", metavar="TYPE", help="Type of its predictor.  [default: as tsconv convert]")
 @click.option(
     "--test",
     "tests",
@@ -44,10 +46,12 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "tests", "repetitions")  
 )
 @click.option(
     "--baseline",
-    type=click.Choice(["llama.cpp", "dense-drelu"]),
+    type=click.Choice(["llama.cpp", "dense-drelu", "llama.cpp-norepack"]),
     default="llama.cpp",
     show_default=True,
-    help="dense-drelu: also beside the same weights in this backend with nothing predicted or skipped.",
+    help="dense-drelu: also beside the same weights in this backend with nothing predicted or skipped."
+    " llama.cpp-norepack: instead, both without the weights that llama.cpp rearranges for its AMX and other kernels;"
+    " TSFFN_ISA limits this backend's.",
 )
 @click.option("-t", "--threads", metavar="N[,N...]", help="Each number in turn.  [default: physical cores]")
 @click.option("-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Format.")
@@ -61,6 +65,7 @@ def command(
     shape: str,
     layers: int | None,
     outtype: str,
+    predictor_outtype: str | None,
     tests: tuple[str, ...],
     repetitions: int,
     suite: str | None,
@@ -74,7 +79,7 @@ def command(
 
     All engines run in turn. Generated models are kept in the cache folder.
     """
-    from tsconv.bench.compare import BASELINES, STOCK
+    from tsconv.bench.compare import DENSE_DRELU, STOCK
     from tsconv.bench.compare import compare as measure
     from tsconv.bench.generate import PRESETS, generated
     from tsconv.bench.suite import run_suite
@@ -87,7 +92,7 @@ def command(
         raise click.UsageError(f"--suite decides about {option} itself.")
     workloads = list(dict.fromkeys(map(parse_workload, tests or ("pp512", "tg128"))))
     n_threads = parse_threads(threads) if threads is not None else None
-    baselines = (STOCK,) if baseline == STOCK else BASELINES
+    baselines = (STOCK, DENSE_DRELU) if baseline == DENSE_DRELU else (baseline,)
     old = read_results(compare) if compare is not None else {}
     if save is not None and not save.parent.is_dir():
         raise OutputError("no such folder", where=save.parent, fix="make it, or name another with --save")
@@ -99,7 +104,8 @@ def command(
     if suite:
         parts = run_suite(suite, baselines=baselines, n_threads=n_threads, say=say, progress=progress)
     else:
-        path = Path(model) if model else generated(shape, layers or PRESETS[shape].n_layer, outtype, say)
+        n_layer = layers or PRESETS[shape].n_layer
+        path = Path(model) if model else generated(shape, n_layer, outtype, say, predictor_outtype=predictor_outtype)
         options = {"repetitions": repetitions, "n_threads": n_threads, "progress": progress}
         parts = iter([measure(path, workloads, baselines=baselines, **options)])
     rows: list[Row] = []

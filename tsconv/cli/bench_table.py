@@ -10,9 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tsconv.bench.compare import STOCK, Row
+from tsconv.bench.compare import ENGINES, NOREPACK, STOCK, Row
 from tsconv.cli.text import size
 from tsconv.errors import TsconvError
+
+NOREPACK_NOTE = (
+    f"\nBeside {NOREPACK}, {ENGINES[NOREPACK]}: neither has llama.cpp's extra buffer types (weights rearranged for"
+    " its AMX and other kernels). The kernels of our FFNs are those named at the end.\n"
+)
 
 Key = tuple[str, str, int, str]  # model, test, threads, baseline
 
@@ -74,8 +79,8 @@ def _markdown(rows: Sequence[Row]) -> str:
     """Two tables, of speed and of where the time goes, and a line about the machine."""
     speed = [
         (
-            *("model", "size", "test", "threads", "t/s", "baseline", "its t/s", "ratio (smallest to largest)"),
-            *("roofline", "reached", "resident", "load s"),
+            *("model", "size", "predictor", "test", "threads", "t/s", "baseline", "its t/s"),
+            *("ratio (smallest to largest)", "roofline", "reached", "resident", "load s"),
         )
     ]
     parts = [
@@ -89,6 +94,7 @@ def _markdown(rows: Sequence[Row]) -> str:
             (
                 _stem(row),
                 size(row.model_size),
+                row.predictor_type or "-",
                 row.test,
                 str(row.n_threads),
                 f"{row.avg_ts:.2f}",
@@ -116,7 +122,8 @@ def _markdown(rows: Sequence[Row]) -> str:
         )
     machine = dict.fromkeys(f"{row.cpu_info}; {row.backend}; {row.build}" for row in rows)
     return (
-        _table(speed, left=("model", "size", "test", "baseline"))
+        _table(speed, left=("model", "size", "predictor", "test", "baseline"))
+        + (NOREPACK_NOTE if any(row.baseline == NOREPACK for row in rows) else "")
         + "\nWhere the time of a step goes, in ms (a step: a token of each sequence; pp: the batch):\n\n"
         + _table(list(dict.fromkeys(parts)), left=("model", "test"))  # the same beside every baseline
         + "".join(f"\n{line}\n" for line in machine)
