@@ -22,8 +22,8 @@ enum {
     UP_ASK = 1,     // from there to asking for its ups and downs,
     UP_DELAY = 2,   // and to computing those
     STEPS = GATE_AHEAD + UP_DELAY + 1,
-    FEW_ROWS = 4,       // below this many rows waiting for memory decides, and chunks are small,
-    FEW_NEURONS = 8,    // the more evenly to ask
+    FEW_NEURONS = 8, // in a chunk; more where there are MANY_ROWS, whose sums are read and written for every chunk
+    MANY_ROWS = 48,
     BATCH_ROWS = 4,     // from so many rows on
     DOWN_COLUMNS = 512, // down is added by blocks of columns: 2 KB of sums, 288 bytes of a Q4_0 row
 };
@@ -318,7 +318,7 @@ static void next_neurons(const struct segment * g, int n_most, struct walk * w, 
 
 void tsffn_compute_neurons(const struct segment * g) {
     const struct tsffn_ffn * ffn = g->ffn;
-    const int n_most = g->r1 - g->r0 < FEW_ROWS ? FEW_NEURONS : CHUNK_NEURONS;
+    const int n_most = g->r1 - g->r0 < MANY_ROWS ? FEW_NEURONS : CHUNK_NEURONS;
     struct walk walk = {0};
     struct worklist lists[STEPS]; // of chunk c at c mod STEPS
     for (int k = 0; k < STEPS; ++k) {
