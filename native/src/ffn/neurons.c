@@ -35,7 +35,7 @@ static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
 
 static int64_t list_work(const struct tsffn_matrix * m, const struct worklist * list) {
     int64_t work = 0;
-    for (int k = 0; list != NULL && k < list->n; ++k) {
+    for (int k = 0; k < list->n; ++k) {
         work += row_work(m, list->rows[k]);
     }
     return work;
