@@ -11,7 +11,7 @@
 enum {
     TILE_ROWS = 64,      // one bit per row in a neuron's mask
     CHUNK_NEURONS = 128, // neurons per step at most: whole panels of fc2
-    OWN_NEURONS = 64,    // neurons [64 k, 64 k + 64) are added by thread k mod n_threads, whichever rows need them
+    OWN_NEURONS = 128,   // neurons [128 k, 128 k + 128) are added by thread k mod n_threads, whichever rows need them
 };
 
 // The neurons that some row of a segment needs, in ascending order: thread t writes those of its part of fc2 from place

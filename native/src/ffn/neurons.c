@@ -155,11 +155,16 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
 
+// Whether add_downs serves these rows better than add_down.
+static bool is_batch(const struct segment * g) {
+    return g->r1 - g->r0 >= BATCH_ROWS && g->ffn->down.type->own_axpy != NULL;
+}
+
 // h *= relu(up . x) of the listed neurons, and down of those that stay.
 static void ups_and_downs(const struct segment * g, struct tsffn_ask_queue * asked, struct worklist * list) {
     const struct tsffn_matrix * up = &g->ffn->up;
     const bool dense = g->s->call->dense;
-    const bool batch = g->r1 - g->r0 >= BATCH_ROWS && g->ffn->down.type->own_axpy != NULL;
+    const bool batch = is_batch(g);
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(up->type, up->n_cols);
     float v[TILE_ROWS];
     int kept = 0;
@@ -238,8 +243,12 @@ static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, cons
     }
     clear_hidden(g, i0, i1);
     tsffn_profile_neurons(g, i0, i1, mask, list);
-    for (int k = 0; k < list->n; ++k) {
-        add_down(g, list, k, &nothing);
+    if (is_batch(g)) {
+        add_downs(g, list, &nothing);
+    } else {
+        for (int k = 0; k < list->n; ++k) {
+            add_down(g, list, k, &nothing);
+        }
     }
     count_chunk(g, i1 - i0);
 }
