@@ -78,13 +78,6 @@ DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
 
-// The scale of a block: one conversion instruction, subnormals included.
-static inline float block_scale(const uint8_t * block) {
-    float16_t d;
-    memcpy(&d, block, sizeof(d));
-    return (float)d;
-}
-
 // The 32 weights of a block without their scale.
 typedef int16x8x4_t weights;
 

@@ -29,9 +29,13 @@ TSFFN_DECLARE_PANELS(avx512vnni);
 TSFFN_DECLARE_PANELS(neon);
 TSFFN_DECLARE_PANELS(neondot);
 
-// Panels of a tier with functions SUFFIX_1 .. SUFFIX_4 for that many vectors at once, which share unpacking the
-// weights.
-#define TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, TIER)                                                                      \
+// Panels of a tier by functions SUFFIX_1 .. SUFFIX_4 for that many vectors at once, which share unpacking the weights.
+// The file's own DEFINE_PANEL(SUFFIX, N_X, ...) defines them.
+#define TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, TIER, ...)                                                                 \
+    DEFINE_PANEL(SUFFIX, 1, __VA_ARGS__)                                                                               \
+    DEFINE_PANEL(SUFFIX, 2, __VA_ARGS__)                                                                               \
+    DEFINE_PANEL(SUFFIX, 3, __VA_ARGS__)                                                                               \
+    DEFINE_PANEL(SUFFIX, 4, __VA_ARGS__)                                                                               \
     void tsffn_panel_##SUFFIX##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                 \
                                        float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                 \
         for (int t = 0; t < n_x; t += 4, asks = NULL) {                                                                \

@@ -74,12 +74,5 @@ static inline __m512i four(const int8_t * x) {
     }
 
 // Four vectors at most: 2 accumulators each, and one for the floats.
-#define DEFINE_FORMAT(SUFFIX, BYTES, OFFSET, PRODUCTS)                                                                 \
-    DEFINE_PANEL(SUFFIX, 1, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 2, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 3, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 4, BYTES, OFFSET, PRODUCTS)                                                                   \
-    TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, avx512vnni)
-
-DEFINE_FORMAT(q8_0, TSFFN_PANEL_Q8_0_BYTES, 128, PRODUCTS_Q8_0)
-DEFINE_FORMAT(q4_0, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)
+TSFFN_DEFINE_PANELS_BY_FOUR(q8_0, avx512vnni, TSFFN_PANEL_Q8_0_BYTES, 128, PRODUCTS_Q8_0)
+TSFFN_DEFINE_PANELS_BY_FOUR(q4_0, avx512vnni, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)

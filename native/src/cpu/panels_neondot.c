@@ -94,12 +94,5 @@ struct columns {
     }
 
 // Four vectors at most: 4 registers of activations and 2 of sums each, of 32.
-#define DEFINE_FORMAT(SUFFIX, BYTES, OFFSET, PRODUCTS)                                                                 \
-    DEFINE_PANEL(SUFFIX, 1, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 2, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 3, BYTES, OFFSET, PRODUCTS)                                                                   \
-    DEFINE_PANEL(SUFFIX, 4, BYTES, OFFSET, PRODUCTS)                                                                   \
-    TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, neondot)
-
-DEFINE_FORMAT(q8_0, TSFFN_PANEL_Q8_0_BYTES, 0, PRODUCTS_Q8_0)
-DEFINE_FORMAT(q4_0, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)
+TSFFN_DEFINE_PANELS_BY_FOUR(q8_0, neondot, TSFFN_PANEL_Q8_0_BYTES, 0, PRODUCTS_Q8_0)
+TSFFN_DEFINE_PANELS_BY_FOUR(q4_0, neondot, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)

@@ -7,13 +7,6 @@
 #include <arm_neon.h>
 #include <string.h>
 
-// The scale of a block.
-static inline float block_scale(const uint8_t * block) {
-    float16_t d;
-    memcpy(&d, block, sizeof(d));
-    return (float)d;
-}
-
 // The 32 weights of a block without their scale.
 typedef int8x16x2_t weights;
 

@@ -9,9 +9,9 @@
 #include <time.h>
 
 enum {
-    TILE_ROWS = 64,      // one bit per row in a neuron's mask
-    CHUNK_NEURONS = 128, // neurons per step at most: whole panels of fc2
-    OWN_NEURONS = 128,   // neurons [128 k, 128 k + 128) are added by thread k mod n_threads, whichever rows need them
+    TILE_ROWS = 64, // one bit per row in a neuron's mask
+    // Of a step at most, whole panels of fc2. Chunk k is that of thread k mod n_threads, whichever rows need it.
+    CHUNK_NEURONS = 128,
 };
 
 // The neurons that some row of a segment needs, in ascending order: thread t writes those of its part of fc2 from place

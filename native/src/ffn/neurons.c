@@ -308,7 +308,7 @@ static void next_neurons(const struct segment * g, int n_most, struct walk * w, 
         const int64_t n = needed->n[g->index * g->nth + w->thread];
         for (; w->k < n; ++w->k) {
             const int32_t neuron = needed->neuron[begin + w->k];
-            if (neuron / OWN_NEURONS % g->nth != g->ith) {
+            if (neuron / CHUNK_NEURONS % g->nth != g->ith) {
                 continue;
             }
             if (list->n == n_most) {
@@ -363,10 +363,10 @@ void tsffn_compute_neurons(const struct segment * g) {
 
 void tsffn_compute_chunks(const struct segment * g) {
     const struct shared * s = g->s;
-    uint64_t mask[OWN_NEURONS];
+    uint64_t mask[CHUNK_NEURONS];
     struct worklist list;
-    for (int64_t i0 = (int64_t)g->ith * OWN_NEURONS; i0 < s->n_ff; i0 += (int64_t)g->nth * OWN_NEURONS) {
-        const int64_t i1 = min_i64(i0 + OWN_NEURONS, s->n_ff);
+    for (int64_t i0 = (int64_t)g->ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)g->nth * CHUNK_NEURONS) {
+        const int64_t i1 = min_i64(i0 + CHUNK_NEURONS, s->n_ff);
         const uint64_t t0 = now_ns();
         mask_neurons(g, i0, i1, i1, mask);
         const uint64_t ns = now_ns() - t0;
