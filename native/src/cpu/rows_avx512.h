@@ -1,5 +1,5 @@
-// What the AVX-512 files share: Q4_0 four blocks at a time, and the functions of AVX512-VNNI (rows_avx512vnni.c) for
-// the tables of kernels_avx512.c.
+// What the AVX-512 files share: Q4_0 four blocks (a quad) at a time, and the functions of AVX512-VNNI
+// (rows_avx512vnni.c) for the tables of kernels_avx512.c.
 #ifndef TSFFN_ROWS_AVX512_H
 #define TSFFN_ROWS_AVX512_H
 
@@ -7,20 +7,30 @@
 
 #include <immintrin.h>
 
-// 16 bytes from each of four places that lie a block apart.
-static inline __m512i load_four_q4_0(const uint8_t * p) {
+enum {
+    TSFFN_Q4_0_QUAD_BYTES = 4 * TSFFN_Q4_0_BYTES, // of four blocks, whose nibbles fill a register
+    TSFFN_Q4_0_QUADS = 4,                         // whose scales do, in f32
+};
+
+static inline __m512i nibbles_of_quad(const uint8_t * blocks) {
+    const uint8_t * p = blocks + 2;
     const __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
     const __m512i b = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p + TSFFN_Q4_0_BYTES)), 1);
     const __m512i c = _mm512_inserti32x4(b, _mm_loadu_si128((const __m128i *)(p + 2 * TSFFN_Q4_0_BYTES)), 2);
     return _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i *)(p + 3 * TSFFN_Q4_0_BYTES)), 3);
 }
 
-// The scales of four blocks, each in its four lanes, times 2^-112 (tsffn_f16_bits_scaled): the half moves to the upper
-// end of its lane and three bits down.
-static inline __m512 four_scales_q4_0(const uint8_t * blocks) {
-    const __m512i to_top = _mm512_set1_epi32(0x01008080);
-    const __m512i halves = _mm512_shuffle_epi8(load_four_q4_0(blocks), to_top);
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(halves, 3), _mm512_set1_epi32((int)0x8fffffff)));
+// The scales of n_quads times four blocks, at most 16, a lane each. A block is nine words of 16 bits, so that those of
+// four blocks are words 0, 9, 18 and 27 of one load.
+static inline __m512 scales_of_quads(const uint8_t * blocks, int n_quads) {
+    const __m512i words = _mm512_set_epi16(27, 18, 9, 0, 27, 18, 9, 0, 27, 18, 9, 0, 27, 18, 9, 0, //
+                                           27, 18, 9, 0, 27, 18, 9, 0, 27, 18, 9, 0, 27, 18, 9, 0);
+    __m512i scales = _mm512_setzero_si512();
+    for (int k = 0; k < n_quads; ++k, blocks += TSFFN_Q4_0_QUAD_BYTES) {
+        const __mmask32 places = (__mmask32)0xf << (4 * k);
+        scales = _mm512_mask_permutexvar_epi16(scales, places, words, _mm512_loadu_si512(blocks));
+    }
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(scales));
 }
 
 float tsffn_dot_q4_0_avx512vnni(int64_t n, const void * row, const void * x);

@@ -11,20 +11,20 @@
 
 #include <immintrin.h>
 
-enum { BLOCKS = TSFFN_I16_QUAD / TSFFN_BLOCK_SIZE };
-
 struct weights {
     __m512i low, high; // nibbles
     __m512 scales;
 };
 
-static inline struct weights load_weights(const uint8_t * blocks) {
-    const __m512i q = load_four_q4_0(blocks + 2);
+// Those of a quad, whose scales are number k of `scales`.
+static inline struct weights load_weights(const uint8_t * blocks, __m512 scales, int k) {
+    const __m512i q = nibbles_of_quad(blocks);
     const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i each_fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return (struct weights){
         .low = _mm512_and_si512(q, mask),
         .high = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask),
-        .scales = four_scales_q4_0(blocks),
+        .scales = _mm512_permutexvar_ps(_mm512_add_epi32(each_fourfold, _mm512_set1_epi32(4 * k)), scales),
     };
 }
 
@@ -45,30 +45,44 @@ static inline __m512 add_block(__m512 sum, const uint8_t * block, const int16_t 
     const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight);
     const __m512i w = _mm512_cvtepi8_epi16(_mm256_set_m128i(high, low));
     const __m512i products = _mm512_madd_epi16(w, _mm512_loadu_si512(x));
-    const uint32_t d = (uint32_t)tsffn_f16_bits_scaled(tsffn_load_u16(block));
-    return _mm512_fmadd_ps(_mm512_set1_ps(tsffn_float_from_bits(d)), _mm512_cvtepi32_ps(products), sum);
+    const __m512 d = _mm512_set1_ps(_cvtsh_ss(tsffn_load_u16(block)));
+    return _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(products), sum);
 }
 
-static inline float finish(__m512 sum, const void * x) {
-    return _mm512_reduce_add_ps(sum) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(x);
-}
+// STEP for each quad of a row: w are its weights, `at` where it lies in the quads of the activations.
+#define EACH_QUAD(n_quads, STEP)                                                                                       \
+    do {                                                                                                               \
+        const __m512 scales = scales_of_quads(block, n_quads);                                                         \
+        for (int k = 0; k < (n_quads); ++k) {                                                                          \
+            const struct weights w = load_weights(block, scales, k);                                                   \
+            STEP;                                                                                                      \
+            j += TSFFN_I16_QUAD;                                                                                       \
+            at += TSFFN_I16_QUAD_BYTES;                                                                                \
+            block += TSFFN_Q4_0_QUAD_BYTES;                                                                            \
+        }                                                                                                              \
+    } while (0)
+#define EACH_QUAD_OF_ROW(STEP)                                                                                         \
+    do {                                                                                                               \
+        while (j + TSFFN_Q4_0_QUADS * TSFFN_I16_QUAD <= n) {                                                           \
+            EACH_QUAD(TSFFN_Q4_0_QUADS, STEP);                                                                         \
+        }                                                                                                              \
+        while (j + TSFFN_I16_QUAD <= n) {                                                                              \
+            EACH_QUAD(1, STEP);                                                                                        \
+        }                                                                                                              \
+    } while (0)
 
 #define DEFINE_DOT(NAME, ASKS, BEGIN, ASK)                                                                             \
     float NAME(int64_t n, const void * row, const void * x ASKS()) {                                                   \
         const uint8_t * block = row;                                                                                   \
         BEGIN(n / TSFFN_I16_QUAD);                                                                                     \
-        const int8_t * quad = tsffn_i16_quads(x, n);                                                                   \
+        const int8_t * quads = tsffn_i16_quads(x, n);                                                                  \
         __m512 sum = _mm512_setzero_ps();                                                                              \
-        int64_t j = 0;                                                                                                 \
-        for (; j + TSFFN_I16_QUAD <= n; j += TSFFN_I16_QUAD, quad += TSFFN_I16_QUAD_BYTES) {                           \
-            ASK();                                                                                                     \
-            sum = add_quad(sum, load_weights(block), quad);                                                            \
-            block += BLOCKS * TSFFN_Q4_0_BYTES;                                                                        \
-        }                                                                                                              \
+        int64_t j = 0, at = 0;                                                                                         \
+        EACH_QUAD_OF_ROW(ASK(); sum = add_quad(sum, w, quads + at));                                                   \
         for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {                                              \
             sum = add_block(sum, block, tsffn_i16_values(x) + j);                                                      \
         }                                                                                                              \
-        return finish(sum, x);                                                                                         \
+        return _mm512_reduce_add_ps(sum) * tsffn_i16_scale(x);                                                         \
     }
 DEFINE_DOT(tsffn_dot_q4_0_avx512vnni, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
 DEFINE_DOT(tsffn_dot_asking_q4_0_avx512vnni, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
@@ -76,20 +90,20 @@ DEFINE_DOT(tsffn_dot_asking_q4_0_avx512vnni, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 // Bit for bit what four single dots give: unpacking the weights is shared.
 void tsffn_dot4_q4_0_avx512vnni(int64_t n, const void * row, const void * const x[4], float s[4]) {
     const uint8_t * block = row;
-    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    int64_t j = 0;
-    for (; j + TSFFN_I16_QUAD <= n; j += TSFFN_I16_QUAD, block += BLOCKS * TSFFN_Q4_0_BYTES) {
-        const struct weights w = load_weights(block);
-        for (int k = 0; k < 4; ++k) {
-            sum[k] = add_quad(sum[k], w, tsffn_i16_quads(x[k], n) + j / TSFFN_I16_QUAD * TSFFN_I16_QUAD_BYTES);
-        }
-    }
+    const int8_t *quads0 = tsffn_i16_quads(x[0], n), *quads1 = tsffn_i16_quads(x[1], n);
+    const int8_t *quads2 = tsffn_i16_quads(x[2], n), *quads3 = tsffn_i16_quads(x[3], n);
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+    int64_t j = 0, at = 0;
+    EACH_QUAD_OF_ROW(s0 = add_quad(s0, w, quads0 + at); s1 = add_quad(s1, w, quads1 + at);
+                     s2 = add_quad(s2, w, quads2 + at); s3 = add_quad(s3, w, quads3 + at));
     for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
-        for (int k = 0; k < 4; ++k) {
-            sum[k] = add_block(sum[k], block, tsffn_i16_values(x[k]) + j);
-        }
+        s0 = add_block(s0, block, tsffn_i16_values(x[0]) + j);
+        s1 = add_block(s1, block, tsffn_i16_values(x[1]) + j);
+        s2 = add_block(s2, block, tsffn_i16_values(x[2]) + j);
+        s3 = add_block(s3, block, tsffn_i16_values(x[3]) + j);
     }
-    for (int k = 0; k < 4; ++k) {
-        s[k] = finish(sum[k], x[k]);
-    }
+    s[0] = _mm512_reduce_add_ps(s0) * tsffn_i16_scale(x[0]);
+    s[1] = _mm512_reduce_add_ps(s1) * tsffn_i16_scale(x[1]);
+    s[2] = _mm512_reduce_add_ps(s2) * tsffn_i16_scale(x[2]);
+    s[3] = _mm512_reduce_add_ps(s3) * tsffn_i16_scale(x[3]);
 }
