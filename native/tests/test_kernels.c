@@ -91,6 +91,29 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
     }
 }
 
+// The first columns of two rows, added three times.
+static void test_unpacked(const struct tsffn_kernels * kernels, enum tsffn_format format, const uint8_t * row, float a,
+                          const float * start) {
+    enum { N = TSFFN_UNPACKED_COLUMNS };
+    uint8_t other[N * 4];
+    double ignored[N];
+    random_row(format, N, other, ignored);
+    const struct tsffn_term terms[] = {{.a = a, .row = 1}, {.a = 0.5f, .row = 0}, {.a = -a, .row = 1}};
+    float w[2][N], scales[2][TSFFN_UNPACKED_BLOCKS], expected[N], found[N + 1];
+    memcpy(expected, start, sizeof(expected));
+    memcpy(found, start, sizeof(expected));
+    found[N] = 12345.0f;
+    kernels->unpack[format](other, w[0], scales[0]);
+    kernels->unpack[format](row, w[1], scales[1]);
+    kernels->add_unpacked[format](3, terms, w[0], scales[0], found);
+    for (int i = 0; i < 3; ++i) {
+        kernels->axpy[format](N, terms[i].a, terms[i].row == 1 ? row : other, expected);
+    }
+    CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: unpacked rows differ from axpy", kernels->name,
+          format_names[format]);
+    CHECK(found[N] == 12345.0f, "%s %s: wrote behind the end", kernels->name, format_names[format]);
+}
+
 static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, size_t offset) {
     static uint8_t row_memory[MAX_N * 4 + GUARD];
     static float x_memory[MAX_N + GUARD], y_memory[MAX_N + GUARD];
@@ -160,13 +183,8 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy",
               kernels->name, format_names[format], (int)n);
     }
-    if (kernels->scales[format] != NULL) {
-        static float scales[MAX_N / TSFFN_BLOCK_SIZE];
-        memcpy(asked, start, (size_t)n * sizeof(float));
-        kernels->scales[format](n, row, scales);
-        kernels->axpy_scaled[format](n, a, row, scales, asked);
-        CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: axpy_scaled differs from axpy",
-              kernels->name, format_names[format], (int)n);
+    if (kernels->unpack[format] != NULL && n >= TSFFN_UNPACKED_COLUMNS) {
+        test_unpacked(kernels, format, row, a, start);
     }
     CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,
           nmse(y, expected, n));

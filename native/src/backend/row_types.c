@@ -63,8 +63,8 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
         row->own_axpy_asking = kernels->axpy_asking[format];
         row->own_dot4 = kernels->dot4[format];
         row->own_axpy = kernels->axpy[format];
-        row->own_scales = kernels->scales[format];
-        row->own_axpy_scaled = kernels->axpy_scaled[format];
+        row->own_unpack = kernels->unpack[format];
+        row->own_add_unpacked = kernels->add_unpacked[format];
         row->own_panel = kernels->panel[format];
         row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits
         row->gemm_format = format;

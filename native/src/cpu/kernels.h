@@ -158,10 +158,19 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
 typedef float (*tsffn_dot_asking_fn)(int64_t n, const void * row, const void * x, const struct tsffn_asks * asks);
 typedef void (*tsffn_axpy_asking_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
 
-// For rows that are added more than once: their scales in f32 [n / 32], and axpy with those; bit for bit what axpy
-// gives.
-typedef void (*tsffn_scales_fn)(int64_t n, const void * row, float * scales);
-typedef void (*tsffn_axpy_scaled_fn)(int64_t n, float a, const void * row, const float * scales, float * y);
+// For rows that are added to several sums, TSFFN_UNPACKED_COLUMNS weights at a time (block formats from a block's
+// beginning on). Unpacking a row: its weights before their scale, and the scales, if any.
+enum { TSFFN_UNPACKED_COLUMNS = 64, TSFFN_UNPACKED_BLOCKS = TSFFN_UNPACKED_COLUMNS / TSFFN_BLOCK_SIZE };
+typedef void (*tsffn_unpack_fn)(const void * row, float * w, float * scales);
+// y[j] += sum_i a_i * row_i[j], i < n, in the order of the terms; bit for bit what n calls of axpy give. Row k is w[64
+// k
+// ..] and scales[2 k ..].
+struct tsffn_term {
+    float a;
+    int32_t row;
+};
+typedef void (*tsffn_add_unpacked_fn)(int n, const struct tsffn_term * terms, const float * w, const float * scales,
+                                      float * y);
 
 struct tsffn_gemm;
 
@@ -179,10 +188,10 @@ struct tsffn_kernels {
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
     tsffn_dot_asking_fn dot_asking[TSFFN_FORMAT_COUNT];   // NULL: there is only the plain one
     tsffn_axpy_asking_fn axpy_asking[TSFFN_FORMAT_COUNT]; //
-    tsffn_scales_fn scales[TSFFN_FORMAT_COUNT];           // both NULL: axpy does as well
-    tsffn_axpy_scaled_fn axpy_scaled[TSFFN_FORMAT_COUNT]; //
-    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];             // of the block formats (panels.h)
-    const struct tsffn_gemm * gemm;                       // NULL: the tier has no matrix unit
+    tsffn_unpack_fn unpack[TSFFN_FORMAT_COUNT];           // both NULL: there is only axpy
+    tsffn_add_unpacked_fn add_unpacked[TSFFN_FORMAT_COUNT];
+    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT]; // of the block formats (panels.h)
+    const struct tsffn_gemm * gemm;           // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as

@@ -118,7 +118,31 @@ static inline void axpy_block_q4_0(__m256 d, const uint8_t * nibbles, float * y)
     axpy16_i8(d, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), y + 16);
 }
 
+static inline void unpack16_i8(__m128i q, float * w) {
+    _mm256_storeu_ps(w, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)));
+    _mm256_storeu_ps(w + 8, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))));
+}
+
+static inline void unpack_block_q8_0(const uint8_t * q, float * w) {
+    unpack16_i8(_mm_loadu_si128((const __m128i *)q), w);
+    unpack16_i8(_mm_loadu_si128((const __m128i *)(q + 16)), w + 16);
+}
+
+static inline void unpack_block_q4_0(const uint8_t * nibbles, float * w) {
+    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    const __m128i q = _mm_loadu_si128((const __m128i *)nibbles);
+    unpack16_i8(_mm_sub_epi8(_mm_and_si128(q, mask), eight), w);
+    unpack16_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), w + 16);
+}
+
+#define widen_f32 load8_f32
+#define widen_f16 load8_f16
+#define widen_bf16 load8_bf16
+#define VEC_LANES 8
 typedef __m256 vec;
+#define vec_load _mm256_loadu_ps
+#define vec_store _mm256_storeu_ps
+#define vec_mul _mm256_mul_ps
 #define vec_zero _mm256_setzero_ps
 #define vec_set1 _mm256_set1_ps
 #define vec_fmadd _mm256_fmadd_ps
@@ -126,11 +150,12 @@ typedef __m256 vec;
 #define vec_sum hsum
 #include "blocks_x86.h"
 #include "panels.h"
+#include "unpacked.h"
 
 DEFINE_BLOCK_AXPY(axpy, q4_0, TSFFN_Q4_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
 DEFINE_BLOCK_AXPY(axpy_asking, q4_0, TSFFN_Q4_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
-#define BLOCK_LOOPS TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0)
+#define BLOCK_LOOPS TSFFN_ASKING_KERNELS, TSFFN_UNPACKED_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0)
 
 TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, BLOCK_LOOPS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));

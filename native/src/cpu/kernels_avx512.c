@@ -96,37 +96,29 @@ static inline void axpy_block_q8_0(__m512 d, const uint8_t * q, float * y) {
     }
 }
 
-// a times the 16 values of a nibble. A nibble is an index into them: VPERMPS looks at the low four bits only, and saves
-// masking, subtracting and converting.
-static inline __m512 nibble_values(float a) {
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_mul_ps(_mm512_set1_ps(a), values);
+// The values of a nibble, by the nibble: VPERMPS looks at the low four bits of an index only, and saves masking,
+// subtracting and converting.
+static inline __m512 nibble_values(void) {
+    return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-// y[0..32) += d * (a * w)
-static inline void axpy_block_q4_0(__m512 d, __m512 values, const uint8_t * nibbles, float * y) {
+// y[0..32) += d * w
+static inline void axpy_block_q4_0(__m512 d, const uint8_t * nibbles, float * y) {
     const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)nibbles));
-    axpy16(d, _mm512_permutexvar_ps(q, values), y);
-    axpy16(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), values), y + 16);
+    axpy16(d, _mm512_permutexvar_ps(q, nibble_values()), y);
+    axpy16(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), nibble_values()), y + 16);
 }
 
-// The scales of n / 32 blocks, n a multiple of 32.
-static void scales_q4_0(int64_t n, const void * row, float * scales) {
-    const uint8_t * block = row;
-    int64_t b = 0;
-    for (; b + 16 <= n / TSFFN_BLOCK_SIZE; b += 16, block += 16 * TSFFN_Q4_0_BYTES) {
-        _mm512_storeu_ps(scales + b, scales_of_quads(block, TSFFN_Q4_0_QUADS));
-    }
-    for (; b < n / TSFFN_BLOCK_SIZE; ++b, block += TSFFN_Q4_0_BYTES) {
-        scales[b] = _cvtsh_ss(tsffn_load_u16(block));
-    }
-}
+enum { SCALES = 4 * TSFFN_Q4_0_QUADS };
 
-static void axpy_scaled_q4_0(int64_t n, float a, const void * row, const float * scales, float * y) {
-    const uint8_t * nibbles = (const uint8_t *)row + 2;
-    const __m512 values = nibble_values(a);
-    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, nibbles += TSFFN_Q4_0_BYTES) {
-        axpy_block_q4_0(_mm512_set1_ps(scales[j / TSFFN_BLOCK_SIZE]), values, nibbles, y + j);
+// a times the scales of a row's next blocks, at most SCALES.
+static inline void scales_q4_0(int64_t blocks, float a, const uint8_t * block, float * scales) {
+    if (blocks >= SCALES) {
+        _mm512_storeu_ps(scales, _mm512_mul_ps(_mm512_set1_ps(a), scales_of_quads(block, TSFFN_Q4_0_QUADS)));
+        return;
+    }
+    for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES) {
+        scales[b] = a * _cvtsh_ss(tsffn_load_u16(block));
     }
 }
 
@@ -134,26 +126,45 @@ static void axpy_scaled_q4_0(int64_t n, float a, const void * row, const float *
 // Asking once in four blocks instead of in each saves a fifth.
 #define DEFINE_AXPY_Q4_0(NAME, ASKS, BEGIN, ASK)                                                                       \
     static void NAME(int64_t n, float a, const void * row, float * y ASKS()) {                                         \
-        enum { BLOCKS = 16, STEP = 4 };                                                                                \
+        enum { STEP = 4 };                                                                                             \
         BEGIN((n / TSFFN_BLOCK_SIZE + STEP - 1) / STEP);                                                               \
-        const __m512 values = nibble_values(a);                                                                        \
         const uint8_t * block = row;                                                                                   \
-        float d[BLOCKS];                                                                                               \
-        for (int64_t left = n / TSFFN_BLOCK_SIZE; left > 0; left -= BLOCKS) {                                          \
-            const int64_t blocks = left < BLOCKS ? left : BLOCKS;                                                      \
-            scales_q4_0(blocks * TSFFN_BLOCK_SIZE, block, d);                                                          \
+        float d[SCALES];                                                                                               \
+        for (int64_t left = n / TSFFN_BLOCK_SIZE; left > 0; left -= SCALES) {                                          \
+            const int64_t blocks = left < SCALES ? left : SCALES;                                                      \
+            scales_q4_0(left, a, block, d);                                                                            \
             for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES, y += TSFFN_BLOCK_SIZE) {                   \
                 if (b % STEP == 0) {                                                                                   \
                     ASK();                                                                                             \
                 }                                                                                                      \
-                axpy_block_q4_0(_mm512_set1_ps(d[b]), values, block + 2, y);                                           \
+                axpy_block_q4_0(_mm512_set1_ps(d[b]), block + 2, y);                                                   \
             }                                                                                                          \
         }                                                                                                              \
     }
 DEFINE_AXPY_Q4_0(axpy_q4_0, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
 DEFINE_AXPY_Q4_0(axpy_asking_q4_0, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
 
+static inline void unpack_block_q8_0(const uint8_t * q, float * w) {
+    for (int half = 0; half < 2; ++half) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(q + 16 * half));
+        _mm512_storeu_ps(w + 16 * half, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+    }
+}
+
+static inline void unpack_block_q4_0(const uint8_t * nibbles, float * w) {
+    const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)nibbles));
+    _mm512_storeu_ps(w, _mm512_permutexvar_ps(q, nibble_values()));
+    _mm512_storeu_ps(w + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), nibble_values()));
+}
+
+#define widen_f32(w) load16_f32(ALL, w)
+#define widen_f16(w) load16_f16(ALL, w)
+#define widen_bf16(w) load16_bf16(ALL, w)
+#define VEC_LANES 16
 typedef __m512 vec;
+#define vec_load _mm512_loadu_ps
+#define vec_store _mm512_storeu_ps
+#define vec_mul _mm512_mul_ps
 #define vec_zero _mm512_setzero_ps
 #define vec_set1 _mm512_set1_ps
 #define vec_fmadd _mm512_fmadd_ps
@@ -161,10 +172,10 @@ typedef __m512 vec;
 #define vec_sum _mm512_reduce_add_ps
 #include "blocks_x86.h"
 #include "panels.h"
+#include "unpacked.h"
 
 TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0),
-                     .scales = TSFFN_BLOCK_KERNELS(NULL, scales_q4_0),
-                     .axpy_scaled = TSFFN_BLOCK_KERNELS(NULL, axpy_scaled_q4_0),
+                     TSFFN_UNPACKED_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
 
 #define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
@@ -177,8 +188,7 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSF
         .dot_asking = {dot_asking_f32, dot_asking_f16, dot_asking_bf16, dot_asking_q8_0,                               \
                        tsffn_dot_asking_q4_0_avx512vnni},                                                              \
         .axpy_asking = {axpy_asking_f32, axpy_asking_f16, axpy_asking_bf16, axpy_asking_q8_0, axpy_asking_q4_0},       \
-        .scales = TSFFN_BLOCK_KERNELS(NULL, scales_q4_0),                                                              \
-        .axpy_scaled = TSFFN_BLOCK_KERNELS(NULL, axpy_scaled_q4_0),                                                    \
+        TSFFN_UNPACKED_KERNELS,                                                                                        \
         .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx512vnni, tsffn_panel_q4_0_avx512vnni),                        \
         __VA_ARGS__}
 

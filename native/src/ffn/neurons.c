@@ -22,10 +22,15 @@ enum {
     UP_ASK = 1,     // from there to asking for its ups and downs,
     UP_DELAY = 2,   // and to computing those
     STEPS = GATE_AHEAD + UP_DELAY + 1,
-    FEW_NEURONS = 8, // in a chunk; more where there are MANY_ROWS, whose sums are read and written for every chunk
-    MANY_ROWS = 48,
+    // Neurons of a chunk, by the rows it is for: their sums are read and written for every chunk.
+    FEW_NEURONS = 8,
+    SOME_NEURONS = 32,
+    SOME_ROWS = 12,
+    MANY_ROWS = 48,     // CHUNK_NEURONS
     BATCH_ROWS = 4,     // from so many rows on
     DOWN_COLUMNS = 512, // down is added by blocks of columns: 2 KB of sums, 288 bytes of a Q4_0 row
+    UNPACK_ROWS = 2,    // weight rows are unpacked where so many rows add each on average,
+    UNPACK_NEURONS = 4, // and each of those rows adds so many
 };
 
 // Work is counted in blocks of weights that are multiplied.
@@ -112,45 +117,90 @@ static void add_down(const struct segment * g, const struct worklist * list, int
     g->counts->bytes_ffn += tsffn_row_bytes(down->type, down->n_cols);
 }
 
-// Adds h * down_i of all listed neurons for a batch: column block by column block, so that a token's sums of a block
-// and that block of all the rows stay in L1. Every sum takes its neurons in ascending order, as in add_down.
-static void add_downs(const struct segment * g, const struct worklist * list, struct tsffn_ask_queue * asked) {
-    const struct tsffn_matrix * down = &g->ffn->down;
-    const int64_t n_embd = g->s->n_embd;
-    uint8_t neurons[TILE_ROWS][CHUNK_NEURONS]; // of each row: places in the list
-    int n_neurons[TILE_ROWS] = {0};
-    float scales[CHUNK_NEURONS][DOWN_COLUMNS / TSFFN_BLOCK_SIZE]; // of the column block
-    int64_t n_pairs = 0;
+// The listed neurons of each row, in ascending order: row r's are terms[first[r]] to terms[first[r + 1] - 1].
+struct row_terms {
+    int first[TILE_ROWS + 1];
+    struct tsffn_term terms[CHUNK_NEURONS * TILE_ROWS]; // h, place in the list
+};
+
+static void sort_by_rows(const struct segment * g, const struct worklist * list, struct row_terms * t) {
+    int end[TILE_ROWS + 1] = {0};
     for (int k = 0; k < list->n; ++k) {
-        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1, ++n_pairs) {
+        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
+            ++end[__builtin_ctzll(b) + 1];
+        }
+    }
+    for (int r = 0; r < TILE_ROWS; ++r) {
+        end[r + 1] += end[r];
+    }
+    memcpy(t->first, end, sizeof(end));
+    for (int k = 0; k < list->n; ++k) {
+        for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
             const int r = __builtin_ctzll(b);
-            neurons[r][n_neurons[r]++] = (uint8_t)k;
+            const float h = list->h[k][r];
+            t->terms[end[r]++] = (struct tsffn_term){.a = h, .row = k};
             if (g->rows[r].h != NULL) {
-                g->rows[r].h[list->neuron[k]] = list->h[k][r];
+                g->rows[r].h[list->neuron[k]] = h;
             }
         }
     }
-    for (int64_t c0 = 0; c0 < n_embd; c0 += DOWN_COLUMNS) {
+}
+
+static struct tsffn_asks take_for_downs(const struct row_terms * t, int64_t n, struct tsffn_ask_queue * asked) {
+    return tsffn_queue_take(asked, t->first[TILE_ROWS] * n / TSFFN_BLOCK_SIZE);
+}
+
+// Columns [c0, c0 + TSFFN_UNPACKED_COLUMNS) of h * down_i, unpacked once for all rows.
+static void add_unpacked(const struct segment * g, const struct worklist * list, const struct row_terms * t,
+                         int64_t c0) {
+    const struct tsffn_matrix * down = &g->ffn->down;
+    _Alignas(TSFFN_CACHE_LINE) float w[CHUNK_NEURONS][TSFFN_UNPACKED_COLUMNS];
+    float scales[CHUNK_NEURONS][TSFFN_UNPACKED_BLOCKS];
+    const size_t offset = tsffn_row_bytes(down->type, c0);
+    for (int k = 0; k < list->n; ++k) {
+        down->type->own_unpack(tsffn_matrix_row(down, list->neuron[k]) + offset, w[k], scales[k]);
+    }
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        down->type->own_add_unpacked(t->first[r + 1] - t->first[r], t->terms + t->first[r], w[0], scales[0],
+                                     g->acc + r * g->s->n_embd + c0);
+    }
+}
+
+// Columns [c0, c0 + n) of h * down_i, row by row.
+static void add_columns(const struct segment * g, const struct worklist * list, const struct row_terms * t, int64_t c0,
+                        int64_t n) {
+    const struct tsffn_matrix * down = &g->ffn->down;
+    const size_t offset = tsffn_row_bytes(down->type, c0);
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        for (int i = t->first[r]; i < t->first[r + 1]; ++i) {
+            const uint8_t * row = tsffn_matrix_row(down, list->neuron[t->terms[i].row]) + offset;
+            down->type->own_axpy(n, t->terms[i].a, row, g->acc + r * g->s->n_embd + c0);
+        }
+    }
+}
+
+// Adds h * down_i of all listed neurons for a batch: column block by column block, so that a row's sums of a block and
+// that block of all the weight rows stay in L1. Every sum takes its neurons in ascending order, as in add_down.
+static void add_downs(const struct segment * g, const struct worklist * list, struct tsffn_ask_queue * asked) {
+    const struct tsffn_matrix * down = &g->ffn->down;
+    const int64_t n_embd = g->s->n_embd;
+    struct row_terms t;
+    sort_by_rows(g, list, &t);
+    int64_t c0 = 0;
+    const int n_terms = t.first[TILE_ROWS];
+    if (down->type->own_unpack != NULL && n_terms >= UNPACK_ROWS * list->n &&
+        n_terms >= UNPACK_NEURONS * (g->r1 - g->r0)) {
+        for (; c0 + TSFFN_UNPACKED_COLUMNS <= n_embd; c0 += TSFFN_UNPACKED_COLUMNS) {
+            const struct tsffn_asks asks = take_for_downs(&t, TSFFN_UNPACKED_COLUMNS, asked);
+            tsffn_ask_all(&asks);
+            add_unpacked(g, list, &t, c0);
+        }
+    }
+    for (; c0 < n_embd; c0 += DOWN_COLUMNS) {
         const int64_t n = min_i64(DOWN_COLUMNS, n_embd - c0);
-        const size_t offset = tsffn_row_bytes(down->type, c0);
-        const struct tsffn_asks asks = tsffn_queue_take(asked, n_pairs * n / TSFFN_BLOCK_SIZE);
+        const struct tsffn_asks asks = take_for_downs(&t, n, asked);
         tsffn_ask_all(&asks);
-        for (int k = 0; down->type->own_scales != NULL && k < list->n; ++k) {
-            down->type->own_scales(n, tsffn_matrix_row(down, list->neuron[k]) + offset, scales[k]);
-        }
-        for (int64_t r = g->r0; r < g->r1; ++r) {
-            float * sums = g->acc + r * n_embd + c0;
-            for (int k = 0; k < n_neurons[r]; ++k) {
-                const int place = neurons[r][k];
-                const float h = list->h[place][r];
-                const uint8_t * row = tsffn_matrix_row(down, list->neuron[place]) + offset;
-                if (down->type->own_scales != NULL) {
-                    down->type->own_axpy_scaled(n, h, row, scales[place], sums);
-                } else {
-                    down->type->own_axpy(n, h, row, sums);
-                }
-            }
-        }
+        add_columns(g, list, &t, c0, n);
     }
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
@@ -327,7 +377,8 @@ static void next_neurons(const struct segment * g, int n_most, struct walk * w, 
 
 void tsffn_compute_neurons(const struct segment * g) {
     const struct tsffn_ffn * ffn = g->ffn;
-    const int n_most = g->r1 - g->r0 < MANY_ROWS ? FEW_NEURONS : CHUNK_NEURONS;
+    const int64_t n_rows = g->r1 - g->r0;
+    const int n_most = n_rows < SOME_ROWS ? FEW_NEURONS : n_rows < MANY_ROWS ? SOME_NEURONS : CHUNK_NEURONS;
     struct walk walk = {0};
     struct worklist lists[STEPS]; // of chunk c at c mod STEPS
     for (int k = 0; k < STEPS; ++k) {

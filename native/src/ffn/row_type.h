@@ -30,8 +30,8 @@ struct tsffn_row_type {
     void (*own_axpy)(int64_t n, float a, const void * row, float * y);
     tsffn_dot_asking_fn own_dot_asking; // both NULL: ask first, then compute
     tsffn_axpy_asking_fn own_axpy_asking;
-    tsffn_scales_fn own_scales; // both NULL: own_axpy does as well
-    tsffn_axpy_scaled_fn own_axpy_scaled;
+    tsffn_unpack_fn own_unpack; // both NULL: there is only own_axpy
+    tsffn_add_unpacked_fn own_add_unpacked;
     tsffn_panel_fn own_panel; // for matrices in panels; NULL: there are none of this type
 
     // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
