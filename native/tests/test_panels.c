@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { MAX_N = 1024, MAX_X = 9, MAX_BYTES = MAX_N / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q8_0_BYTES };
+enum { MAX_N = 1024, MAX_X = 37, MAX_BYTES = MAX_N / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q8_0_BYTES };
 
 static int weights_bytes(enum tsffn_format format) {
     return format == TSFFN_FORMAT_Q8_0 ? 32 : 16; // of one row in one block of columns

@@ -15,18 +15,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// AMX-TILE, AMX-BF16 and AVX512_BF16, and Linux's leave to use the tile registers, which a process must ask for. ggml
-// asks for the same.
+// AMX-TILE, AMX-INT8, AMX-BF16 and AVX512_BF16, and Linux's leave to use the tile registers, which a process must ask
+// for. ggml asks for the same.
 static int machine_has_amx(void) {
     enum {
-        LEAF_7_AMX_BF16 = 1 << 22,     // EDX of leaf 7, subleaf 0
-        LEAF_7_AMX_TILE = 1 << 24,     //
+        LEAF_7_AMX_BF16 = 1 << 22, // EDX of leaf 7, subleaf 0
+        LEAF_7_AMX_TILE = 1 << 24, //
+        LEAF_7_AMX_INT8 = 1 << 25, //
+        LEAF_7_AMX = LEAF_7_AMX_BF16 | LEAF_7_AMX_TILE | LEAF_7_AMX_INT8,
         LEAF_7_1_AVX512_BF16 = 1 << 5, // EAX of leaf 7, subleaf 1
         ARCH_REQ_XCOMP_PERM = 0x1023,  // asm/prctl.h
         XFEATURE_XTILEDATA = 18,
     };
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & LEAF_7_AMX_BF16) == 0 || (d & LEAF_7_AMX_TILE) == 0 ||
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & LEAF_7_AMX) != LEAF_7_AMX ||
         !__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & LEAF_7_1_AVX512_BF16) == 0) {
         return 0;
     }

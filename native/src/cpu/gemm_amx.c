@@ -4,6 +4,7 @@
 // Two groups of 16 weight rows times two groups of 16 vectors keep four tiles of sums; the other four take in turn
 // w_lo, x_hi, w_hi and x_lo, so that eight tile loads feed twelve products. The rows are expanded K_CHUNK weights at a
 // time: 2 x 32 x 128 bfloat16 are 16 KB, which L1 holds while all vectors pass by, and the sums rest in memory between.
+#include "amx.h"
 #include "gemm.h"
 #include "half.h"
 
@@ -12,8 +13,8 @@
 
 enum {
     K_CHUNK = 128,
-    TILE = 16,              // rows of a tile
-    TILE_BYTES = 64,        // of a row
+    TILE = TSFFN_TILE_ROWS,
+    TILE_BYTES = TSFFN_TILE_ROW_BYTES,
     TILE_VALUES = TILE * 32 // bfloat16
 };
 
@@ -176,21 +177,6 @@ static void pack(int64_t n, int n_x, const uint16_t * const x[], int group, void
 
 // ---- tiles
 
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-// Written out: GCC 12's intrinsics say that they touch 8 of the 64 bytes.
-static inline void load_config(const struct tile_config * config) {
-    __asm__ volatile("ldtilecfg %0" : : "m"(*config));
-}
-
-static inline void store_config(struct tile_config * config) {
-    __asm__ volatile("sttilecfg %0" : "=m"(*config));
-}
-
 // Sums of 32 rows and 32 vectors over `steps` times 32 columns. `a` as expand_rows leaves it, `b` at the first tile of
 // the first of the two groups; consecutive steps of b are b_step values apart. `one`: there is only the first group.
 static inline void multiply_tiles(int64_t steps, const uint16_t * a, const uint16_t * b, int64_t b_step, int one,
@@ -244,14 +230,13 @@ static void multiply(enum tsffn_format format, int64_t n, const void * rows, int
     const int groups = groups_of(n_x);
     const int64_t b_step = (int64_t)groups * 2 * TILE_VALUES;
     memset(s, 0, TSFFN_GEMM_ROWS * TSFFN_GEMM_MAX_X * sizeof(float));
-    // ggml-cpu configures the tiles of a thread once and relies on that: its configuration comes back at the end.
-    struct tile_config before, config = {.palette = 1};
-    for (int i = 0; i < 8; ++i) {
+    struct tsffn_tile_config before, config = {.palette = 1};
+    for (int i = 0; i < TSFFN_TILES; ++i) {
         config.rows[i] = TILE;
         config.row_bytes[i] = TILE_BYTES;
     }
-    store_config(&before);
-    load_config(&config);
+    tsffn_store_tile_config(&before);
+    tsffn_load_tile_config(&config);
     for (int64_t j0 = 0; j0 < n; j0 += K_CHUNK) {
         const int64_t j1 = j0 + K_CHUNK < n ? j0 + K_CHUNK : n;
         expand_rows(format, n, rows, j0, j1, a);
@@ -261,7 +246,7 @@ static void multiply(enum tsffn_format format, int64_t n, const void * rows, int
                            s + g * TILE);
         }
     }
-    load_config(&before);
+    tsffn_load_tile_config(&before);
 }
 
 const struct tsffn_gemm tsffn_gemm_amx = {

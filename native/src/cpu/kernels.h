@@ -61,7 +61,7 @@ enum tsffn_isa {
     TSFFN_ISA_AVXVNNI,    // and AVX-VNNI
     TSFFN_ISA_AVX512,     // AVX-512 F, BW, DQ, VL
     TSFFN_ISA_AVX512VNNI, // and VNNI
-    TSFFN_ISA_AMX,        // and dense products with AMX-BF16 (gemm.h)
+    TSFFN_ISA_AMX,        // and AMX: panels (panels_amx.c), dense products (gemm.h)
     TSFFN_ISA_NEON,       // AArch64
     TSFFN_ISA_NEONDOT,    // and the dot-product extension of ARMv8.2
     TSFFN_ISA_COUNT,

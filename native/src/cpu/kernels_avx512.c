@@ -189,7 +189,7 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSF
                        tsffn_dot_asking_q4_0_avx512vnni},                                                              \
         .axpy_asking = {axpy_asking_f32, axpy_asking_f16, axpy_asking_bf16, axpy_asking_q8_0, axpy_asking_q4_0},       \
         TSFFN_UNPACKED_KERNELS,                                                                                        \
-        .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx512vnni, tsffn_panel_q4_0_avx512vnni),                        \
+        .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_##tier, tsffn_panel_q4_0_##tier),                                \
         __VA_ARGS__}
 
 DEFINE_VNNI_KERNELS(avx512vnni, TSFFN_ISA_AVX512VNNI, );
