@@ -12,7 +12,7 @@
 // the sequential bandwidth only when they are asked for early, and all of them the memory's bandwidth only if the
 // asking never pauses: asked for in bursts, weights came at 12 GB/s where reading alone reaches 25 (two cores). But
 // what is on its way should stay little: chunks of 16 instead of 8 neurons cost 3 %, of 64 25 %, another step of delay
-// 6 %.
+// 6 %; of F16 rows, which are longer, chunks of 8 instead of 3 cost 5 %.
 #include "call.h"
 
 #include <string.h>
@@ -22,8 +22,10 @@ enum {
     UP_ASK = 1,     // from there to asking for its ups and downs,
     UP_DELAY = 2,   // and to computing those
     STEPS = GATE_AHEAD + UP_DELAY + 1,
-    // Neurons of a chunk, by the rows it is for: their sums are read and written for every chunk.
-    FEW_NEURONS = 8,
+    // Neurons of a chunk: FEW, and fewer where their gates are more than FEW_BYTES; more where there are many rows,
+    // whose sums are read and written for every chunk.
+    FEW_NEURONS = 10,
+    FEW_BYTES = 24 << 10,
     SOME_NEURONS = 32,
     SOME_ROWS = 12,
     MANY_ROWS = 48,     // CHUNK_NEURONS
@@ -375,10 +377,18 @@ static void next_neurons(const struct segment * g, int n_most, struct walk * w, 
     }
 }
 
+static int chunk_neurons(const struct segment * g) {
+    const int64_t n_rows = g->r1 - g->r0;
+    if (n_rows >= SOME_ROWS) {
+        return n_rows < MANY_ROWS ? SOME_NEURONS : CHUNK_NEURONS;
+    }
+    const int64_t fit = FEW_BYTES / (int64_t)tsffn_row_bytes(g->ffn->gate.type, g->ffn->gate.n_cols);
+    return (int)(fit > FEW_NEURONS ? FEW_NEURONS : fit > 1 ? fit : 1);
+}
+
 void tsffn_compute_neurons(const struct segment * g) {
     const struct tsffn_ffn * ffn = g->ffn;
-    const int64_t n_rows = g->r1 - g->r0;
-    const int n_most = n_rows < SOME_ROWS ? FEW_NEURONS : n_rows < MANY_ROWS ? SOME_NEURONS : CHUNK_NEURONS;
+    const int n_most = chunk_neurons(g);
     struct walk walk = {0};
     struct worklist lists[STEPS]; // of chunk c at c mod STEPS
     for (int k = 0; k < STEPS; ++k) {
