@@ -105,36 +105,31 @@ static const uint8_t * row(const struct worker * w, enum tsffn_format format, in
     return w->matrix + (size_t)i * row_bytes(format);
 }
 
-static bool has_dot(struct kernel k) {
-    return k.tier->dot[k.format] != NULL;
+static bool has_dots(struct kernel k) {
+    return k.tier->dots[k.format] != NULL;
 }
 
-static bool same_dot(struct kernel a, struct kernel b) {
-    return a.tier->dot[a.format] == b.tier->dot[b.format];
+static bool same_dots(struct kernel a, struct kernel b) {
+    return a.tier->dots[a.format] == b.tier->dots[b.format];
+}
+
+static double dots(struct kernel k, const struct worker * w, int64_t i, const struct tsffn_asks * asks, int n_x) {
+    const void * const x[4] = {w->x[0], w->x[1], w->x[2], w->x[3]};
+    float s[4];
+    k.tier->dots[k.format](options.n_cols, row(w, k.format, i), n_x, x, s, asks);
+    double sum = 0.0;
+    for (int t = 0; t < n_x; ++t) {
+        sum += (double)s[t];
+    }
+    return sum;
 }
 
 static double step_dot(struct kernel k, const struct worker * w, int64_t i, const struct tsffn_asks * asks) {
-    if (asks != NULL && k.tier->dot_asking[k.format] != NULL) {
-        return (double)k.tier->dot_asking[k.format](options.n_cols, row(w, k.format, i), w->x[0], asks);
-    }
-    tsffn_ask_all(asks);
-    return (double)k.tier->dot[k.format](options.n_cols, row(w, k.format, i), w->x[0]);
-}
-
-static bool has_dot4(struct kernel k) {
-    return k.tier->dot4[k.format] != NULL;
-}
-
-static bool same_dot4(struct kernel a, struct kernel b) {
-    return a.tier->dot4[a.format] == b.tier->dot4[b.format];
+    return dots(k, w, i, asks, 1);
 }
 
 static double step_dot4(struct kernel k, const struct worker * w, int64_t i, const struct tsffn_asks * asks) {
-    const void * const x[4] = {w->x[0], w->x[1], w->x[2], w->x[3]};
-    float s[4];
-    tsffn_ask_all(asks);
-    k.tier->dot4[k.format](options.n_cols, row(w, k.format, i), x, s);
-    return (double)s[0] + (double)s[1] + (double)s[2] + (double)s[3];
+    return dots(k, w, i, asks, 4);
 }
 
 static bool has_axpy(struct kernel k) {
@@ -147,12 +142,7 @@ static bool same_axpy(struct kernel a, struct kernel b) {
 
 static double step_axpy(struct kernel k, const struct worker * w, int64_t i, const struct tsffn_asks * asks) {
     static const float a = 0.25f;
-    if (asks != NULL && k.tier->axpy_asking[k.format] != NULL) {
-        k.tier->axpy_asking[k.format](options.n_cols, a, row(w, k.format, i), w->y, asks);
-    } else {
-        tsffn_ask_all(asks);
-        k.tier->axpy[k.format](options.n_cols, a, row(w, k.format, i), w->y);
-    }
+    k.tier->axpy[k.format](options.n_cols, a, row(w, k.format, i), w->y, asks);
     return 0.0;
 }
 
@@ -188,8 +178,8 @@ static double step_panel4(struct kernel k, const struct worker * w, int64_t i, c
 #define IN(pattern) (1u << (pattern))
 // clang-format off
 static const struct operation operations[] = {
-    {"dot", IN(CACHED) | IN(IN_ORDER) | IN(SPARSE), 1, 1, false, has_dot, same_dot, step_dot},
-    {"dot4", IN(CACHED), 1, 4, false, has_dot4, same_dot4, step_dot4},
+    {"dot", IN(CACHED) | IN(IN_ORDER) | IN(SPARSE), 1, 1, false, has_dots, same_dots, step_dot},
+    {"dot4", IN(CACHED), 1, 4, false, has_dots, same_dots, step_dot4},
     {"axpy", IN(CACHED) | IN(SPARSE), 1, 1, true, has_axpy, same_axpy, step_axpy},
     {"panel", IN(CACHED) | IN(IN_ORDER), TSFFN_PANEL_ROWS, 1, false, has_panel, same_panel, step_panel},
     {"panel4", IN(CACHED), TSFFN_PANEL_ROWS, 4, false, has_panel, same_panel, step_panel4},

@@ -91,6 +91,44 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
     }
 }
 
+static float dot(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, const uint8_t * row,
+                 const void * x, const struct tsffn_asks * asks) {
+    float s[2] = {0.0f, 12345.0f};
+    kernels->dots[format](n, row, 1, &x, s, asks);
+    CHECK(s[1] == 12345.0f, "%s %s: wrote behind the sum", kernels->name, format_names[format]);
+    return s[0];
+}
+
+// Up to nine vectors at once give bit for bit what each gives alone.
+static void test_several(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, const uint8_t * row,
+                         const struct tsffn_asks * asks) {
+    enum { MOST = 9 };
+    static _Alignas(64) char x[MOST][TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
+    static float values[MAX_N];
+    const void * pointers[MOST];
+    for (int t = 0; t < MOST; ++t) {
+        for (int64_t j = 0; j < n; ++j) {
+            values[j] = random_float();
+        }
+        if (tsffn_x_format(format) == TSFFN_X_I16) {
+            tsffn_convert_i16(values, x[t], n);
+        } else {
+            memcpy(x[t], values, (size_t)n * sizeof(float));
+        }
+        pointers[t] = x[t];
+    }
+    for (int n_x = 2; n_x <= MOST; ++n_x) {
+        float sums[MOST + 1];
+        sums[n_x] = 12345.0f;
+        kernels->dots[format](n, row, n_x, pointers, sums, n_x % 2 == 0 ? asks : NULL);
+        for (int t = 0; t < n_x; ++t) {
+            CHECK(sums[t] == dot(kernels, format, n, row, x[t], NULL), "%s %s n=%d: vector %d of %d differs",
+                  kernels->name, format_names[format], (int)n, t, n_x);
+        }
+        CHECK(sums[n_x] == 12345.0f, "%s %s: wrote behind %d sums", kernels->name, format_names[format], n_x);
+    }
+}
+
 // The first columns of two rows, added three times.
 static void test_unpacked(const struct tsffn_kernels * kernels, enum tsffn_format format, const uint8_t * row, float a,
                           const float * start) {
@@ -107,7 +145,7 @@ static void test_unpacked(const struct tsffn_kernels * kernels, enum tsffn_forma
     kernels->unpack[format](row, w[1], scales[1]);
     kernels->add_unpacked[format](3, terms, w[0], scales[0], found);
     for (int i = 0; i < 3; ++i) {
-        kernels->axpy[format](N, terms[i].a, terms[i].row == 1 ? row : other, expected);
+        kernels->axpy[format](N, terms[i].a, terms[i].row == 1 ? row : other, expected, NULL);
     }
     CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: unpacked rows differ from axpy", kernels->name,
           format_names[format]);
@@ -132,12 +170,12 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     static _Alignas(64) char converted[TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
     if (tsffn_x_format(format) == TSFFN_X_I16) {
         tsffn_convert_i16(x, converted, n);
-        const double found = (double)kernels->dot[format](n, row, converted);
+        const double found = (double)dot(kernels, format, n, row, converted, NULL);
         // Each activation is off by at most half a step of max |x| / 32639.
         CHECK(fabs(found - sum) <= (0.5 / TSFFN_I16_MAX) * weights + 1e-6 * size, "%s %s n=%d: %g instead of %g",
               kernels->name, format_names[format], (int)n, found, sum);
     } else {
-        const double found = (double)kernels->dot[format](n, row, x);
+        const double found = (double)dot(kernels, format, n, row, x, NULL);
         CHECK(fabs(found - sum) <= 1e-6 * size * sqrt((double)n + 1), "%s %s n=%d: %g instead of %g", kernels->name,
               format_names[format], (int)n, found, sum);
     }
@@ -147,26 +185,9 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
         lines[k] = row_memory + random_bits() % sizeof(row_memory);
     }
     const struct tsffn_asks asks = {.lines = lines, .n_lines = (int64_t)(random_bits() % 38)};
-    if (kernels->dot_asking[format] != NULL) {
-        CHECK(kernels->dot_asking[format](n, row, activations, &asks) == kernels->dot[format](n, row, activations),
-              "%s %s n=%d: asking changes the dot", kernels->name, format_names[format], (int)n);
-    }
-    if (kernels->dot4[format] != NULL) { // block formats: four different vectors
-        static _Alignas(64) char four[4][TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
-        const void * const pointers[4] = {four[0], four[1], four[2], four[3]};
-        float sums[4];
-        for (int k = 0; k < 4; ++k) {
-            for (int64_t j = 0; j < n; ++j) {
-                x[j] = random_float();
-            }
-            tsffn_convert_i16(x, four[k], n);
-        }
-        kernels->dot4[format](n, row, pointers, sums);
-        for (int k = 0; k < 4; ++k) {
-            CHECK(sums[k] == kernels->dot[format](n, row, four[k]), "%s %s n=%d: dot4 differs from dot", kernels->name,
-                  format_names[format], (int)n);
-        }
-    }
+    CHECK(dot(kernels, format, n, row, activations, &asks) == dot(kernels, format, n, row, activations, NULL),
+          "%s %s n=%d: asking changes the dot", kernels->name, format_names[format], (int)n);
+    test_several(kernels, format, n, row, &asks);
     const float a = random_float();
     for (int64_t j = 0; j < n; ++j) {
         y[j] = random_float();
@@ -176,13 +197,11 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     memcpy(start, y, (size_t)n * sizeof(float));
     memcpy(asked, y, (size_t)n * sizeof(float));
     y[n] = asked[n] = 12345.0f;
-    kernels->axpy[format](n, a, row, y);
+    kernels->axpy[format](n, a, row, y, NULL);
     CHECK(y[n] == 12345.0f, "%s %s n=%d: wrote behind the end", kernels->name, format_names[format], (int)n);
-    if (kernels->axpy_asking[format] != NULL) {
-        kernels->axpy_asking[format](n, a, row, asked, &asks);
-        CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy",
-              kernels->name, format_names[format], (int)n);
-    }
+    kernels->axpy[format](n, a, row, asked, &asks);
+    CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy", kernels->name,
+          format_names[format], (int)n);
     if (kernels->unpack[format] != NULL && n >= TSFFN_UNPACKED_COLUMNS) {
         test_unpacked(kernels, format, row, a, start);
     }

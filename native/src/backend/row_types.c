@@ -58,10 +58,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     struct tsffn_row_type * row = &row_types[type];
     const enum tsffn_format format = own_format(type);
     if (format != TSFFN_FORMAT_COUNT) {
-        row->own_dot = kernels->dot[format];
-        row->own_dot_asking = kernels->dot_asking[format];
-        row->own_axpy_asking = kernels->axpy_asking[format];
-        row->own_dot4 = kernels->dot4[format];
+        row->own_dots = kernels->dots[format];
         row->own_axpy = kernels->axpy[format];
         row->own_unpack = kernels->unpack[format];
         row->own_add_unpacked = kernels->add_unpacked[format];
@@ -71,13 +68,13 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     }
     row->block_size = traits->blck_size;
     row->block_bytes = traits->type_size;
-    if (row->own_dot != NULL && tsffn_x_format(format) == TSFFN_X_I16) {
+    if (row->own_dots != NULL && tsffn_x_format(format) == TSFFN_X_I16) {
         row->x_format = X_FORMAT_I16;
         row->x_header_bytes = TSFFN_I16_HEADER;
         row->x_block_size = TSFFN_BLOCK_SIZE;
         row->x_block_bytes = TSFFN_I16_BLOCK_BYTES;
         row->convert_x = tsffn_convert_i16;
-    } else if (row->own_dot != NULL) {
+    } else if (row->own_dots != NULL) {
         row->x_format = X_FORMAT_F32;
         row->x_block_size = 1;
         row->x_block_bytes = sizeof(float);
@@ -90,7 +87,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
         row->convert_x = traits_cpu(cpu->vec_dot_type)->from_float;
     }
     row->host_to_float = traits->to_float;
-    const bool can_dot = row->own_dot != NULL || (row->host_dot != NULL && row->convert_x != NULL);
+    const bool can_dot = row->own_dots != NULL || (row->host_dot != NULL && row->convert_x != NULL);
     const bool can_axpy = row->own_axpy != NULL || row->host_to_float != NULL;
     row->name = can_dot && can_axpy ? traits->type_name : NULL;
 }

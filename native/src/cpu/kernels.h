@@ -1,4 +1,4 @@
-// Row kernels of the CPU: a weight row times an activation vector (dot) and a scaled weight row added to an output
+// Row kernels of the CPU: a weight row times activation vectors (dots) and a scaled weight row added to an output
 // (axpy). Every kernel exists as plain C (`ref`) and for some ISA tiers; native/tests/test_kernels.c holds all tiers
 // against the plain C one. No ggml types here.
 #ifndef TSFFN_KERNELS_H
@@ -6,13 +6,6 @@
 
 #include <stddef.h>
 #include <stdint.h>
-
-// s = sum_j row[j] * x[j] over n weights; x in the format that tsffn_x_format tells.
-typedef float (*tsffn_dot_fn)(int64_t n, const void * row, const void * x);
-// The same row with four activation vectors at once; bit for bit what four calls of the dot give.
-typedef void (*tsffn_dot4_fn)(int64_t n, const void * row, const void * const x[4], float s[4]);
-// y[j] += a * row[j] over n weights.
-typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y);
 
 // Weight formats with kernels of our own. Block formats are ggml's: a block is 32 weights.
 //   Q8_0: f16 d; int8 q[32];            w_j = d * q_j                          34 bytes
@@ -154,9 +147,12 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
     tsffn_asking_step(&asking);
 }
 
-// dot and axpy that ask meanwhile.
-typedef float (*tsffn_dot_asking_fn)(int64_t n, const void * row, const void * x, const struct tsffn_asks * asks);
-typedef void (*tsffn_axpy_asking_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
+// s[t] = sum_j row[j] * x[t][j] over n weights, for n_x activation vectors in the format that tsffn_x_format tells. A
+// row is unpacked once for four of them; each sum is bit for bit what it is for that vector alone. Asks meanwhile.
+typedef void (*tsffn_dots_fn)(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                              const struct tsffn_asks * asks);
+// y[j] += a * row[j] over n weights. Asks meanwhile.
+typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
 
 // For rows that are added to several sums, TSFFN_UNPACKED_COLUMNS weights at a time (block formats from a block's
 // beginning on). Unpacking a row: its weights before their scale, and the scales, if any.
@@ -183,12 +179,9 @@ typedef void (*tsffn_panel_fn)(int64_t n, const void * panel, int n_x, const voi
 struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
-    tsffn_dot_fn dot[TSFFN_FORMAT_COUNT];
-    tsffn_dot4_fn dot4[TSFFN_FORMAT_COUNT]; // NULL: four dots are as good
+    tsffn_dots_fn dots[TSFFN_FORMAT_COUNT];
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
-    tsffn_dot_asking_fn dot_asking[TSFFN_FORMAT_COUNT];   // NULL: there is only the plain one
-    tsffn_axpy_asking_fn axpy_asking[TSFFN_FORMAT_COUNT]; //
-    tsffn_unpack_fn unpack[TSFFN_FORMAT_COUNT];           // both NULL: there is only axpy
+    tsffn_unpack_fn unpack[TSFFN_FORMAT_COUNT]; // both NULL: there is only axpy
     tsffn_add_unpacked_fn add_unpacked[TSFFN_FORMAT_COUNT];
     tsffn_panel_fn panel[TSFFN_FORMAT_COUNT]; // of the block formats (panels.h)
     const struct tsffn_gemm * gemm;           // NULL: the tier has no matrix unit
@@ -199,9 +192,40 @@ struct tsffn_kernels {
 #define TSFFN_DEFINE_KERNELS(tier, tier_isa, ...)                                                                      \
     const struct tsffn_kernels tsffn_kernels_##tier = {.isa = (tier_isa),                                              \
                                                        .name = #tier,                                                  \
-                                                       .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, dot_q4_0},        \
+                                                       .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, dots_q4_0},  \
                                                        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},  \
                                                        __VA_ARGS__}
+// dots from BODY, a function of the same parameters that is inlined for 1 to 4 vectors.
+#define TSFFN_INLINED static inline __attribute__((always_inline))
+#define TSFFN_DEFINE_DOTS(NAME, BODY)                                                                                  \
+    void NAME(int64_t n, const void * row, int n_x, const void * const * x, float * s,                                 \
+              const struct tsffn_asks * asks) {                                                                        \
+        for (; n_x > 0; n_x -= 4, x += 4, s += 4, asks = NULL) {                                                       \
+            switch (n_x) {                                                                                             \
+            case 1:                                                                                                    \
+                BODY(n, row, 1, x, s, asks);                                                                           \
+                break;                                                                                                 \
+            case 2:                                                                                                    \
+                BODY(n, row, 2, x, s, asks);                                                                           \
+                break;                                                                                                 \
+            case 3:                                                                                                    \
+                BODY(n, row, 3, x, s, asks);                                                                           \
+                break;                                                                                                 \
+            default:                                                                                                   \
+                BODY(n, row, 4, x, s, asks);                                                                           \
+                break;                                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+// dots from DOT(n, row, x), which takes one vector and does not ask.
+#define TSFFN_DEFINE_DOTS_ONE_BY_ONE(NAME, DOT)                                                                        \
+    static void NAME(int64_t n, const void * row, int n_x, const void * const * x, float * s,                          \
+                     const struct tsffn_asks * asks) {                                                                 \
+        tsffn_ask_all(asks);                                                                                           \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            s[t] = DOT(n, row, x[t]);                                                                                  \
+        }                                                                                                              \
+    }
 #define TSFFN_BLOCK_KERNELS(q8_0, q4_0) {[TSFFN_FORMAT_Q8_0] = (q8_0), [TSFFN_FORMAT_Q4_0] = (q4_0)}
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.

@@ -1,6 +1,5 @@
 // AVX2 + FMA + F16C. Four accumulators hide the FMA latency (4 cycles at 2 per cycle would want 8; memory is the
 // bound).
-#include "asks.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -27,16 +26,17 @@ static inline float one_f32(float w) {
     return w;
 }
 
-// One dot and one axpy per element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
-#define DEFINE_FLOAT_KERNELS(DOT, AXPY, SUFFIX, TYPE, LOAD8, ONE, ASKS, BEGIN, ASK)                                    \
-    static float DOT##_##SUFFIX(int64_t n, const void * row, const void * activations ASKS()) {                        \
-        BEGIN(n / 32);                                                                                                 \
+// dots and axpy of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one. The four
+// accumulators of one vector leave no registers for those of another.
+#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
+    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations, const struct tsffn_asks * asks) { \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, n / 32);                                                 \
         const TYPE * w = row;                                                                                          \
         const float * x = activations;                                                                                 \
         __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
         int64_t j = 0;                                                                                                 \
         for (; j + 32 <= n; j += 32) {                                                                                 \
-            ASK();                                                                                                     \
+            tsffn_asking_step(&asking);                                                                                \
             s0 = _mm256_fmadd_ps(LOAD8(w + j), _mm256_loadu_ps(x + j), s0);                                            \
             s1 = _mm256_fmadd_ps(LOAD8(w + j + 8), _mm256_loadu_ps(x + j + 8), s1);                                    \
             s2 = _mm256_fmadd_ps(LOAD8(w + j + 16), _mm256_loadu_ps(x + j + 16), s2);                                  \
@@ -51,14 +51,20 @@ static inline float one_f32(float w) {
         }                                                                                                              \
         return sum;                                                                                                    \
     }                                                                                                                  \
-    static void AXPY##_##SUFFIX(int64_t n, float a, const void * row, float * y ASKS()) {                              \
-        BEGIN((n + 31) / 32);                                                                                          \
+    static void dots_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * x, float * s,                 \
+                              const struct tsffn_asks * asks) {                                                        \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            s[t] = dot_##SUFFIX(n, row, x[t], t == 0 ? asks : NULL);                                                   \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {       \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, (n + 31) / 32);                                          \
         const TYPE * w = row;                                                                                          \
         const __m256 va = _mm256_set1_ps(a);                                                                           \
         int64_t j = 0;                                                                                                 \
         for (; j + 8 <= n; j += 8) {                                                                                   \
             if (j % 32 == 0) {                                                                                         \
-                ASK();                                                                                                 \
+                tsffn_asking_step(&asking);                                                                            \
             }                                                                                                          \
             _mm256_storeu_ps(y + j, _mm256_fmadd_ps(va, LOAD8(w + j), _mm256_loadu_ps(y + j)));                        \
         }                                                                                                              \
@@ -66,13 +72,9 @@ static inline float one_f32(float w) {
             y[j] += a * ONE(w[j]);                                                                                     \
         }                                                                                                              \
     }
-
-#define DEFINE_FORMATS(DOT, AXPY, ASKS, BEGIN, ASK)                                                                    \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, f32, float, load8_f32, one_f32, ASKS, BEGIN, ASK)                                  \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, f16, uint16_t, load8_f16, tsffn_f16_to_f32, ASKS, BEGIN, ASK)                      \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32, ASKS, BEGIN, ASK)
-DEFINE_FORMATS(dot, axpy, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
-DEFINE_FORMATS(dot_asking, axpy_asking, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
+DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
+DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
 
 // Eight int32 sums of the products of 32 weights, as two vectors of 16-bit integers, with x[0..32).
 static inline __m256 products32(__m256i w_low, __m256i w_high, const int16_t * x) {
@@ -152,12 +154,9 @@ typedef __m256 vec;
 #include "panels.h"
 #include "unpacked.h"
 
-DEFINE_BLOCK_AXPY(axpy, q4_0, TSFFN_Q4_0_BYTES, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
-DEFINE_BLOCK_AXPY(axpy_asking, q4_0, TSFFN_Q4_0_BYTES, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+DEFINE_BLOCK_AXPY(q4_0, TSFFN_Q4_0_BYTES)
 
-#define BLOCK_LOOPS TSFFN_ASKING_KERNELS, TSFFN_UNPACKED_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0)
-
-TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, BLOCK_LOOPS,
+TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, TSFFN_UNPACKED_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
-TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, BLOCK_LOOPS,
+TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, TSFFN_UNPACKED_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avxvnni, tsffn_panel_q4_0_avxvnni));

@@ -1,5 +1,4 @@
 // AVX-512 F, BW, DQ, VL. Tails are masked, so no scalar loop is needed for the float formats.
-#include "asks.h"
 #include "gemm.h"
 #include "half.h"
 #include "kernels.h"
@@ -20,38 +19,54 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
 #define ALL ((__mmask16)0xffff)
 #define TAIL(count) ((__mmask16)((1u << (count)) - 1u))
 
-// One dot and one axpy per element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask.
-#define DEFINE_FLOAT_KERNELS(DOT, AXPY, SUFFIX, TYPE, LOAD16, ASKS, BEGIN, ASK)                                        \
-    static float DOT##_##SUFFIX(int64_t n, const void * row, const void * activations ASKS()) {                        \
-        BEGIN(n / 64);                                                                                                 \
+// dots and axpy of an element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask. Four accumulators
+// for each vector.
+#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD16)                                                                     \
+    TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * activations,        \
+                                        float * s, const struct tsffn_asks * asks) {                                   \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, n / 64);                                                 \
         const TYPE * w = row;                                                                                          \
-        const float * x = activations;                                                                                 \
-        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
+        const float * x[4];                                                                                            \
+        __m512 sums[4][4];                                                                                             \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            x[t] = activations[t];                                                                                     \
+            sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = _mm512_setzero_ps();                                   \
+        }                                                                                                              \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64) {                                                                                 \
-            ASK();                                                                                                     \
-            s0 = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x + j), s0);                                      \
-            s1 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 16), _mm512_loadu_ps(x + j + 16), s1);                            \
-            s2 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 32), _mm512_loadu_ps(x + j + 32), s2);                            \
-            s3 = _mm512_fmadd_ps(LOAD16(ALL, w + j + 48), _mm512_loadu_ps(x + j + 48), s3);                            \
+            tsffn_asking_step(&asking);                                                                                \
+            for (int k = 0; k < 4; ++k) {                                                                              \
+                const __m512 v = LOAD16(ALL, w + j + 16 * k);                                                          \
+                for (int t = 0; t < n_x; ++t) {                                                                        \
+                    sums[t][k] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x[t] + j + 16 * k), sums[t][k]);                   \
+                }                                                                                                      \
+            }                                                                                                          \
         }                                                                                                              \
         for (; j + 16 <= n; j += 16) {                                                                                 \
-            s0 = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x + j), s0);                                      \
+            for (int t = 0; t < n_x; ++t) {                                                                            \
+                sums[t][0] = _mm512_fmadd_ps(LOAD16(ALL, w + j), _mm512_loadu_ps(x[t] + j), sums[t][0]);               \
+            }                                                                                                          \
         }                                                                                                              \
         if (j < n) {                                                                                                   \
             const __mmask16 m = TAIL(n - j);                                                                           \
-            s1 = _mm512_fmadd_ps(LOAD16(m, w + j), _mm512_maskz_loadu_ps(m, x + j), s1);                               \
+            for (int t = 0; t < n_x; ++t) {                                                                            \
+                sums[t][1] = _mm512_fmadd_ps(LOAD16(m, w + j), _mm512_maskz_loadu_ps(m, x[t] + j), sums[t][1]);        \
+            }                                                                                                          \
         }                                                                                                              \
-        return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));                      \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            s[t] = _mm512_reduce_add_ps(                                                                               \
+                _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3])));          \
+        }                                                                                                              \
     }                                                                                                                  \
-    static void AXPY##_##SUFFIX(int64_t n, float a, const void * row, float * y ASKS()) {                              \
-        BEGIN((n + 63) / 64);                                                                                          \
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, dots_of_##SUFFIX) static void axpy_##SUFFIX(                               \
+        int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, (n + 63) / 64);                                          \
         const TYPE * w = row;                                                                                          \
         const __m512 va = _mm512_set1_ps(a);                                                                           \
         int64_t j = 0;                                                                                                 \
         for (; j + 16 <= n; j += 16) {                                                                                 \
             if (j % 64 == 0) {                                                                                         \
-                ASK();                                                                                                 \
+                tsffn_asking_step(&asking);                                                                            \
             }                                                                                                          \
             _mm512_storeu_ps(y + j, _mm512_fmadd_ps(va, LOAD16(ALL, w + j), _mm512_loadu_ps(y + j)));                  \
         }                                                                                                              \
@@ -61,13 +76,9 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
             _mm512_mask_storeu_ps(y + j, m, sum);                                                                      \
         }                                                                                                              \
     }
-
-#define DEFINE_FORMATS(DOT, AXPY, ASKS, BEGIN, ASK)                                                                    \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, f32, float, load16_f32, ASKS, BEGIN, ASK)                                          \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, f16, uint16_t, load16_f16, ASKS, BEGIN, ASK)                                       \
-    DEFINE_FLOAT_KERNELS(DOT, AXPY, bf16, uint16_t, load16_bf16, ASKS, BEGIN, ASK)
-DEFINE_FORMATS(dot, axpy, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
-DEFINE_FORMATS(dot_asking, axpy_asking, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
+DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
+DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
 
 // Sixteen int32 sums of the products of the 32 weights of a block with x[0..32).
 static inline __m512 products_q8_0(const uint8_t * block, const int16_t * x) {
@@ -124,25 +135,22 @@ static inline void scales_q4_0(int64_t blocks, float a, const uint8_t * block, f
 
 // The scales of 16 blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
 // Asking once in four blocks instead of in each saves a fifth.
-#define DEFINE_AXPY_Q4_0(NAME, ASKS, BEGIN, ASK)                                                                       \
-    static void NAME(int64_t n, float a, const void * row, float * y ASKS()) {                                         \
-        enum { STEP = 4 };                                                                                             \
-        BEGIN((n / TSFFN_BLOCK_SIZE + STEP - 1) / STEP);                                                               \
-        const uint8_t * block = row;                                                                                   \
-        float d[SCALES];                                                                                               \
-        for (int64_t left = n / TSFFN_BLOCK_SIZE; left > 0; left -= SCALES) {                                          \
-            const int64_t blocks = left < SCALES ? left : SCALES;                                                      \
-            scales_q4_0(left, a, block, d);                                                                            \
-            for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES, y += TSFFN_BLOCK_SIZE) {                   \
-                if (b % STEP == 0) {                                                                                   \
-                    ASK();                                                                                             \
-                }                                                                                                      \
-                axpy_block_q4_0(_mm512_set1_ps(d[b]), block + 2, y);                                                   \
-            }                                                                                                          \
-        }                                                                                                              \
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
+    enum { STEP = 4 };
+    struct tsffn_asking asking = tsffn_asking_begin(asks, (n / TSFFN_BLOCK_SIZE + STEP - 1) / STEP);
+    const uint8_t * block = row;
+    float d[SCALES];
+    for (int64_t left = n / TSFFN_BLOCK_SIZE; left > 0; left -= SCALES) {
+        const int64_t blocks = left < SCALES ? left : SCALES;
+        scales_q4_0(left, a, block, d);
+        for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES, y += TSFFN_BLOCK_SIZE) {
+            if (b % STEP == 0) {
+                tsffn_asking_step(&asking);
+            }
+            axpy_block_q4_0(_mm512_set1_ps(d[b]), block + 2, y);
+        }
     }
-DEFINE_AXPY_Q4_0(axpy_q4_0, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
-DEFINE_AXPY_Q4_0(axpy_asking_q4_0, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
+}
 
 static inline void unpack_block_q8_0(const uint8_t * q, float * w) {
     for (int half = 0; half < 2; ++half) {
@@ -174,20 +182,15 @@ typedef __m512 vec;
 #include "panels.h"
 #include "unpacked.h"
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ASKING_KERNELS, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0),
-                     TSFFN_UNPACKED_KERNELS,
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_UNPACKED_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
 
 #define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
     const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
         .isa = (tier_isa),                                                                                             \
         .name = #tier,                                                                                                 \
-        .dot = {dot_f32, dot_f16, dot_bf16, dot_q8_0, tsffn_dot_q4_0_avx512vnni},                                      \
-        .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, tsffn_dot4_q4_0_avx512vnni),                                            \
+        .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, tsffn_dots_q4_0_avx512vnni},                                \
         .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
-        .dot_asking = {dot_asking_f32, dot_asking_f16, dot_asking_bf16, dot_asking_q8_0,                               \
-                       tsffn_dot_asking_q4_0_avx512vnni},                                                              \
-        .axpy_asking = {axpy_asking_f32, axpy_asking_f16, axpy_asking_bf16, axpy_asking_q8_0, axpy_asking_q4_0},       \
         TSFFN_UNPACKED_KERNELS,                                                                                        \
         .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_##tier, tsffn_panel_q4_0_##tier),                                \
         __VA_ARGS__}

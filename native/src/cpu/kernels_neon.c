@@ -40,7 +40,7 @@ static inline void axpy8(float a, vec8 w, float * y) {
     vst1q_f32(y + 4, vfmaq_n_f32(vld1q_f32(y + 4), w.val[1], a));
 }
 
-// One dot and one axpy per element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
+// dots and axpy of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
 // Eight accumulators of four floats: FMLA takes 4 cycles, at 2 per cycle on the common cores.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
     static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
@@ -63,7 +63,9 @@ static inline void axpy8(float a, vec8 w, float * y) {
         }                                                                                                              \
         return sum;                                                                                                    \
     }                                                                                                                  \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
+    TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_##SUFFIX, dot_##SUFFIX)                                                          \
+    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {       \
+        tsffn_ask_all(asks);                                                                                           \
         const TYPE * w = row;                                                                                          \
         int64_t j = 0;                                                                                                 \
         for (; j + 8 <= n; j += 8) {                                                                                   \
@@ -118,52 +120,43 @@ static inline vec8 floats(int16x8_t w) {
     return (vec8){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(w))), vcvtq_f32_s32(vmovl_high_s16(w))}};
 }
 
-// s[k] += scale * (the products of the block's weights with x[k][j..j+32))
-static inline void block4(weights w, float scale, const int16_t * const x[4], int64_t j, float32x4_t s[4]) {
-    for (int k = 0; k < 4; ++k) {
-        s[k] = vfmaq_n_f32(s[k], products(w, x[k] + j), scale);
-    }
-}
+// sums[t] += scale * (the products of the block's weights with x[t][j..j+32))
+#define ADD_BLOCK_PRODUCTS(SUFFIX, sums, block, j)                                                                     \
+    do {                                                                                                               \
+        const weights w = weights_##SUFFIX(block);                                                                     \
+        const float scale = block_scale(block);                                                                        \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            sums[t] = vfmaq_n_f32(sums[t], products(w, x[t] + (j)), scale);                                            \
+        }                                                                                                              \
+    } while (0)
 
-// Two accumulators: the sums of one block depend on nothing of the next. dot4 unpacks the weights once for four
-// vectors and adds up in the same order, so that it gives bit for bit what four dots give.
+// Two accumulators: the sums of one block depend on nothing of the next.
 #define DEFINE_BLOCK_KERNELS(SUFFIX, BYTES)                                                                            \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
-        const uint8_t * block = row;                                                                                   \
-        const int16_t * x = tsffn_i16_values(activations);                                                             \
-        float32x4_t even = vdupq_n_f32(0.0f), odd = even;                                                              \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            even = vfmaq_n_f32(even, products(weights_##SUFFIX(block), x + j), block_scale(block));                    \
-            odd = vfmaq_n_f32(odd, products(weights_##SUFFIX(block + (BYTES)), x + j + 32),                            \
-                              block_scale(block + (BYTES)));                                                           \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            even = vfmaq_n_f32(even, products(weights_##SUFFIX(block), x + j), block_scale(block));                    \
-        }                                                                                                              \
-        return vaddvq_f32(vaddq_f32(even, odd)) * tsffn_i16_scale(activations);                                        \
-    }                                                                                                                  \
-    static void dot4_##SUFFIX(int64_t n, const void * row, const void * const activations[4], float out[4]) {          \
+    TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * activations,        \
+                                        float * s, const struct tsffn_asks * asks) {                                   \
+        tsffn_ask_all(asks);                                                                                           \
         const uint8_t * block = row;                                                                                   \
         const int16_t * x[4];                                                                                          \
         float32x4_t even[4], odd[4];                                                                                   \
-        for (int k = 0; k < 4; ++k) {                                                                                  \
-            x[k] = tsffn_i16_values(activations[k]);                                                                   \
-            even[k] = odd[k] = vdupq_n_f32(0.0f);                                                                      \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            x[t] = tsffn_i16_values(activations[t]);                                                                   \
+            even[t] = odd[t] = vdupq_n_f32(0.0f);                                                                      \
         }                                                                                                              \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            block4(weights_##SUFFIX(block), block_scale(block), x, j, even);                                           \
-            block4(weights_##SUFFIX(block + (BYTES)), block_scale(block + (BYTES)), x, j + 32, odd);                   \
+            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
+            ADD_BLOCK_PRODUCTS(SUFFIX, odd, block + (BYTES), j + 32);                                                  \
         }                                                                                                              \
         if (j < n) {                                                                                                   \
-            block4(weights_##SUFFIX(block), block_scale(block), x, j, even);                                           \
+            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
         }                                                                                                              \
-        for (int k = 0; k < 4; ++k) {                                                                                  \
-            out[k] = vaddvq_f32(vaddq_f32(even[k], odd[k])) * tsffn_i16_scale(activations[k]);                         \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(activations[t]);                           \
         }                                                                                                              \
     }                                                                                                                  \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, dots_of_##SUFFIX) static void axpy_##SUFFIX(                               \
+        int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
+        tsffn_ask_all(asks);                                                                                           \
         const uint8_t * block = row;                                                                                   \
         for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += (BYTES)) {                                          \
             const float d = a * block_scale(block);                                                                    \
@@ -177,14 +170,12 @@ static inline void block4(weights w, float scale, const int16_t * const x[4], in
 DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(neon, TSFFN_ISA_NEON, .dot4 = TSFFN_BLOCK_KERNELS(dot4_q8_0, dot4_q4_0),
-                     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neon, tsffn_panel_q4_0_neon));
+TSFFN_DEFINE_KERNELS(neon, TSFFN_ISA_NEON, .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neon, tsffn_panel_q4_0_neon));
 
 const struct tsffn_kernels tsffn_kernels_neondot = {
     .isa = TSFFN_ISA_NEONDOT,
     .name = "neondot",
-    .dot = {dot_f32, dot_f16, dot_bf16, tsffn_dot_q8_0_neondot, tsffn_dot_q4_0_neondot},
-    .dot4 = TSFFN_BLOCK_KERNELS(tsffn_dot4_q8_0_neondot, tsffn_dot4_q4_0_neondot),
+    .dots = {dots_f32, dots_f16, dots_bf16, tsffn_dots_q8_0_neondot, tsffn_dots_q4_0_neondot},
     .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},
     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neondot, tsffn_panel_q4_0_neondot),
 };

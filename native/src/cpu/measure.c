@@ -106,7 +106,8 @@ bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_
     }
     memset(rows, 0x3c, COMPUTE_ROWS * row_bytes); // as f16: 1.06
     memset(x, 0, x_bytes);
-    const tsffn_dot_fn dot = tsffn_kernels_best()->dot[TSFFN_FORMAT_Q4_0];
+    const tsffn_dots_fn dots = tsffn_kernels_best()->dots[TSFFN_FORMAT_Q4_0];
+    const void * const activations = x;
     double start = 0.0, elapsed = 0.0;
     uint64_t phases = 0;
     int granted = 0;
@@ -124,7 +125,9 @@ bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_
         }
         while (elapsed < min_seconds) {
             for (int i = begin; i < end; ++i) {
-                total += dot(COMPUTE_EMBD, rows + (size_t)(i % COMPUTE_ROWS) * row_bytes, x);
+                float sum;
+                dots(COMPUTE_EMBD, rows + (size_t)(i % COMPUTE_ROWS) * row_bytes, 1, &activations, &sum, NULL);
+                total += sum;
             }
 #pragma omp barrier
 #pragma omp single

@@ -33,8 +33,7 @@ static inline __m512 scales_of_quads(const uint8_t * blocks, int n_quads) {
     return _mm512_cvtph_ps(_mm512_castsi512_si256(scales));
 }
 
-float tsffn_dot_q4_0_avx512vnni(int64_t n, const void * row, const void * x);
-float tsffn_dot_asking_q4_0_avx512vnni(int64_t n, const void * row, const void * x, const struct tsffn_asks * asks);
-void tsffn_dot4_q4_0_avx512vnni(int64_t n, const void * row, const void * const x[4], float s[4]);
+void tsffn_dots_q4_0_avx512vnni(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks);
 
 #endif

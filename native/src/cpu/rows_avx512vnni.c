@@ -5,7 +5,6 @@
 // belong to block b:
 //   lane = 256 * sum w hi + sum w lo - 8 * sum q      exact in int32
 // That takes 20 instructions for 128 weights where words (kernels_avx512.c) take 40.
-#include "asks.h"
 #include "half.h"
 #include "rows_avx512.h"
 
@@ -49,61 +48,46 @@ static inline __m512 add_block(__m512 sum, const uint8_t * block, const int16_t 
     return _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(products), sum);
 }
 
-// STEP for each quad of a row: w are its weights, `at` where it lies in the quads of the activations.
-#define EACH_QUAD(n_quads, STEP)                                                                                       \
+// Quads from column j on, which have their scales in one register.
+#define ADD_QUADS(n_quads)                                                                                             \
     do {                                                                                                               \
         const __m512 scales = scales_of_quads(block, n_quads);                                                         \
         for (int k = 0; k < (n_quads); ++k) {                                                                          \
+            tsffn_asking_step(&asking);                                                                                \
             const struct weights w = load_weights(block, scales, k);                                                   \
-            STEP;                                                                                                      \
+            for (int t = 0; t < n_x; ++t) {                                                                            \
+                sums[t] = add_quad(sums[t], w, quads[t] + at);                                                         \
+            }                                                                                                          \
             j += TSFFN_I16_QUAD;                                                                                       \
             at += TSFFN_I16_QUAD_BYTES;                                                                                \
             block += TSFFN_Q4_0_QUAD_BYTES;                                                                            \
         }                                                                                                              \
     } while (0)
-#define EACH_QUAD_OF_ROW(STEP)                                                                                         \
-    do {                                                                                                               \
-        while (j + TSFFN_Q4_0_QUADS * TSFFN_I16_QUAD <= n) {                                                           \
-            EACH_QUAD(TSFFN_Q4_0_QUADS, STEP);                                                                         \
-        }                                                                                                              \
-        while (j + TSFFN_I16_QUAD <= n) {                                                                              \
-            EACH_QUAD(1, STEP);                                                                                        \
-        }                                                                                                              \
-    } while (0)
 
-#define DEFINE_DOT(NAME, ASKS, BEGIN, ASK)                                                                             \
-    float NAME(int64_t n, const void * row, const void * x ASKS()) {                                                   \
-        const uint8_t * block = row;                                                                                   \
-        BEGIN(n / TSFFN_I16_QUAD);                                                                                     \
-        const int8_t * quads = tsffn_i16_quads(x, n);                                                                  \
-        __m512 sum = _mm512_setzero_ps();                                                                              \
-        int64_t j = 0, at = 0;                                                                                         \
-        EACH_QUAD_OF_ROW(ASK(); sum = add_quad(sum, w, quads + at));                                                   \
-        for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {                                              \
-            sum = add_block(sum, block, tsffn_i16_values(x) + j);                                                      \
-        }                                                                                                              \
-        return _mm512_reduce_add_ps(sum) * tsffn_i16_scale(x);                                                         \
-    }
-DEFINE_DOT(tsffn_dot_q4_0_avx512vnni, NO_ASKS, BEGIN_NOTHING, ASK_NOTHING)
-DEFINE_DOT(tsffn_dot_asking_q4_0_avx512vnni, WITH_ASKS, BEGIN_ASKING, ASK_STEP)
-
-// Bit for bit what four single dots give: unpacking the weights is shared.
-void tsffn_dot4_q4_0_avx512vnni(int64_t n, const void * row, const void * const x[4], float s[4]) {
+TSFFN_INLINED void dots_of_q4_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks) {
     const uint8_t * block = row;
-    const int8_t *quads0 = tsffn_i16_quads(x[0], n), *quads1 = tsffn_i16_quads(x[1], n);
-    const int8_t *quads2 = tsffn_i16_quads(x[2], n), *quads3 = tsffn_i16_quads(x[3], n);
-    __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-    int64_t j = 0, at = 0;
-    EACH_QUAD_OF_ROW(s0 = add_quad(s0, w, quads0 + at); s1 = add_quad(s1, w, quads1 + at);
-                     s2 = add_quad(s2, w, quads2 + at); s3 = add_quad(s3, w, quads3 + at));
-    for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
-        s0 = add_block(s0, block, tsffn_i16_values(x[0]) + j);
-        s1 = add_block(s1, block, tsffn_i16_values(x[1]) + j);
-        s2 = add_block(s2, block, tsffn_i16_values(x[2]) + j);
-        s3 = add_block(s3, block, tsffn_i16_values(x[3]) + j);
+    struct tsffn_asking asking = tsffn_asking_begin(asks, n / TSFFN_I16_QUAD);
+    const int8_t * quads[4];
+    __m512 sums[4];
+    for (int t = 0; t < n_x; ++t) {
+        quads[t] = tsffn_i16_quads(x[t], n);
+        sums[t] = _mm512_setzero_ps();
     }
-    s[0] = _mm512_reduce_add_ps(s0) * tsffn_i16_scale(x[0]);
-    s[1] = _mm512_reduce_add_ps(s1) * tsffn_i16_scale(x[1]);
-    s[2] = _mm512_reduce_add_ps(s2) * tsffn_i16_scale(x[2]);
-    s[3] = _mm512_reduce_add_ps(s3) * tsffn_i16_scale(x[3]);
+    int64_t j = 0, at = 0;
+    while (j + TSFFN_Q4_0_QUADS * TSFFN_I16_QUAD <= n) {
+        ADD_QUADS(TSFFN_Q4_0_QUADS);
+    }
+    while (j + TSFFN_I16_QUAD <= n) {
+        ADD_QUADS(1);
+    }
+    for (; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
+        for (int t = 0; t < n_x; ++t) {
+            sums[t] = add_block(sums[t], block, tsffn_i16_values(x[t]) + j);
+        }
+    }
+    for (int t = 0; t < n_x; ++t) {
+        s[t] = _mm512_reduce_add_ps(sums[t]) * tsffn_i16_scale(x[t]);
+    }
 }
+TSFFN_DEFINE_DOTS(tsffn_dots_q4_0_avx512vnni, dots_of_q4_0)

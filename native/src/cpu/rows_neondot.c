@@ -31,54 +31,41 @@ static inline float32x4_t products(weights w, const int8_t * hi, const int8_t * 
     return vcvtq_f32_s32(vdotq_s32(sum, w.val[1], vld1q_s8(lo + 16)));
 }
 
-// Two accumulators: the sums of one block depend on nothing of the next. dot4 unpacks the weights once for four
-// vectors and adds up in the same order, so that it gives bit for bit what four dots give.
+#define ADD_BLOCK_PRODUCTS(SUFFIX, sums, block, j)                                                                     \
+    do {                                                                                                               \
+        const weights w = weights_##SUFFIX(block);                                                                     \
+        const float scale = block_scale(block);                                                                        \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            sums[t] = vfmaq_n_f32(sums[t], products(w, hi[t] + (j), lo[t] + (j)), scale);                              \
+        }                                                                                                              \
+    } while (0)
+
+// Two accumulators: the sums of one block depend on nothing of the next.
 #define DEFINE_BLOCK_KERNELS(SUFFIX, BYTES)                                                                            \
-    float tsffn_dot_##SUFFIX##_neondot(int64_t n, const void * row, const void * x) {                                  \
-        const uint8_t * block = row;                                                                                   \
-        const int8_t * hi = tsffn_i16_hi(x, n);                                                                        \
-        const int8_t * lo = tsffn_i16_lo(x, n);                                                                        \
-        float32x4_t sum[2] = {vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)};                                                   \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            for (int i = 0; i < 2; ++i) {                                                                              \
-                const uint8_t * b = block + i * (BYTES);                                                               \
-                const float32x4_t v = products(weights_##SUFFIX(b), hi + j + 32 * i, lo + j + 32 * i);                 \
-                sum[i] = vfmaq_n_f32(sum[i], v, block_scale(b));                                                       \
-            }                                                                                                          \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            sum[0] = vfmaq_n_f32(sum[0], products(weights_##SUFFIX(block), hi + j, lo + j), block_scale(block));       \
-        }                                                                                                              \
-        return vaddvq_f32(vaddq_f32(sum[0], sum[1])) * tsffn_i16_scale(x);                                             \
-    }                                                                                                                  \
-    void tsffn_dot4_##SUFFIX##_neondot(int64_t n, const void * row, const void * const x[4], float s[4]) {             \
+    TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * x, float * s,       \
+                                        const struct tsffn_asks * asks) {                                              \
+        tsffn_ask_all(asks);                                                                                           \
         const uint8_t * block = row;                                                                                   \
         const int8_t *hi[4], *lo[4];                                                                                   \
-        float32x4_t sum[4][2];                                                                                         \
-        for (int k = 0; k < 4; ++k) {                                                                                  \
-            hi[k] = tsffn_i16_hi(x[k], n);                                                                             \
-            lo[k] = tsffn_i16_lo(x[k], n);                                                                             \
-            sum[k][0] = sum[k][1] = vdupq_n_f32(0.0f);                                                                 \
+        float32x4_t even[4], odd[4];                                                                                   \
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            hi[t] = tsffn_i16_hi(x[t], n);                                                                             \
+            lo[t] = tsffn_i16_lo(x[t], n);                                                                             \
+            even[t] = odd[t] = vdupq_n_f32(0.0f);                                                                      \
         }                                                                                                              \
         int64_t j = 0;                                                                                                 \
         for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            for (int i = 0; i < 2; ++i) {                                                                              \
-                const weights w = weights_##SUFFIX(block + i * (BYTES));                                               \
-                const float d = block_scale(block + i * (BYTES));                                                      \
-                for (int k = 0; k < 4; ++k) {                                                                          \
-                    sum[k][i] = vfmaq_n_f32(sum[k][i], products(w, hi[k] + j + 32 * i, lo[k] + j + 32 * i), d);        \
-                }                                                                                                      \
-            }                                                                                                          \
+            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
+            ADD_BLOCK_PRODUCTS(SUFFIX, odd, block + (BYTES), j + 32);                                                  \
         }                                                                                                              \
-        for (int k = 0; k < 4; ++k) {                                                                                  \
-            if (j < n) {                                                                                               \
-                sum[k][0] = vfmaq_n_f32(sum[k][0], products(weights_##SUFFIX(block), hi[k] + j, lo[k] + j),            \
-                                        block_scale(block));                                                           \
-            }                                                                                                          \
-            s[k] = vaddvq_f32(vaddq_f32(sum[k][0], sum[k][1])) * tsffn_i16_scale(x[k]);                                \
+        if (j < n) {                                                                                                   \
+            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
         }                                                                                                              \
-    }
+        for (int t = 0; t < n_x; ++t) {                                                                                \
+            s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(x[t]);                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+    TSFFN_DEFINE_DOTS(tsffn_dots_##SUFFIX##_neondot, dots_of_##SUFFIX)
 
 DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)

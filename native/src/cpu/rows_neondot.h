@@ -14,9 +14,9 @@ static inline float block_scale(const uint8_t * block) {
     return (float)d;
 }
 
-float tsffn_dot_q8_0_neondot(int64_t n, const void * row, const void * x);
-float tsffn_dot_q4_0_neondot(int64_t n, const void * row, const void * x);
-void tsffn_dot4_q8_0_neondot(int64_t n, const void * row, const void * const x[4], float s[4]);
-void tsffn_dot4_q4_0_neondot(int64_t n, const void * row, const void * const x[4], float s[4]);
+void tsffn_dots_q8_0_neondot(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                             const struct tsffn_asks * asks);
+void tsffn_dots_q4_0_neondot(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                             const struct tsffn_asks * asks);
 
 #endif

@@ -50,49 +50,35 @@ static inline const uint8_t * tsffn_matrix_row(const struct tsffn_matrix * m, in
     return m->data + (size_t)i * tsffn_row_bytes(m->type, m->n_cols);
 }
 
-// Row i times x, which is in the format of the type's dot.
-static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, const void * x) {
-    const struct tsffn_row_type * type = m->type;
-    if (type->own_dot != NULL) {
-        return type->own_dot(m->n_cols, tsffn_matrix_row(m, i), x);
-    }
-    float sum;
-    type->host_dot((int)m->n_cols, &sum, 0, tsffn_matrix_row(m, i), 0, x, 0, 1);
-    return sum;
-}
-
-// Row i times each of n activation vectors; asks meanwhile.
+// Row i times each of n activation vectors, which are in the format of the type; asks meanwhile.
 static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x, float * s,
                                      const struct tsffn_asks * asks) {
-    int k = 0;
-    if (n % 4 != 0 && m->type->own_dot_asking != NULL) {
-        s[k++] = m->type->own_dot_asking(m->n_cols, tsffn_matrix_row(m, i), x[0], asks);
-    } else {
-        tsffn_ask_all(asks);
+    const struct tsffn_row_type * type = m->type;
+    if (type->own_dots != NULL) {
+        type->own_dots(m->n_cols, tsffn_matrix_row(m, i), n, x, s, asks);
+        return;
     }
-    if (m->type->own_dot4 != NULL) {
-        for (; k + 4 <= n; k += 4) {
-            m->type->own_dot4(m->n_cols, tsffn_matrix_row(m, i), x + k, s + k);
-        }
+    tsffn_ask_all(asks);
+    for (int k = 0; k < n; ++k) {
+        type->host_dot((int)m->n_cols, s + k, 0, tsffn_matrix_row(m, i), 0, x[k], 0, 1);
     }
-    for (; k < n; ++k) {
-        s[k] = tsffn_matrix_dot(m, i, x[k]);
-    }
+}
+
+static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, const void * x) {
+    float s;
+    tsffn_matrix_dots(m, i, 1, &x, &s, NULL);
+    return s;
 }
 
 // y += a * row i; asks meanwhile. The host's formats are widened to f32 first, into `scratch` [n_cols].
 static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch,
                                      const struct tsffn_asks * asks) {
     const struct tsffn_row_type * type = m->type;
-    if (type->own_axpy_asking != NULL) {
-        type->own_axpy_asking(m->n_cols, a, tsffn_matrix_row(m, i), y, asks);
+    if (type->own_axpy != NULL) {
+        type->own_axpy(m->n_cols, a, tsffn_matrix_row(m, i), y, asks);
         return;
     }
     tsffn_ask_all(asks);
-    if (type->own_axpy != NULL) {
-        type->own_axpy(m->n_cols, a, tsffn_matrix_row(m, i), y);
-        return;
-    }
     type->host_to_float(tsffn_matrix_row(m, i), scratch, m->n_cols);
     for (int64_t j = 0; j < m->n_cols; ++j) {
         y[j] += a * scratch[j];

@@ -176,7 +176,7 @@ static void add_columns(const struct segment * g, const struct worklist * list, 
     for (int64_t r = g->r0; r < g->r1; ++r) {
         for (int i = t->first[r]; i < t->first[r + 1]; ++i) {
             const uint8_t * row = tsffn_matrix_row(down, list->neuron[t->terms[i].row]) + offset;
-            down->type->own_axpy(n, t->terms[i].a, row, g->acc + r * g->s->n_embd + c0);
+            down->type->own_axpy(n, t->terms[i].a, row, g->acc + r * g->s->n_embd + c0, NULL);
         }
     }
 }
@@ -255,7 +255,7 @@ static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
         case TSFFN_OP_DOWN: {
             const float h = ((const float *)(call->x + token * call->x_stride))[i];
             if (h != 0.0f) {
-                tsffn_matrix_axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch, &(struct tsffn_asks){0});
+                tsffn_matrix_axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch, NULL);
             }
             break;
         }

@@ -100,7 +100,7 @@ static void multiply_rows(const struct segment * g, const struct tsffn_matrix * 
         activations[k] = x + (size_t)g->rows[g->r0 + k].token * x_bytes;
     }
     for (int64_t i = i0; i < i1; ++i) {
-        tsffn_matrix_dots(m, i, n, activations, v[i - i0], &(struct tsffn_asks){0});
+        tsffn_matrix_dots(m, i, n, activations, v[i - i0], NULL);
     }
 }
 

@@ -25,11 +25,8 @@ struct tsffn_row_type {
     void (*convert_x)(const float * x, void * converted, int64_t n); // NULL: they stay f32
 
     // Own kernels; NULL selects the host's functions below.
-    float (*own_dot)(int64_t n, const void * row, const void * x);
-    void (*own_dot4)(int64_t n, const void * row, const void * const x[4], float s[4]); // NULL: four own_dots
-    void (*own_axpy)(int64_t n, float a, const void * row, float * y);
-    tsffn_dot_asking_fn own_dot_asking; // both NULL: ask first, then compute
-    tsffn_axpy_asking_fn own_axpy_asking;
+    tsffn_dots_fn own_dots;
+    tsffn_axpy_fn own_axpy;
     tsffn_unpack_fn own_unpack; // both NULL: there is only own_axpy
     tsffn_add_unpacked_fn own_add_unpacked;
     tsffn_panel_fn own_panel; // for matrices in panels; NULL: there are none of this type
