@@ -36,7 +36,7 @@ def test_json_has_every_kernel(bench):
     expected = set()
     for kind in TYPES:
         panels = ["panel", "panel4"] if kind.startswith("q") else []
-        expected |= {("cached", kernel, "ref", kind, 1, 1.0) for kernel in ["dot", "axpy", *panels]}
+        expected |= {("cached", kernel, "ref", kind, 1, 1.0) for kernel in ["dot", "dot4", "axpy", *panels]}
         for n in (1, 2):
             expected |= {("in_order", kernel, "ref", kind, n, 1.0) for kernel in ["dot", *panels[:1]]}
             expected |= {("sparse", kernel, "ref", kind, n, f) for kernel in ("dot", "axpy") for f in FRACTIONS}
@@ -53,7 +53,7 @@ def test_markdown_has_the_tables(bench):
     assert "| type | kernel | threads | no kernel | ref |" in lines
     assert "| type | kernel | threads | 1 % | 5 % | 10 % | 20 % | 50 % | 100 % |" in lines
     names = {line.split("|")[2].strip() for line in lines if line.startswith("| q4_0")}
-    assert names == {"dot", "axpy", "panel", "panel4", "only read", "dot ref", "axpy ref"}
+    assert names == {"dot", "dot4", "axpy", "panel", "panel4", "only read", "dot ref", "axpy ref"}
 
 
 @pytest.mark.parametrize(
