@@ -16,6 +16,7 @@ import pytest
 from synthetic import SHAPES, random_tensors, save
 
 from tsconv.bench.synthetic import Shape, write_checkpoint
+from tsconv.export.writer import OutputFiles, StreamedFile, sigterm_exits
 
 OUTPUT = 6
 
@@ -53,6 +54,23 @@ def test_interrupted(number: int, code: int, large: Path, out: Path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (code, "")
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_interrupted_while_creating(
+    number: int, error: type[BaseException], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the file is there but its descriptor is not yet kept."""
+    create = os.open
+
+    def create_and_signal(*arguments: object) -> int:
+        fd = create(*arguments)
+        os.kill(os.getpid(), number)
+        return fd
+
+    monkeypatch.setattr(os, "open", create_and_signal)
+    with pytest.raises(error), sigterm_exits(), OutputFiles([StreamedFile(out, "llama")], [], False) as files:
+        files.files[0].begin()
 
 
 def test_interrupted_replacement_keeps_the_old_file(large: Path, tmp_path: Path) -> None:

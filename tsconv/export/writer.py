@@ -54,17 +54,18 @@ class StreamedFile:
     def begin(self) -> None:
         """Creates the .part file, locks it against other conversions, and writes everything before the tensor data."""
         with _reported(self.part):
-            fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise OutputError(
-                    "another conversion is writing this output",
-                    where=self.part,
-                    fix="wait for it to end, or choose another --outfile",
-                ) from None
-            self._lock = fd
+            with _signals_wait():  # between the file's creation and the note that it is ours
+                fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(fd)
+                    raise OutputError(
+                        "another conversion is writing this output",
+                        where=self.part,
+                        fix="wait for it to end, or choose another --outfile",
+                    ) from None
+                self._lock = fd
             self.header.write_header_to_file(self.part)
             self.header.write_kv_data_to_file()
             self.header.write_ti_data_to_file()
@@ -225,6 +226,24 @@ def _reported(path: Path) -> Iterator[None]:
 
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that come while inside take effect on leaving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
