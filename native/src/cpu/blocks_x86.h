@@ -55,7 +55,7 @@ static inline vec block_scale(const uint8_t * block) {
             s[t] = vec_sum(vec_add(even[t], odd[t])) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[t]);         \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, dots_of_##SUFFIX)
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX)
 DEFINE_BLOCK_DOTS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_DOTS(q4_0, TSFFN_Q4_0_BYTES)
 

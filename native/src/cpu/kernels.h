@@ -23,9 +23,8 @@ enum tsffn_format { // TSFFN_DEFINE_KERNELS lists kernels in this order
 // Formats of the activations: f32 for the float formats, 16-bit integers for the block formats.
 //   I16: x_j = d * q_j, d = max |x| / 32639 of the whole vector, q = 256 hi + lo with signed bytes hi and lo:
 //        float d; 60 bytes of padding; int16 q[n]; int8 hi[n]; int8 lo[n]; int32 sums[n / 32], of q over each block;
-//        and for each 128 columns, taken as 4 blocks of 16 + 16, 320 bytes for dot products of Q4_0 with VNNI:
-//          int8 hi[4][16] of the first halves, of the second halves, int8 lo[4][16] likewise; int32 back[16], number i
-//          being -8 times the sum of the 8 q that share byte 4 i with it
+//        and for each 128 columns, taken as 4 blocks of 16 + 16, 256 bytes for dot products of Q4_0 with VNNI:
+//          int8 hi[4][16] of the first halves, of the second halves, int8 lo[4][16] likewise
 // Sixteen bits where ggml's dot products take eight (Q8_0): the error of x is 100 times smaller. One block is 32
 // products of at most 128 * 32639, which an int32 holds.
 enum tsffn_x_format {
@@ -36,7 +35,7 @@ enum {
     TSFFN_I16_MAX = 32639, // 127 * 256 + 127
     TSFFN_I16_HEADER = 64,
     TSFFN_I16_QUAD = 128, // columns
-    TSFFN_I16_QUAD_BYTES = 320,
+    TSFFN_I16_QUAD_BYTES = 256,
     TSFFN_I16_BLOCK_BYTES = 32 * 4 + 4 + TSFFN_I16_QUAD_BYTES / 4,
 };
 
@@ -148,7 +147,8 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
 }
 
 // s[t] = sum_j row[j] * x[t][j] over n weights, for n_x activation vectors in the format that tsffn_x_format tells. A
-// row is unpacked once for four of them; each sum is bit for bit what it is for that vector alone. Asks meanwhile.
+// row is unpacked once for four or eight of them; each sum is bit for bit what it is for that vector alone. Asks
+// meanwhile.
 typedef void (*tsffn_dots_fn)(int64_t n, const void * row, int n_x, const void * const * x, float * s,
                               const struct tsffn_asks * asks);
 // y[j] += a * row[j] over n weights. Asks meanwhile.
@@ -195,25 +195,27 @@ struct tsffn_kernels {
                                                        .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, dots_q4_0},  \
                                                        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},  \
                                                        __VA_ARGS__}
-// dots from BODY, a function of the same parameters that is inlined for 1 to 4 vectors.
+// dots from BODY, a function of the same parameters that is inlined for 1 to MOST <= 8 vectors.
 #define TSFFN_INLINED static inline __attribute__((always_inline))
-#define TSFFN_DEFINE_DOTS(NAME, BODY)                                                                                  \
+#define TSFFN_DOTS_OF(N_X, MOST, BODY)                                                                                 \
+    case N_X:                                                                                                          \
+        if ((N_X) <= (MOST)) {                                                                                         \
+            BODY(n, row, (N_X) <= (MOST) ? (N_X) : 1, x, s, asks);                                                     \
+        }                                                                                                              \
+        break
+#define TSFFN_DEFINE_DOTS(NAME, MOST, BODY)                                                                            \
     void NAME(int64_t n, const void * row, int n_x, const void * const * x, float * s,                                 \
               const struct tsffn_asks * asks) {                                                                        \
-        for (; n_x > 0; n_x -= 4, x += 4, s += 4, asks = NULL) {                                                       \
-            switch (n_x) {                                                                                             \
-            case 1:                                                                                                    \
-                BODY(n, row, 1, x, s, asks);                                                                           \
-                break;                                                                                                 \
-            case 2:                                                                                                    \
-                BODY(n, row, 2, x, s, asks);                                                                           \
-                break;                                                                                                 \
-            case 3:                                                                                                    \
-                BODY(n, row, 3, x, s, asks);                                                                           \
-                break;                                                                                                 \
-            default:                                                                                                   \
-                BODY(n, row, 4, x, s, asks);                                                                           \
-                break;                                                                                                 \
+        for (; n_x > 0; n_x -= (MOST), x += (MOST), s += (MOST), asks = NULL) {                                        \
+            switch (n_x < (MOST) ? n_x : (MOST)) {                                                                     \
+                TSFFN_DOTS_OF(1, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(2, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(3, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(4, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(5, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(6, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(7, MOST, BODY);                                                                          \
+                TSFFN_DOTS_OF(8, MOST, BODY);                                                                          \
             }                                                                                                          \
         }                                                                                                              \
     }

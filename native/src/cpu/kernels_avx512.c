@@ -58,7 +58,7 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
                 _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3])));          \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, dots_of_##SUFFIX) static void axpy_##SUFFIX(                               \
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) static void axpy_##SUFFIX(                            \
         int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
         struct tsffn_asking asking = tsffn_asking_begin(asks, (n + 63) / 64);                                          \
         const TYPE * w = row;                                                                                          \

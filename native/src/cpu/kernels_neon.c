@@ -154,7 +154,7 @@ static inline vec8 floats(int16x8_t w) {
             s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(activations[t]);                           \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, dots_of_##SUFFIX) static void axpy_##SUFFIX(                               \
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) static void axpy_##SUFFIX(                            \
         int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
         tsffn_ask_all(asks);                                                                                           \
         const uint8_t * block = row;                                                                                   \

@@ -63,20 +63,15 @@ static void axpy_bf16(int64_t n, float a, const void * row, float * y, const str
 #define ROUND_TO_INT 12582912.0f // 1.5 * 2^23
 enum { ROUND_TO_INT_BITS = 0x4b400000 };
 
-// The 320 bytes for columns j .. j + 127.
-static void convert_quad(const int16_t * q, const int8_t * hi, const int8_t * lo, int8_t * quad) {
-    int32_t back[16] = {0};
+// The 256 bytes for columns j .. j + 127.
+static void convert_quad(const int8_t * hi, const int8_t * lo, int8_t * quad) {
     for (int block = 0; block < 4; ++block) {
         for (int half = 0; half < 2; ++half) {
             const int from = block * 32 + half * 16;
             memcpy(quad + half * 64 + block * 16, hi + from, 16);
             memcpy(quad + 128 + half * 64 + block * 16, lo + from, 16);
-            for (int k = 0; k < 16; ++k) {
-                back[block * 4 + k / 4] -= 8 * q[from + k];
-            }
         }
     }
-    memcpy(quad + 256, back, sizeof(back));
 }
 
 void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
@@ -113,7 +108,7 @@ void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
     }
     int8_t * quad = (int8_t *)(sums + n / TSFFN_BLOCK_SIZE);
     for (int64_t j = 0; j + TSFFN_I16_QUAD <= n; j += TSFFN_I16_QUAD, quad += TSFFN_I16_QUAD_BYTES) {
-        convert_quad(q + j, hi + j, lo + j, quad);
+        convert_quad(hi + j, lo + j, quad);
     }
 }
 

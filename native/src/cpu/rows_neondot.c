@@ -65,7 +65,7 @@ static inline float32x4_t products(weights w, const int8_t * hi, const int8_t * 
             s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(x[t]);                                     \
         }                                                                                                              \
     }                                                                                                                  \
-    TSFFN_DEFINE_DOTS(tsffn_dots_##SUFFIX##_neondot, dots_of_##SUFFIX)
+    TSFFN_DEFINE_DOTS(tsffn_dots_##SUFFIX##_neondot, 4, dots_of_##SUFFIX)
 
 DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
