@@ -3,7 +3,7 @@
 //
 // The bytes of a panel's block of columns are a tile of weights already: row g holds four columns of the 16 rows. What
 // the products of a block have to go through on their way to floats, scales and sums is what bounds this: 16 x 16 of
-// them take 64 instructions, the tiles' 4096 products 16 cycles. So it pays from 2 vectors less than a tile on.
+// them take 64 instructions, the tiles' 4096 products 16 cycles.
 #include "amx.h"
 #include "panels.h"
 
@@ -73,8 +73,8 @@ static inline void store(products c) {
     _tile_stored(LO, c[1], TSFFN_TILE_ROW_BYTES);
 }
 
-// s += d * (256 hi + lo), block by block; while the products of one are added, those of the next are made. With a
-// constant n_x of 16 the sums stay in registers.
+// s += d * (256 hi + lo), block by block; while the products of one are added, those of the next are made and
+// stored: a load right behind a tile's store would wait for it. With a constant n_x of 16 the sums stay in registers.
 static inline __attribute__((always_inline)) void add_n_x(int n_x, const int8_t * w, const uint8_t * block,
                                                           size_t block_bytes, int n_blocks, struct vectors x, int64_t j,
                                                           float (*s)[TSFFN_PANEL_ROWS]) {
@@ -88,6 +88,7 @@ static inline __attribute__((always_inline)) void add_n_x(int n_x, const int8_t 
     for (int b = 0; b < n_blocks; ++b, block += block_bytes) {
         if (b + 1 < n_blocks) {
             multiply(w + (b + 1) * TILE_BYTES, x, j + (b + 1) * TSFFN_BLOCK_SIZE);
+            store(c[(b + 1) % 2]);
         }
         const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)block));
 #pragma GCC unroll 16
@@ -95,9 +96,6 @@ static inline __attribute__((always_inline)) void add_n_x(int n_x, const int8_t 
             const __m512i hi = _mm512_load_si512(c[b % 2][0][t]), lo = _mm512_load_si512(c[b % 2][1][t]);
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
             sums[t] = _mm512_fmadd_ps(d, sum, sums[t]);
-        }
-        if (b + 1 < n_blocks) {
-            store(c[(b + 1) % 2]);
         }
     }
     for (int t = 0; t < n_x; ++t) {
