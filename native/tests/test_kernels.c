@@ -129,27 +129,43 @@ static void test_several(const struct tsffn_kernels * kernels, enum tsffn_format
     }
 }
 
-// The first columns of two rows, added three times.
-static void test_unpacked(const struct tsffn_kernels * kernels, enum tsffn_format format, const uint8_t * row, float a,
+// Columns of two rows, added to three sums: not at all, three times, and once.
+enum { ADD_C0 = TSFFN_BLOCK_SIZE, ADD_WIDTH = ADD_C0 + TSFFN_ADD_COLUMNS };
+static void test_add_rows(const struct tsffn_kernels * kernels, enum tsffn_format format, const uint8_t * row, float a,
                           const float * start) {
-    enum { N = TSFFN_UNPACKED_COLUMNS };
-    uint8_t other[N * 4];
-    double ignored[N];
-    random_row(format, N, other, ignored);
-    const struct tsffn_term terms[] = {{.a = a, .row = 1}, {.a = 0.5f, .row = 0}, {.a = -a, .row = 1}};
-    float w[2][N], scales[2][TSFFN_UNPACKED_BLOCKS], expected[N], found[N + 1];
-    memcpy(expected, start, sizeof(expected));
-    memcpy(found, start, sizeof(expected));
-    found[N] = 12345.0f;
-    kernels->unpack[format](other, w[0], scales[0]);
-    kernels->unpack[format](row, w[1], scales[1]);
-    kernels->add_unpacked[format](3, terms, w[0], scales[0], found);
-    for (int i = 0; i < 3; ++i) {
-        kernels->axpy[format](N, terms[i].a, terms[i].row == 1 ? row : other, expected, NULL);
+    enum { SUMS = 3 };
+    uint8_t other[ADD_WIDTH * 4];
+    double ignored[ADD_WIDTH];
+    random_row(format, ADD_WIDTH, other, ignored);
+    const uint8_t * rows[] = {other, row};
+    const struct tsffn_term terms[] = {
+        {.a = a, .row = 1}, {.a = 0.5f, .row = 0}, {.a = -a, .row = 1}, {.a = 2.0f, .row = 0}};
+    const int first[SUMS + 1] = {0, 0, 3, 4};
+    float whole[SUMS][ADD_WIDTH], expected[SUMS][ADD_WIDTH + 1], found[SUMS][ADD_WIDTH + 1];
+    for (int t = 0; t < SUMS; ++t) {
+        memcpy(whole[t], start, sizeof(whole[t]));
+        memcpy(expected[t], start, sizeof(whole[t]));
+        expected[t][ADD_WIDTH] = 12345.0f;
+        for (int i = first[t]; i < first[t + 1]; ++i) {
+            kernels->axpy[format](ADD_WIDTH, terms[i].a, rows[terms[i].row], whole[t], NULL);
+        }
     }
-    CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: unpacked rows differ from axpy", kernels->name,
+    memcpy(found, expected, sizeof(found));
+    for (int t = 0; t < SUMS; ++t) {
+        memcpy(expected[t] + ADD_C0, whole[t] + ADD_C0, TSFFN_ADD_COLUMNS * sizeof(float));
+    }
+    const struct tsffn_additions additions = {
+        .n_rows = 2,
+        .n_sums = SUMS,
+        .rows = rows,
+        .terms = terms,
+        .first = first,
+        .y = found[0],
+        .stride = ADD_WIDTH + 1,
+    };
+    kernels->add_rows[format](&additions, ADD_C0);
+    CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: add_rows differs from axpy", kernels->name,
           format_names[format]);
-    CHECK(found[N] == 12345.0f, "%s %s: wrote behind the end", kernels->name, format_names[format]);
 }
 
 static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, size_t offset) {
@@ -202,8 +218,8 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     kernels->axpy[format](n, a, row, asked, &asks);
     CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy", kernels->name,
           format_names[format], (int)n);
-    if (kernels->unpack[format] != NULL && n >= TSFFN_UNPACKED_COLUMNS) {
-        test_unpacked(kernels, format, row, a, start);
+    if (kernels->add_rows[format] != NULL && n >= ADD_WIDTH) {
+        test_add_rows(kernels, format, row, a, start);
     }
     CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,
           nmse(y, expected, n));

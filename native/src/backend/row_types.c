@@ -60,8 +60,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     if (format != TSFFN_FORMAT_COUNT) {
         row->own_dots = kernels->dots[format];
         row->own_axpy = kernels->axpy[format];
-        row->own_unpack = kernels->unpack[format];
-        row->own_add_unpacked = kernels->add_unpacked[format];
+        row->own_add_rows = kernels->add_rows[format];
         row->own_panel = kernels->panel[format];
         row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits
         row->gemm_format = format;

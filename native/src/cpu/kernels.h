@@ -154,19 +154,23 @@ typedef void (*tsffn_dots_fn)(int64_t n, const void * row, int n_x, const void *
 // y[j] += a * row[j] over n weights. Asks meanwhile.
 typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
 
-// For rows that are added to several sums, TSFFN_UNPACKED_COLUMNS weights at a time (block formats from a block's
-// beginning on). Unpacking a row: its weights before their scale, and the scales, if any.
-enum { TSFFN_UNPACKED_COLUMNS = 64, TSFFN_UNPACKED_BLOCKS = TSFFN_UNPACKED_COLUMNS / TSFFN_BLOCK_SIZE };
-typedef void (*tsffn_unpack_fn)(const void * row, float * w, float * scales);
-// y[j] += sum_i a_i * row_i[j], i < n, in the order of the terms; bit for bit what n calls of axpy give. Row k is w[64
-// k
-// ..] and scales[2 k ..].
+// Several weight rows, each added to several sums: y_t[j] += sum_i a_i rows[i][j] over the terms of sum t, in their
+// order; bit for bit what a call of axpy for each term gives.
+enum { TSFFN_ADD_COLUMNS = 64, TSFFN_ADD_ROWS = 128 };
 struct tsffn_term {
     float a;
     int32_t row;
 };
-typedef void (*tsffn_add_unpacked_fn)(int n, const struct tsffn_term * terms, const float * w, const float * scales,
-                                      float * y);
+struct tsffn_additions {
+    int n_rows, n_sums; // n_rows <= TSFFN_ADD_ROWS
+    const uint8_t * const * rows;
+    const struct tsffn_term * terms;
+    const int * first; // [n_sums + 1]; sum t takes the terms first[t] .. first[t + 1] - 1
+    float * y;         // sum t is y + t * stride
+    int64_t stride;
+};
+// TSFFN_ADD_COLUMNS columns from c0 on, a multiple of 32: every row is unpacked once.
+typedef void (*tsffn_add_rows_fn)(const struct tsffn_additions * additions, int64_t c0);
 
 struct tsffn_gemm;
 
@@ -181,10 +185,9 @@ struct tsffn_kernels {
     const char * name;
     tsffn_dots_fn dots[TSFFN_FORMAT_COUNT];
     tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
-    tsffn_unpack_fn unpack[TSFFN_FORMAT_COUNT]; // both NULL: there is only axpy
-    tsffn_add_unpacked_fn add_unpacked[TSFFN_FORMAT_COUNT];
-    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT]; // of the block formats (panels.h)
-    const struct tsffn_gemm * gemm;           // NULL: the tier has no matrix unit
+    tsffn_add_rows_fn add_rows[TSFFN_FORMAT_COUNT]; // NULL: there is only axpy
+    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];       // of the block formats (panels.h)
+    const struct tsffn_gemm * gemm;                 // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as

@@ -150,13 +150,13 @@ typedef __m256 vec;
 #define vec_fmadd _mm256_fmadd_ps
 #define vec_add _mm256_add_ps
 #define vec_sum hsum
+#include "add_rows_x86.h"
 #include "blocks_x86.h"
 #include "panels.h"
-#include "unpacked.h"
 
 DEFINE_BLOCK_AXPY(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, TSFFN_UNPACKED_KERNELS,
+TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, TSFFN_ADD_ROWS_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
-TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, TSFFN_UNPACKED_KERNELS,
+TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, TSFFN_ADD_ROWS_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avxvnni, tsffn_panel_q4_0_avxvnni));

@@ -178,11 +178,11 @@ typedef __m512 vec;
 #define vec_fmadd _mm512_fmadd_ps
 #define vec_add _mm512_add_ps
 #define vec_sum _mm512_reduce_add_ps
+#include "add_rows_x86.h"
 #include "blocks_x86.h"
 #include "panels.h"
-#include "unpacked.h"
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_UNPACKED_KERNELS,
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
 
 #define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
@@ -191,7 +191,7 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_UNPACKED_KERNELS,
         .name = #tier,                                                                                                 \
         .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, tsffn_dots_q4_0_avx512vnni},                                \
         .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
-        TSFFN_UNPACKED_KERNELS,                                                                                        \
+        TSFFN_ADD_ROWS_KERNELS,                                                                                        \
         .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_##tier, tsffn_panel_q4_0_##tier),                                \
         __VA_ARGS__}
 

@@ -34,6 +34,7 @@ enum {
     UNPACK_ROWS = 2,    // weight rows are unpacked where so many rows add each on average,
     UNPACK_NEURONS = 4, // and each of those rows adds so many
 };
+_Static_assert((int)CHUNK_NEURONS <= (int)TSFFN_ADD_ROWS, "a chunk is added at once");
 
 // Work is counted in blocks of weights that are multiplied.
 static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
@@ -152,22 +153,6 @@ static struct tsffn_asks take_for_downs(const struct row_terms * t, int64_t n, s
     return tsffn_queue_take(asked, t->first[TILE_ROWS] * n / TSFFN_BLOCK_SIZE);
 }
 
-// Columns [c0, c0 + TSFFN_UNPACKED_COLUMNS) of h * down_i, unpacked once for all rows.
-static void add_unpacked(const struct segment * g, const struct worklist * list, const struct row_terms * t,
-                         int64_t c0) {
-    const struct tsffn_matrix * down = &g->ffn->down;
-    _Alignas(TSFFN_CACHE_LINE) float w[CHUNK_NEURONS][TSFFN_UNPACKED_COLUMNS];
-    float scales[CHUNK_NEURONS][TSFFN_UNPACKED_BLOCKS];
-    const size_t offset = tsffn_row_bytes(down->type, c0);
-    for (int k = 0; k < list->n; ++k) {
-        down->type->own_unpack(tsffn_matrix_row(down, list->neuron[k]) + offset, w[k], scales[k]);
-    }
-    for (int64_t r = g->r0; r < g->r1; ++r) {
-        down->type->own_add_unpacked(t->first[r + 1] - t->first[r], t->terms + t->first[r], w[0], scales[0],
-                                     g->acc + r * g->s->n_embd + c0);
-    }
-}
-
 // Columns [c0, c0 + n) of h * down_i, row by row.
 static void add_columns(const struct segment * g, const struct worklist * list, const struct row_terms * t, int64_t c0,
                         int64_t n) {
@@ -190,12 +175,25 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
     sort_by_rows(g, list, &t);
     int64_t c0 = 0;
     const int n_terms = t.first[TILE_ROWS];
-    if (down->type->own_unpack != NULL && n_terms >= UNPACK_ROWS * list->n &&
+    if (down->type->own_add_rows != NULL && n_terms >= UNPACK_ROWS * list->n &&
         n_terms >= UNPACK_NEURONS * (g->r1 - g->r0)) {
-        for (; c0 + TSFFN_UNPACKED_COLUMNS <= n_embd; c0 += TSFFN_UNPACKED_COLUMNS) {
-            const struct tsffn_asks asks = take_for_downs(&t, TSFFN_UNPACKED_COLUMNS, asked);
+        const uint8_t * rows[CHUNK_NEURONS];
+        for (int k = 0; k < list->n; ++k) {
+            rows[k] = tsffn_matrix_row(down, list->neuron[k]);
+        }
+        const struct tsffn_additions additions = {
+            .n_rows = list->n,
+            .n_sums = (int)(g->r1 - g->r0),
+            .rows = rows,
+            .terms = t.terms,
+            .first = t.first + g->r0,
+            .y = g->acc + g->r0 * n_embd,
+            .stride = n_embd,
+        };
+        for (; c0 + TSFFN_ADD_COLUMNS <= n_embd; c0 += TSFFN_ADD_COLUMNS) {
+            const struct tsffn_asks asks = take_for_downs(&t, TSFFN_ADD_COLUMNS, asked);
             tsffn_ask_all(&asks);
-            add_unpacked(g, list, &t, c0);
+            down->type->own_add_rows(&additions, c0);
         }
     }
     for (; c0 < n_embd; c0 += DOWN_COLUMNS) {

@@ -27,9 +27,8 @@ struct tsffn_row_type {
     // Own kernels; NULL selects the host's functions below.
     tsffn_dots_fn own_dots;
     tsffn_axpy_fn own_axpy;
-    tsffn_unpack_fn own_unpack; // both NULL: there is only own_axpy
-    tsffn_add_unpacked_fn own_add_unpacked;
-    tsffn_panel_fn own_panel; // for matrices in panels; NULL: there are none of this type
+    tsffn_add_rows_fn own_add_rows; // NULL: there is only own_axpy
+    tsffn_panel_fn own_panel;       // for matrices in panels; NULL: there are none of this type
 
     // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
     const struct tsffn_gemm * gemm;
