@@ -132,17 +132,18 @@ static double step_dot4(struct kernel k, const struct worker * w, int64_t i, con
     return dots(k, w, i, asks, 4);
 }
 
-static bool has_axpy(struct kernel k) {
-    return k.tier->axpy[k.format] != NULL;
+static bool has_axpys(struct kernel k) {
+    return k.tier->axpys[k.format] != NULL;
 }
 
-static bool same_axpy(struct kernel a, struct kernel b) {
-    return a.tier->axpy[a.format] == b.tier->axpy[b.format];
+static bool same_axpys(struct kernel a, struct kernel b) {
+    return a.tier->axpys[a.format] == b.tier->axpys[b.format];
 }
 
 static double step_axpy(struct kernel k, const struct worker * w, int64_t i, const struct tsffn_asks * asks) {
     static const float a = 0.25f;
-    k.tier->axpy[k.format](options.n_cols, a, row(w, k.format, i), w->y, asks);
+    const void * const rows = row(w, k.format, i);
+    k.tier->axpys[k.format](options.n_cols, 1, &a, &rows, w->y, asks);
     return 0.0;
 }
 
@@ -180,7 +181,7 @@ static double step_panel4(struct kernel k, const struct worker * w, int64_t i, c
 static const struct operation operations[] = {
     {"dot", IN(CACHED) | IN(IN_ORDER) | IN(SPARSE), 1, 1, false, has_dots, same_dots, step_dot},
     {"dot4", IN(CACHED), 1, 4, false, has_dots, same_dots, step_dot4},
-    {"axpy", IN(CACHED) | IN(SPARSE), 1, 1, true, has_axpy, same_axpy, step_axpy},
+    {"axpy", IN(CACHED) | IN(SPARSE), 1, 1, true, has_axpys, same_axpys, step_axpy},
     {"panel", IN(CACHED) | IN(IN_ORDER), TSFFN_PANEL_ROWS, 1, false, has_panel, same_panel, step_panel},
     {"panel4", IN(CACHED), TSFFN_PANEL_ROWS, 4, false, has_panel, same_panel, step_panel4},
 };

@@ -56,7 +56,7 @@ static void make_types(const struct tsffn_kernels * kernels) {
         .x_block_size = 1,
         .x_block_bytes = 4,
         .own_dots = kernels->dots[TSFFN_FORMAT_F32],
-        .own_axpy = kernels->axpy[TSFFN_FORMAT_F32],
+        .own_axpys = kernels->axpys[TSFFN_FORMAT_F32],
     };
     host_type = (struct tsffn_row_type){
         .name = "host",

@@ -147,7 +147,8 @@ static void test_add_rows(const struct tsffn_kernels * kernels, enum tsffn_forma
         memcpy(expected[t], start, sizeof(whole[t]));
         expected[t][ADD_WIDTH] = 12345.0f;
         for (int i = first[t]; i < first[t + 1]; ++i) {
-            kernels->axpy[format](ADD_WIDTH, terms[i].a, rows[terms[i].row], whole[t], NULL);
+            const void * one = rows[terms[i].row];
+            kernels->axpys[format](ADD_WIDTH, 1, &terms[i].a, &one, whole[t], NULL);
         }
     }
     memcpy(found, expected, sizeof(found));
@@ -164,8 +165,36 @@ static void test_add_rows(const struct tsffn_kernels * kernels, enum tsffn_forma
         .stride = ADD_WIDTH + 1,
     };
     kernels->add_rows[format](&additions, ADD_C0);
-    CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: add_rows differs from axpy", kernels->name,
+    CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: add_rows differs from axpys", kernels->name,
           format_names[format]);
+}
+
+// Several rows at once give the same bits as one after the other.
+static void test_axpys(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, const uint8_t * row,
+                       const float * start, const struct tsffn_asks * asks) {
+    enum { MOST = 9 };
+    static uint8_t others[MOST][MAX_N * 4];
+    static double ignored[MAX_N];
+    static float found[MAX_N + 1], expected[MAX_N + 1];
+    float a[MOST];
+    const void * rows[MOST];
+    for (int i = 0; i < MOST; ++i) {
+        a[i] = random_float();
+        random_row(format, n, others[i], ignored);
+        rows[i] = i == 2 ? row : others[i];
+    }
+    for (int n_rows = 0; n_rows <= MOST; ++n_rows) {
+        memcpy(found, start, (size_t)n * sizeof(float));
+        memcpy(expected, start, (size_t)n * sizeof(float));
+        found[n] = expected[n] = 12345.0f;
+        for (int i = 0; i < n_rows; ++i) {
+            kernels->axpys[format](n, 1, a + i, rows + i, expected, NULL);
+        }
+        kernels->axpys[format](n, n_rows, a, rows, found, asks);
+        CHECK(memcmp(found, expected, ((size_t)n + 1) * sizeof(float)) == 0,
+              "%s %s n=%d: axpys of %d rows differs from one after the other", kernels->name, format_names[format],
+              (int)n, n_rows);
+    }
 }
 
 static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format format, int64_t n, size_t offset) {
@@ -213,15 +242,17 @@ static void test_size(const struct tsffn_kernels * kernels, enum tsffn_format fo
     memcpy(start, y, (size_t)n * sizeof(float));
     memcpy(asked, y, (size_t)n * sizeof(float));
     y[n] = asked[n] = 12345.0f;
-    kernels->axpy[format](n, a, row, y, NULL);
+    const void * const rows = row;
+    kernels->axpys[format](n, 1, &a, &rows, y, NULL);
     CHECK(y[n] == 12345.0f, "%s %s n=%d: wrote behind the end", kernels->name, format_names[format], (int)n);
-    kernels->axpy[format](n, a, row, asked, &asks);
-    CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpy", kernels->name,
+    kernels->axpys[format](n, 1, &a, &rows, asked, &asks);
+    CHECK(memcmp(asked, y, ((size_t)n + 1) * sizeof(float)) == 0, "%s %s n=%d: asking changes the axpys", kernels->name,
           format_names[format], (int)n);
+    test_axpys(kernels, format, n, row, start, &asks);
     if (kernels->add_rows[format] != NULL && n >= ADD_WIDTH) {
         test_add_rows(kernels, format, row, a, start);
     }
-    CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpy is off by %g", kernels->name, format_names[format], (int)n,
+    CHECK(nmse(y, expected, n) < 1e-12, "%s %s n=%d: axpys is off by %g", kernels->name, format_names[format], (int)n,
           nmse(y, expected, n));
 }
 

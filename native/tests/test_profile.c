@@ -38,7 +38,7 @@ static struct tsffn_row_type row_type(const struct tsffn_kernels * kernels, enum
         .x_block_size = 1,
         .x_block_bytes = 4,
         .own_dots = kernels->dots[format],
-        .own_axpy = kernels->axpy[format],
+        .own_axpys = kernels->axpys[format],
         .gemm = format == TSFFN_FORMAT_F32 ? NULL : kernels->gemm,
         .gemm_format = format,
     };

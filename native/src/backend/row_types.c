@@ -59,7 +59,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     const enum tsffn_format format = own_format(type);
     if (format != TSFFN_FORMAT_COUNT) {
         row->own_dots = kernels->dots[format];
-        row->own_axpy = kernels->axpy[format];
+        row->own_axpys = kernels->axpys[format];
         row->own_add_rows = kernels->add_rows[format];
         row->own_panel = kernels->panel[format];
         row->gemm = format != TSFFN_FORMAT_F32 ? kernels->gemm : NULL; // gemm.h: f32 weights would lose bits
@@ -87,7 +87,7 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     }
     row->host_to_float = traits->to_float;
     const bool can_dot = row->own_dots != NULL || (row->host_dot != NULL && row->convert_x != NULL);
-    const bool can_axpy = row->own_axpy != NULL || row->host_to_float != NULL;
+    const bool can_axpy = row->own_axpys != NULL || row->host_to_float != NULL;
     row->name = can_dot && can_axpy ? traits->type_name : NULL;
 }
 

@@ -1,5 +1,5 @@
-// Row kernels of the CPU: a weight row times activation vectors (dots) and a scaled weight row added to an output
-// (axpy). Every kernel exists as plain C (`ref`) and for some ISA tiers; native/tests/test_kernels.c holds all tiers
+// Row kernels of the CPU: a weight row times activation vectors (dots) and scaled weight rows added to an output
+// (axpys). Every kernel exists as plain C (`ref`) and for some ISA tiers; native/tests/test_kernels.c holds all tiers
 // against the plain C one. No ggml types here.
 #ifndef TSFFN_KERNELS_H
 #define TSFFN_KERNELS_H
@@ -98,10 +98,10 @@ struct tsffn_asks {
     int64_t n_stream;
 };
 
-// Into L2. Not __builtin_prefetch: GCC takes a function of nothing else for one without effects and drops its calls.
+// Not __builtin_prefetch: GCC takes a function of nothing else for one without effects and drops its calls.
 static inline void tsffn_ask(const void * line) {
 #if defined(__x86_64__)
-    __asm__ volatile("prefetcht1 %0" : : "m"(*(const char *)line));
+    __asm__ volatile("prefetcht0 %0" : : "m"(*(const char *)line));
 #elif defined(__aarch64__)
     __asm__ volatile("prfm pldl2keep, %0" : : "Q"(*(const char *)line));
 #else
@@ -151,11 +151,13 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
 // meanwhile.
 typedef void (*tsffn_dots_fn)(int64_t n, const void * row, int n_x, const void * const * x, float * s,
                               const struct tsffn_asks * asks);
-// y[j] += a * row[j] over n weights. Asks meanwhile.
-typedef void (*tsffn_axpy_fn)(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks);
+// y[j] += a[i] * rows[i][j] over n weights, for n_rows rows in their order; bit for bit what a call for each gives.
+// Asks meanwhile.
+typedef void (*tsffn_axpys_fn)(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                               const struct tsffn_asks * asks);
 
 // Several weight rows, each added to several sums: y_t[j] += sum_i a_i rows[i][j] over the terms of sum t, in their
-// order; bit for bit what a call of axpy for each term gives.
+// order; bit for bit what axpys gives.
 enum { TSFFN_ADD_COLUMNS = 64, TSFFN_ADD_ROWS = 128 };
 struct tsffn_term {
     float a;
@@ -184,19 +186,20 @@ struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
     tsffn_dots_fn dots[TSFFN_FORMAT_COUNT];
-    tsffn_axpy_fn axpy[TSFFN_FORMAT_COUNT];
-    tsffn_add_rows_fn add_rows[TSFFN_FORMAT_COUNT]; // NULL: there is only axpy
+    tsffn_axpys_fn axpys[TSFFN_FORMAT_COUNT];
+    tsffn_add_rows_fn add_rows[TSFFN_FORMAT_COUNT]; // NULL: there is only axpys
     tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];       // of the block formats (panels.h)
     const struct tsffn_gemm * gemm;                 // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as
 // designated initializers.
+#define TSFFN_AXPYS {axpys_f32, axpys_f16, axpys_bf16, axpys_q8_0, axpys_q4_0}
 #define TSFFN_DEFINE_KERNELS(tier, tier_isa, ...)                                                                      \
     const struct tsffn_kernels tsffn_kernels_##tier = {.isa = (tier_isa),                                              \
                                                        .name = #tier,                                                  \
                                                        .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, dots_q4_0},  \
-                                                       .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},  \
+                                                       .axpys = TSFFN_AXPYS,                                           \
                                                        __VA_ARGS__}
 // dots from BODY, a function of the same parameters that is inlined for 1 to MOST <= 8 vectors.
 #define TSFFN_INLINED static inline __attribute__((always_inline))
@@ -229,6 +232,35 @@ struct tsffn_kernels {
         tsffn_ask_all(asks);                                                                                           \
         for (int t = 0; t < n_x; ++t) {                                                                                \
             s[t] = DOT(n, row, x[t]);                                                                                  \
+        }                                                                                                              \
+    }
+// axpys from BODY, a function of n, n_rows, a, rows, y and the asking, that is inlined for 1 to 4 rows: so many share
+// reading and writing y. It asks STEPS times.
+#define TSFFN_AXPYS_OF(N_ROWS, BODY)                                                                                   \
+    case N_ROWS:                                                                                                       \
+        BODY(n, N_ROWS, a, rows, y, &asking);                                                                          \
+        break
+#define TSFFN_DEFINE_AXPYS(NAME, STEPS, BODY)                                                                          \
+    static void NAME(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,                     \
+                     const struct tsffn_asks * asks) {                                                                 \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, (STEPS) * ((n_rows + 3) / 4));                           \
+        for (; n_rows > 0; n_rows -= 4, a += 4, rows += 4) {                                                           \
+            switch (n_rows < 4 ? n_rows : 4) {                                                                         \
+                TSFFN_AXPYS_OF(1, BODY);                                                                               \
+                TSFFN_AXPYS_OF(2, BODY);                                                                               \
+                TSFFN_AXPYS_OF(3, BODY);                                                                               \
+                TSFFN_AXPYS_OF(4, BODY);                                                                               \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+// axpys from AXPY(n, a, row, y), which does not ask.
+#define TSFFN_DEFINE_AXPYS_ONE_BY_ONE(NAME, AXPY)                                                                      \
+    static void NAME(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,                     \
+                     const struct tsffn_asks * asks) {                                                                 \
+        struct tsffn_asking asking = tsffn_asking_begin(asks, n_rows);                                                 \
+        for (int i = 0; i < n_rows; ++i) {                                                                             \
+            tsffn_asking_step(&asking);                                                                                \
+            AXPY(n, a[i], rows[i], y);                                                                                 \
         }                                                                                                              \
     }
 #define TSFFN_BLOCK_KERNELS(q8_0, q4_0) {[TSFFN_FORMAT_Q8_0] = (q8_0), [TSFFN_FORMAT_Q4_0] = (q4_0)}

@@ -26,8 +26,8 @@ static inline float one_f32(float w) {
     return w;
 }
 
-// dots and axpy of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one. The four
-// accumulators of one vector leave no registers for those of another.
+// dots and axpys of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one. The
+// four accumulators of one vector leave no registers for those of another.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
     static float dot_##SUFFIX(int64_t n, const void * row, const void * activations, const struct tsffn_asks * asks) { \
         struct tsffn_asking asking = tsffn_asking_begin(asks, n / 32);                                                 \
@@ -57,21 +57,26 @@ static inline float one_f32(float w) {
             s[t] = dot_##SUFFIX(n, row, x[t], t == 0 ? asks : NULL);                                                   \
         }                                                                                                              \
     }                                                                                                                  \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {       \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, (n + 31) / 32);                                          \
-        const TYPE * w = row;                                                                                          \
-        const __m256 va = _mm256_set1_ps(a);                                                                           \
+    TSFFN_INLINED void axpys_of_##SUFFIX(int64_t n, int n_rows, const float * a, const void * const * rows, float * y, \
+                                         struct tsffn_asking * asking) {                                               \
         int64_t j = 0;                                                                                                 \
         for (; j + 8 <= n; j += 8) {                                                                                   \
             if (j % 32 == 0) {                                                                                         \
-                tsffn_asking_step(&asking);                                                                            \
+                tsffn_asking_step(asking);                                                                             \
             }                                                                                                          \
-            _mm256_storeu_ps(y + j, _mm256_fmadd_ps(va, LOAD8(w + j), _mm256_loadu_ps(y + j)));                        \
+            __m256 sum = _mm256_loadu_ps(y + j);                                                                       \
+            for (int i = 0; i < n_rows; ++i) {                                                                         \
+                sum = _mm256_fmadd_ps(_mm256_set1_ps(a[i]), LOAD8((const TYPE *)rows[i] + j), sum);                    \
+            }                                                                                                          \
+            _mm256_storeu_ps(y + j, sum);                                                                              \
         }                                                                                                              \
         for (; j < n; ++j) {                                                                                           \
-            y[j] += a * ONE(w[j]);                                                                                     \
+            for (int i = 0; i < n_rows; ++i) {                                                                         \
+                y[j] += a[i] * ONE(((const TYPE *)rows[i])[j]);                                                        \
+            }                                                                                                          \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
+    TSFFN_DEFINE_AXPYS(axpys_##SUFFIX, (n + 31) / 32, axpys_of_##SUFFIX)
 DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
@@ -97,27 +102,22 @@ static inline __m256 products_q4_0(const uint8_t * block, const int16_t * x) {
     return products32(low, high, x);
 }
 
-// y[0..8) += d * q[0..8), the 8 bytes of q taken as signed.
-static inline void axpy8_i8(__m256 d, __m128i q, float * y) {
-    const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(d, w, _mm256_loadu_ps(y)));
+// sums[0..2) += d * q[0..16), the bytes of q taken as signed.
+static inline void add16_i8(__m256 d, __m128i q, __m256 * sums) {
+    sums[0] = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), sums[0]);
+    sums[1] = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))), sums[1]);
 }
 
-static inline void axpy16_i8(__m256 d, __m128i q, float * y) {
-    axpy8_i8(d, q, y);
-    axpy8_i8(d, _mm_srli_si128(q, 8), y + 8);
+static inline void add_block_q8_0(__m256 d, const uint8_t * q, __m256 * sums) {
+    add16_i8(d, _mm_loadu_si128((const __m128i *)q), sums);
+    add16_i8(d, _mm_loadu_si128((const __m128i *)(q + 16)), sums + 2);
 }
 
-static inline void axpy_block_q8_0(__m256 d, const uint8_t * q, float * y) {
-    axpy16_i8(d, _mm_loadu_si128((const __m128i *)q), y);
-    axpy16_i8(d, _mm_loadu_si128((const __m128i *)(q + 16)), y + 16);
-}
-
-static inline void axpy_block_q4_0(__m256 d, const uint8_t * nibbles, float * y) {
+static inline void add_block_q4_0(__m256 d, const uint8_t * nibbles, __m256 * sums) {
     const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     const __m128i q = _mm_loadu_si128((const __m128i *)nibbles);
-    axpy16_i8(d, _mm_sub_epi8(_mm_and_si128(q, mask), eight), y);
-    axpy16_i8(d, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), y + 16);
+    add16_i8(d, _mm_sub_epi8(_mm_and_si128(q, mask), eight), sums);
+    add16_i8(d, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), sums + 2);
 }
 
 static inline void unpack16_i8(__m128i q, float * w) {
@@ -154,7 +154,8 @@ typedef __m256 vec;
 #include "blocks_x86.h"
 #include "panels.h"
 
-DEFINE_BLOCK_AXPY(q4_0, TSFFN_Q4_0_BYTES)
+DEFINE_BLOCK_SCALES(q4_0, TSFFN_Q4_0_BYTES)
+DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
 
 TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, TSFFN_ADD_ROWS_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));

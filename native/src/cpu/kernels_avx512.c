@@ -19,7 +19,7 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
 #define ALL ((__mmask16)0xffff)
 #define TAIL(count) ((__mmask16)((1u << (count)) - 1u))
 
-// dots and axpy of an element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask. Four accumulators
+// dots and axpys of an element type: TYPE is the storage type, LOAD16 widens 16 of them under a mask. Four accumulators
 // for each vector.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD16)                                                                     \
     TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * activations,        \
@@ -58,24 +58,21 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
                 _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3])));          \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) static void axpy_##SUFFIX(                            \
-        int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, (n + 63) / 64);                                          \
-        const TYPE * w = row;                                                                                          \
-        const __m512 va = _mm512_set1_ps(a);                                                                           \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 16 <= n; j += 16) {                                                                                 \
+    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) TSFFN_INLINED void axpys_of_##SUFFIX(                 \
+        int64_t n, int n_rows, const float * a, const void * const * rows, float * y, struct tsffn_asking * asking) {  \
+        for (int64_t j = 0; j < n; j += 16) {                                                                          \
             if (j % 64 == 0) {                                                                                         \
-                tsffn_asking_step(&asking);                                                                            \
+                tsffn_asking_step(asking);                                                                             \
             }                                                                                                          \
-            _mm512_storeu_ps(y + j, _mm512_fmadd_ps(va, LOAD16(ALL, w + j), _mm512_loadu_ps(y + j)));                  \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            const __mmask16 m = TAIL(n - j);                                                                           \
-            const __m512 sum = _mm512_fmadd_ps(va, LOAD16(m, w + j), _mm512_maskz_loadu_ps(m, y + j));                 \
+            const __mmask16 m = j + 16 <= n ? ALL : TAIL(n - j);                                                       \
+            __m512 sum = _mm512_maskz_loadu_ps(m, y + j);                                                              \
+            for (int i = 0; i < n_rows; ++i) {                                                                         \
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), LOAD16(m, (const TYPE *)rows[i] + j), sum);                \
+            }                                                                                                          \
             _mm512_mask_storeu_ps(y + j, m, sum);                                                                      \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
+    TSFFN_DEFINE_AXPYS(axpys_##SUFFIX, (n + 63) / 64, axpys_of_##SUFFIX)
 DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
@@ -96,14 +93,11 @@ static inline __m512 products_q4_0(const uint8_t * block, const int16_t * x) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
 }
 
-static inline void axpy16(__m512 d, __m512 w, float * y) {
-    _mm512_storeu_ps(y, _mm512_fmadd_ps(d, w, _mm512_loadu_ps(y)));
-}
-
-static inline void axpy_block_q8_0(__m512 d, const uint8_t * q, float * y) {
+// sums += d * w of a block's weights
+static inline void add_block_q8_0(__m512 d, const uint8_t * q, __m512 * sums) {
     for (int half = 0; half < 2; ++half) {
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(q + 16 * half));
-        axpy16(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), y + 16 * half);
+        sums[half] = _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), sums[half]);
     }
 }
 
@@ -113,43 +107,10 @@ static inline __m512 nibble_values(void) {
     return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-// y[0..32) += d * w
-static inline void axpy_block_q4_0(__m512 d, const uint8_t * nibbles, float * y) {
+static inline void add_block_q4_0(__m512 d, const uint8_t * nibbles, __m512 * sums) {
     const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)nibbles));
-    axpy16(d, _mm512_permutexvar_ps(q, nibble_values()), y);
-    axpy16(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), nibble_values()), y + 16);
-}
-
-enum { SCALES = 4 * TSFFN_Q4_0_QUADS };
-
-// a times the scales of a row's next blocks, at most SCALES.
-static inline void scales_q4_0(int64_t blocks, float a, const uint8_t * block, float * scales) {
-    if (blocks >= SCALES) {
-        _mm512_storeu_ps(scales, _mm512_mul_ps(_mm512_set1_ps(a), scales_of_quads(block, TSFFN_Q4_0_QUADS)));
-        return;
-    }
-    for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES) {
-        scales[b] = a * _cvtsh_ss(tsffn_load_u16(block));
-    }
-}
-
-// The scales of 16 blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
-// Asking once in four blocks instead of in each saves a fifth.
-static void axpy_q4_0(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    enum { STEP = 4 };
-    struct tsffn_asking asking = tsffn_asking_begin(asks, (n / TSFFN_BLOCK_SIZE + STEP - 1) / STEP);
-    const uint8_t * block = row;
-    float d[SCALES];
-    for (int64_t left = n / TSFFN_BLOCK_SIZE; left > 0; left -= SCALES) {
-        const int64_t blocks = left < SCALES ? left : SCALES;
-        scales_q4_0(left, a, block, d);
-        for (int64_t b = 0; b < blocks; ++b, block += TSFFN_Q4_0_BYTES, y += TSFFN_BLOCK_SIZE) {
-            if (b % STEP == 0) {
-                tsffn_asking_step(&asking);
-            }
-            axpy_block_q4_0(_mm512_set1_ps(d[b]), block + 2, y);
-        }
-    }
+    sums[0] = _mm512_fmadd_ps(d, _mm512_permutexvar_ps(q, nibble_values()), sums[0]);
+    sums[1] = _mm512_fmadd_ps(d, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), nibble_values()), sums[1]);
 }
 
 static inline void unpack_block_q8_0(const uint8_t * q, float * w) {
@@ -182,6 +143,19 @@ typedef __m512 vec;
 #include "blocks_x86.h"
 #include "panels.h"
 
+// The scales of 16 blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
+static inline void scales_q4_0(int64_t n, float a, const uint8_t * block, float * scales) {
+    if (n == SCALES) {
+        _mm512_storeu_ps(scales, _mm512_mul_ps(_mm512_set1_ps(a), scales_of_quads(block, TSFFN_Q4_0_QUADS)));
+        return;
+    }
+    for (int64_t b = 0; b < n; ++b, block += TSFFN_Q4_0_BYTES) {
+        scales[b] = a * _cvtsh_ss(tsffn_load_u16(block));
+    }
+}
+_Static_assert((int)SCALES == 4 * (int)TSFFN_Q4_0_QUADS, "quads have as many scales");
+DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
+
 TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS,
                      .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
 
@@ -190,7 +164,7 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS,
         .isa = (tier_isa),                                                                                             \
         .name = #tier,                                                                                                 \
         .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, tsffn_dots_q4_0_avx512vnni},                                \
-        .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},                                                 \
+        .axpys = TSFFN_AXPYS,                                                                                          \
         TSFFN_ADD_ROWS_KERNELS,                                                                                        \
         .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_##tier, tsffn_panel_q4_0_##tier),                                \
         __VA_ARGS__}

@@ -40,7 +40,7 @@ static inline void axpy8(float a, vec8 w, float * y) {
     vst1q_f32(y + 4, vfmaq_n_f32(vld1q_f32(y + 4), w.val[1], a));
 }
 
-// dots and axpy of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
+// dots and axpys of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
 // Eight accumulators of four floats: FMLA takes 4 cycles, at 2 per cycle on the common cores.
 #define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
     static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
@@ -64,8 +64,7 @@ static inline void axpy8(float a, vec8 w, float * y) {
         return sum;                                                                                                    \
     }                                                                                                                  \
     TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_##SUFFIX, dot_##SUFFIX)                                                          \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {       \
-        tsffn_ask_all(asks);                                                                                           \
+    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
         const TYPE * w = row;                                                                                          \
         int64_t j = 0;                                                                                                 \
         for (; j + 8 <= n; j += 8) {                                                                                   \
@@ -74,7 +73,8 @@ static inline void axpy8(float a, vec8 w, float * y) {
         for (; j < n; ++j) {                                                                                           \
             y[j] += a * ONE(w[j]);                                                                                     \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
+    TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_##SUFFIX, axpy_##SUFFIX)
 
 DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
@@ -155,8 +155,7 @@ static inline vec8 floats(int16x8_t w) {
         }                                                                                                              \
     }                                                                                                                  \
     static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) static void axpy_##SUFFIX(                            \
-        int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {                             \
-        tsffn_ask_all(asks);                                                                                           \
+        int64_t n, float a, const void * row, float * y) {                                                             \
         const uint8_t * block = row;                                                                                   \
         for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += (BYTES)) {                                          \
             const float d = a * block_scale(block);                                                                    \
@@ -165,7 +164,8 @@ static inline vec8 floats(int16x8_t w) {
                 axpy8(d, floats(w.val[k]), y + j + 8 * k);                                                             \
             }                                                                                                          \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
+    TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_##SUFFIX, axpy_##SUFFIX)
 
 DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
@@ -176,6 +176,6 @@ const struct tsffn_kernels tsffn_kernels_neondot = {
     .isa = TSFFN_ISA_NEONDOT,
     .name = "neondot",
     .dots = {dots_f32, dots_f16, dots_bf16, tsffn_dots_q8_0_neondot, tsffn_dots_q4_0_neondot},
-    .axpy = {axpy_f32, axpy_f16, axpy_bf16, axpy_q8_0, axpy_q4_0},
+    .axpys = TSFFN_AXPYS,
     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neondot, tsffn_panel_q4_0_neondot),
 };

@@ -16,8 +16,7 @@ static float dot_f32(int64_t n, const void * row, const void * activations) {
     return sum;
 }
 
-static void axpy_f32(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    tsffn_ask_all(asks);
+static void axpy_f32(int64_t n, float a, const void * row, float * y) {
     const float * w = row;
     for (int64_t j = 0; j < n; ++j) {
         y[j] += a * w[j];
@@ -34,8 +33,7 @@ static float dot_f16(int64_t n, const void * row, const void * activations) {
     return sum;
 }
 
-static void axpy_f16(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    tsffn_ask_all(asks);
+static void axpy_f16(int64_t n, float a, const void * row, float * y) {
     const uint16_t * w = row;
     for (int64_t j = 0; j < n; ++j) {
         y[j] += a * tsffn_f16_to_f32(w[j]);
@@ -52,8 +50,7 @@ static float dot_bf16(int64_t n, const void * row, const void * activations) {
     return sum;
 }
 
-static void axpy_bf16(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    tsffn_ask_all(asks);
+static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
     const uint16_t * w = row;
     for (int64_t j = 0; j < n; ++j) {
         y[j] += a * tsffn_bf16_to_f32(w[j]);
@@ -142,8 +139,7 @@ static float dot_q4_0(int64_t n, const void * row, const void * activations) {
     return sum * tsffn_i16_scale(activations);
 }
 
-static void axpy_q8_0(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    tsffn_ask_all(asks);
+static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
     const uint8_t * block = row;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q8_0_BYTES) {
         const float d = a * tsffn_f16_to_f32(tsffn_load_u16(block));
@@ -154,8 +150,7 @@ static void axpy_q8_0(int64_t n, float a, const void * row, float * y, const str
     }
 }
 
-static void axpy_q4_0(int64_t n, float a, const void * row, float * y, const struct tsffn_asks * asks) {
-    tsffn_ask_all(asks);
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
     const uint8_t * block = row;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_Q4_0_BYTES) {
         const float d = a * tsffn_f16_to_f32(tsffn_load_u16(block));
@@ -172,4 +167,9 @@ TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_f16, dot_f16)
 TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_bf16, dot_bf16)
 TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_q8_0, dot_q8_0)
 TSFFN_DEFINE_DOTS_ONE_BY_ONE(dots_q4_0, dot_q4_0)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_f32, axpy_f32)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_f16, axpy_f16)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_bf16, axpy_bf16)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_q8_0, axpy_q8_0)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_q4_0, axpy_q4_0)
 TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_ref, tsffn_panel_q4_0_ref));

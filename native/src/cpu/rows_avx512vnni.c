@@ -63,8 +63,8 @@ enum { MOST_X = 8 };
             const __m512i q = _mm512_loadu_si512(block_sums[t] + j / TSFFN_BLOCK_SIZE);                                \
             offsets[t] = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(q), offsets[t]);                                   \
         }                                                                                                              \
-        for (int k = 0; k < (n_quads); ++k) {                                                                          \
-            tsffn_asking_step(&asking);                                                                                \
+        tsffn_asking_step(&asking);                                                                                    \
+        _Pragma("GCC unroll 4") for (int k = 0; k < (n_quads); ++k) {                                                  \
             const struct weights w = load_weights(block, scales, k);                                                   \
             for (int t = 0; t < n_x; ++t) {                                                                            \
                 sums[t] = add_quad(sums[t], w, quads[t] + at);                                                         \
@@ -78,7 +78,7 @@ enum { MOST_X = 8 };
 TSFFN_INLINED void dots_of_q4_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
                                 const struct tsffn_asks * asks) {
     const uint8_t * block = row;
-    struct tsffn_asking asking = tsffn_asking_begin(asks, n / TSFFN_I16_QUAD);
+    struct tsffn_asking asking = tsffn_asking_begin(asks, n / (TSFFN_Q4_0_QUADS * TSFFN_I16_QUAD));
     const int8_t * quads[MOST_X];
     const int32_t * block_sums[MOST_X];
     __m512 sums[MOST_X], offsets[MOST_X];

@@ -70,18 +70,21 @@ static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, c
     return s;
 }
 
-// y += a * row i; asks meanwhile. The host's formats are widened to f32 first, into `scratch` [n_cols].
-static inline void tsffn_matrix_axpy(const struct tsffn_matrix * m, int64_t i, float a, float * y, float * scratch,
-                                     const struct tsffn_asks * asks) {
+// y += a[k] * rows[k] for n rows of m, in their order; asks meanwhile. The host's formats are widened to f32 first,
+// into `scratch` [n_cols].
+static inline void tsffn_matrix_axpys(const struct tsffn_matrix * m, int n, const float * a, const void * const * rows,
+                                      float * y, float * scratch, const struct tsffn_asks * asks) {
     const struct tsffn_row_type * type = m->type;
-    if (type->own_axpy != NULL) {
-        type->own_axpy(m->n_cols, a, tsffn_matrix_row(m, i), y, asks);
+    if (type->own_axpys != NULL) {
+        type->own_axpys(m->n_cols, n, a, rows, y, asks);
         return;
     }
     tsffn_ask_all(asks);
-    type->host_to_float(tsffn_matrix_row(m, i), scratch, m->n_cols);
-    for (int64_t j = 0; j < m->n_cols; ++j) {
-        y[j] += a * scratch[j];
+    for (int k = 0; k < n; ++k) {
+        type->host_to_float(rows[k], scratch, m->n_cols);
+        for (int64_t j = 0; j < m->n_cols; ++j) {
+            y[j] += a[k] * scratch[j];
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //             chunk c - 1  up and down of its neurons with gate > 0 are asked for
 //             chunk c - 2  up, down
 //
-// What a step asks for is spread over its products, so that it lies in L2 when its own step comes. Random rows reach
+// What a step asks for is spread over its products, so that it is there when its own step comes. Random rows reach
 // the sequential bandwidth only when they are asked for early, and all of them the memory's bandwidth only if the
 // asking never pauses: asked for in bursts, weights came at 12 GB/s where reading alone reaches 25 (two cores). But
 // what is on its way should stay little: chunks of 16 instead of 8 neurons cost 3 %, of 64 25 %, another step of delay
@@ -105,19 +105,27 @@ static void gates(const struct segment * g, struct tsffn_ask_queue * asked, stru
     list->n = kept;
 }
 
-// Adds h * down_i of the k-th neuron; asks meanwhile.
-static void add_down(const struct segment * g, const struct worklist * list, int k, struct tsffn_ask_queue * asked) {
+// Adds h * down_i of all listed neurons, row by row; asks meanwhile. Every sum takes its neurons in ascending order.
+static void add_down(const struct segment * g, const struct worklist * list, struct tsffn_ask_queue * asked) {
     const struct tsffn_matrix * down = &g->ffn->down;
-    for (uint64_t b = list->rows[k]; b != 0; b &= b - 1) {
-        const int r = __builtin_ctzll(b);
-        const float h = list->h[k][r];
-        if (g->rows[r].h != NULL) {
-            g->rows[r].h[list->neuron[k]] = h;
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        float h[CHUNK_NEURONS];
+        const void * rows[CHUNK_NEURONS];
+        int n = 0;
+        for (int k = 0; k < list->n; ++k) {
+            if ((list->rows[k] >> r & 1) == 0) {
+                continue;
+            }
+            h[n] = list->h[k][r];
+            rows[n++] = tsffn_matrix_row(down, list->neuron[k]);
+            if (g->rows[r].h != NULL) {
+                g->rows[r].h[list->neuron[k]] = list->h[k][r];
+            }
         }
-        const struct tsffn_asks asks = tsffn_queue_take(asked, down->n_cols / TSFFN_BLOCK_SIZE);
-        tsffn_matrix_axpy(down, list->neuron[k], h, g->acc + r * g->s->n_embd, g->scratch, &asks);
+        const struct tsffn_asks asks = tsffn_queue_take(asked, n * (down->n_cols / TSFFN_BLOCK_SIZE));
+        tsffn_matrix_axpys(down, n, h, rows, g->acc + r * g->s->n_embd, g->scratch, &asks);
     }
-    g->counts->bytes_ffn += tsffn_row_bytes(down->type, down->n_cols);
+    g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
 
 // The listed neurons of each row, in ascending order: row r's are terms[first[r]] to terms[first[r + 1] - 1].
@@ -159,15 +167,20 @@ static void add_columns(const struct segment * g, const struct worklist * list, 
     const struct tsffn_matrix * down = &g->ffn->down;
     const size_t offset = tsffn_row_bytes(down->type, c0);
     for (int64_t r = g->r0; r < g->r1; ++r) {
-        for (int i = t->first[r]; i < t->first[r + 1]; ++i) {
-            const uint8_t * row = tsffn_matrix_row(down, list->neuron[t->terms[i].row]) + offset;
-            down->type->own_axpy(n, t->terms[i].a, row, g->acc + r * g->s->n_embd + c0, NULL);
+        float h[CHUNK_NEURONS];
+        const void * rows[CHUNK_NEURONS];
+        const struct tsffn_term * terms = t->terms + t->first[r];
+        const int n_terms = t->first[r + 1] - t->first[r];
+        for (int i = 0; i < n_terms; ++i) {
+            h[i] = terms[i].a;
+            rows[i] = tsffn_matrix_row(down, list->neuron[terms[i].row]) + offset;
         }
+        down->type->own_axpys(n, n_terms, h, rows, g->acc + r * g->s->n_embd + c0, NULL);
     }
 }
 
 // Adds h * down_i of all listed neurons for a batch: column block by column block, so that a row's sums of a block and
-// that block of all the weight rows stay in L1. Every sum takes its neurons in ascending order, as in add_down.
+// that block of all the weight rows stay in L1. The sums are those of add_down.
 static void add_downs(const struct segment * g, const struct worklist * list, struct tsffn_ask_queue * asked) {
     const struct tsffn_matrix * down = &g->ffn->down;
     const int64_t n_embd = g->s->n_embd;
@@ -207,14 +220,13 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
 
 // Whether add_downs serves these rows better than add_down.
 static bool is_batch(const struct segment * g) {
-    return g->r1 - g->r0 >= BATCH_ROWS && g->ffn->down.type->own_axpy != NULL;
+    return g->r1 - g->r0 >= BATCH_ROWS && g->ffn->down.type->own_axpys != NULL;
 }
 
 // h *= relu(up . x) of the listed neurons, and down of those that stay.
 static void ups_and_downs(const struct segment * g, struct tsffn_ask_queue * asked, struct worklist * list) {
     const struct tsffn_matrix * up = &g->ffn->up;
     const bool dense = g->s->call->dense;
-    const bool batch = is_batch(g);
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(up->type, up->n_cols);
     float v[TILE_ROWS];
     int kept = 0;
@@ -222,16 +234,13 @@ static void ups_and_downs(const struct segment * g, struct tsffn_ask_queue * ask
         dots(g, up, list->neuron[k], list->rows[k], g->s->x_up, g->s->x_up_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
         g->counts->active += (uint64_t)__builtin_popcountll(positive);
-        if (dense || positive != 0) {
-            if (!batch) {
-                add_down(g, list, kept, asked);
-            }
-            ++kept;
-        }
+        kept += dense || positive != 0;
     }
     list->n = kept;
-    if (batch) {
+    if (is_batch(g)) {
         add_downs(g, list, asked);
+    } else {
+        add_down(g, list, asked);
     }
 }
 
@@ -253,7 +262,8 @@ static void single_neuron(const struct segment * g, int64_t i, uint64_t bits) {
         case TSFFN_OP_DOWN: {
             const float h = ((const float *)(call->x + token * call->x_stride))[i];
             if (h != 0.0f) {
-                tsffn_matrix_axpy(&ffn->down, i, h, g->acc + r * s->n_embd, g->scratch, NULL);
+                const void * row = tsffn_matrix_row(&ffn->down, i);
+                tsffn_matrix_axpys(&ffn->down, 1, &h, &row, g->acc + r * s->n_embd, g->scratch, NULL);
             }
             break;
         }
@@ -296,9 +306,7 @@ static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, cons
     if (is_batch(g)) {
         add_downs(g, list, &nothing);
     } else {
-        for (int k = 0; k < list->n; ++k) {
-            add_down(g, list, k, &nothing);
-        }
+        add_down(g, list, &nothing);
     }
     count_chunk(g, i1 - i0);
 }
