@@ -1,7 +1,8 @@
-"""Sidecars whose matrices are in panels, read and rewritten with a loop from the formula of docs/format.md."""
+"""Weights in panels and in bundles, read and rewritten with loops from the formulas of docs/format.md."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -10,6 +11,7 @@ from edited import edited
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 LAYOUT, VERSION = "turbosparse.predictor.layout", "turbosparse.format_version"
+FFN_LAYOUT = "turbosparse.ffn.layout"
 TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0)
 
 
@@ -30,9 +32,29 @@ def naive_rows(stored: bytes, n_rows: int, kind: GGMLQuantizationType) -> np.nda
     return np.frombuffer(bytes(rows), np.uint8).reshape(n_rows, row_bytes)
 
 
+def bytes_of(tensor: gguf.ReaderTensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+
+
+def rows_of_bundles(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor, part: str) -> np.ndarray:
+    """The rows of gate, up or down: uint8 [all bytes]. Row r of the bundles is row r mod R of tensor r div R."""
+    parts = ["gate", "up", "down"]
+    names = [tensor.name.replace(f"ffn_{part}", f"ffn_{name}") for name in parts]
+    tensors = {t.name: t for t in reader.tensors}
+    assert len({tensors[name].tensor_type for name in names}) == 1
+    n_rows = int(tensor.shape[0 if part == "down" else 1]) * int(tensor.shape[2] if len(tensor.shape) > 2 else 1)
+    pieces = [bytes_of(tensors[name]).reshape(n_rows, -1) for name in names]
+    rows = [3 * neuron + parts.index(part) for neuron in range(n_rows)]
+    return np.concatenate([pieces[row // n_rows][row % n_rows] for row in rows])
+
+
 def stored_rows(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> np.ndarray:
     """The plain rows of a tensor of a model or sidecar, whatever its layout: uint8 [all bytes]."""
-    data = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+    data = bytes_of(tensor)
+    part = re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)(_exps)?\.weight", tensor.name)
+    ffn_layout = reader.get_field(FFN_LAYOUT)
+    if part is not None and ffn_layout is not None and ffn_layout.contents() == "bundles":
+        return rows_of_bundles(reader, tensor, part[1])
     layout = reader.get_field(LAYOUT)
     is_matrix = ".ffn_pred_fc" in tensor.name
     if layout is None or layout.contents() == "rows" or not is_matrix or tensor.tensor_type not in TYPES:

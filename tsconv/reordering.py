@@ -1,7 +1,7 @@
 """`reorder`: the hot neurons of a converted model first. The command line is a thin shell over it.
 
 Rows move whole, so nothing is computed: the same bytes in another order, in model and sidecar alike. Panels are taken
-apart into rows and put together again.
+apart into rows and put together again; bundles move as they are.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from gguf import GGML_QUANT_SIZES
 from tsconv.checkpoint.config import MAX_DIM
 from tsconv.conversion import Progress, counter
 from tsconv.errors import ModelFileError, OutputError
+from tsconv.export import layouts
 from tsconv.export.gguf_header import Header, TensorEntry
 from tsconv.export.keys import ARCHITECTURE, add_neuron_order
 from tsconv.export.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.export.pair import read_pair
-from tsconv.export.predictor_layout import PANELS, layout_of
-from tsconv.export.summary import fingerprint, is_sidecar, sidecar_path
+from tsconv.export.summary import fingerprint, layout_of, sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
+from tsconv.transform.bundles import FIRST, PARTS, names_of_layer
 from tsconv.transform.neuron_order import Order, between, by_tensor
 from tsconv.transform.panels import from_panels, panel_step, to_panels
 from tsconv.transform.plan import takes_panels
+from tsconv.transform.quantize import type_name
 
 PIECE = 16 << 20  # bytes copied at a time
 
@@ -100,7 +102,7 @@ def reorder(
             file.begin()
         for header, file, rows in zip(headers, files, parts, strict=False):
             for piece in _tensor_data(header, rows):
-                file.write(piece)
+                file.write_on(piece)
                 if count:
                     count(piece.nbytes)
         sizes = output_files.commit()
@@ -160,14 +162,19 @@ def _copy_header(header: Header, file: StreamedFile, pair_id: str) -> None:
 def _tensor_data(header: Header, parts: Mapping[str, Order]) -> Iterator[np.ndarray]:
     """The bytes of all tensors in the order of the table, uint8, at most PIECE, one row or one panel at a time.
 
-    In memory is no more than the matrix of one FFN and, for panels, some pieces.
+    In memory is no more than the matrix of one FFN (in bundles: the three matrices) and, for panels, some pieces. The
+    bytes of a layer's bundles come as if its three tensors were one.
     """
-    panels = is_sidecar(header) and layout_of(header) == PANELS
+    layout = layout_of(header)
+    panels, bundles = layout == layouts.PREDICTOR.other, layout == layouts.FFN.other
     try:
         with open(header.path, "rb", buffering=0) as file:
             for tensor in header.tensors:
                 file.seek(tensor.offset)
-                if tensor.name in parts:
+                if bundles and tensor.name in parts:
+                    if FIRST.match(tensor.name):
+                        yield from _permuted_bundles(file, header, tensor.name, parts[tensor.name])
+                elif tensor.name in parts:
                     permuted = _permuted_panels if panels and takes_panels(tensor.name, tensor.kind) else _permuted
                     yield from permuted(file, tensor, parts[tensor.name], header.path)
                 else:
@@ -182,6 +189,36 @@ def _permuted(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> 
     step = max(1, PIECE // row_bytes)
     for neurons in order:
         rows = _read(file, len(neurons) * row_bytes, path).reshape(len(neurons), row_bytes)
+        for start in range(0, len(neurons), step):
+            yield rows[neurons[start : start + step]]
+
+
+def _permuted_bundles(file: BinaryIO, header: Header, first: str, order: Order) -> Iterator[np.ndarray]:
+    names = [tensor.name for tensor in header.tensors]
+    at = names.index(first)
+    pieces = header.tensors[at : at + len(PARTS)]
+    if [piece.name for piece in pieces] != list(names_of_layer(first)) or len({piece.kind for piece in pieces}) != 1:
+        raise ModelFileError(
+            "bundles that cannot be reordered",
+            where=f"{header.path}: {first}",
+            expected=f"{', '.join(names_of_layer(first))} one behind the other, of one type",
+            found=", ".join(f"{piece.name} {type_name(piece.kind)}" for piece in pieces),
+            fix="convert again",
+        )
+    row_bytes = sum(piece.n_bytes for piece in pieces) // order.size
+    step = max(1, PIECE // row_bytes)
+    piece, done = 0, 0  # the tensor that is being read, and how much of it has been
+    for neurons in order:
+        data = np.empty(len(neurons) * row_bytes, np.uint8)
+        filled = 0
+        while filled < len(data):
+            if done == pieces[piece].n_bytes:
+                piece, done = piece + 1, 0
+            file.seek(pieces[piece].offset + done)
+            n = min(len(data) - filled, pieces[piece].n_bytes - done)
+            data[filled : filled + n] = _read(file, n, header.path)
+            filled, done = filled + n, done + n
+        rows = data.reshape(len(neurons), row_bytes)
         for start in range(0, len(neurons), step):
             yield rows[neurons[start : start + step]]
 

@@ -24,7 +24,7 @@ extern "C" {
 #define TSFFN_API __attribute__((visibility("default")))
 
 // Limits of the file format (docs/format.md).
-#define TSFFN_FORMAT_VERSION 1
+#define TSFFN_FORMAT_VERSION 2
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)

@@ -94,6 +94,29 @@ static void describe(struct tsffn_ffn * ffns, const struct tsffn_row_type * gate
     }
 }
 
+// The same weights with gate, up and down in bundles, whose pieces lie apart.
+static void bundle(struct tsffn_ffn * ffns) {
+    enum { PIECE_ROWS = N_EXPERT * N_FF, GAP = 7 };
+    static float pieces[TSFFN_BUNDLE_ROWS][PIECE_ROWS * N_EMBD + GAP];
+    struct tsffn_bundles bundles = {.piece_rows = PIECE_ROWS};
+    for (int k = 0; k < TSFFN_BUNDLE_ROWS; ++k) {
+        bundles.pieces[k] = (const uint8_t *)pieces[(k + 1) % TSFFN_BUNDLE_ROWS];
+    }
+    for (int e = 0; e < N_EXPERT; ++e) {
+        struct tsffn_matrix * const parts[TSFFN_BUNDLE_ROWS] = {&ffns[e].gate, &ffns[e].up, &ffns[e].down};
+        for (int part = 0; part < TSFFN_BUNDLE_ROWS; ++part) {
+            bundles.first = TSFFN_BUNDLE_ROWS * e * N_FF + part;
+            for (int i = 0; i < N_FF; ++i) {
+                const int row = (int)bundles.first + TSFFN_BUNDLE_ROWS * i;
+                float * piece = pieces[(row / PIECE_ROWS + 1) % TSFFN_BUNDLE_ROWS];
+                memcpy(piece + row % PIECE_ROWS * N_EMBD, tsffn_matrix_row(parts[part], i), N_EMBD * sizeof(float));
+            }
+            parts[part]->layout = TSFFN_LAYOUT_BUNDLES;
+            parts[part]->bundles = bundles;
+        }
+    }
+}
+
 static double dot_double(const float * w, const double * v, int64_t n) {
     double sum = 0.0;
     for (int64_t j = 0; j < n; ++j) {
@@ -304,6 +327,16 @@ int main(void) {
             test_overlap(ws, ffns);
         }
         test_comparison(ws, ffns);
+        for (int variant = 0; variant < 16; variant += 5) {
+            describe(ffns, (variant & 1) != 0 ? &host_type : &own_type, &own_type, (variant & 4) != 0,
+                     (variant & 8) != 0);
+            bundle(ffns);
+            for (int n_threads = 1; n_threads <= 3; ++n_threads) {
+                test_call(ws, ffns, false, 1, n_threads);
+                test_call(ws, ffns, true, 7, n_threads);
+                test_call(ws, ffns, true, 65, n_threads);
+            }
+        }
         printf("%s: ok\n", kernels->name);
     }
     tsffn_workspace_free(ws);

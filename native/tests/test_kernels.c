@@ -285,7 +285,7 @@ static void test_gemm(const struct tsffn_kernels * kernels, enum tsffn_format fo
     for (int group = 0; group * TSFFN_GEMM_GROUP < n_x; ++group) {
         gemm->pack(n, n_x, pointers, group, packed);
     }
-    gemm->multiply(format, n, rows + 2, n_x, packed, &s[0][0]);
+    gemm->multiply(format, n, rows + 2, row_bytes, n_x, packed, &s[0][0]);
     free(packed);
     for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {
         for (int t = 0; t < n_x; ++t) {

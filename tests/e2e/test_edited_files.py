@@ -12,7 +12,7 @@ import pytest
 import synthetic
 import tiny
 from edited import edited
-from panels import LAYOUT, VERSION, write_rows
+from panels import FFN_LAYOUT, LAYOUT, VERSION, write_rows
 from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
@@ -55,8 +55,17 @@ MODEL_EDITS = {
         "convert again",
     ),
     "format version": (
-        {"keys": {"turbosparse.format_version": 2}},
-        "unknown format version: expected 1, found 2; install the tsconv that wrote the file",
+        {"keys": {VERSION: 3}},
+        "unknown format version: expected 1 to 2, found 3; install the tsconv that wrote the file",
+    ),
+    "FFN layout": (
+        {"keys": {FFN_LAYOUT: "columns"}},
+        f"key {FFN_LAYOUT}: expected 'rows' or 'bundles', found 'columns'; install the tsconv that wrote the file",
+    ),
+    "version 2 without an FFN layout": ({"without": [FFN_LAYOUT]}, f"key {FFN_LAYOUT} is missing"),
+    "bundles in version 1": (
+        {"keys": {VERSION: 1}},
+        f"key {FFN_LAYOUT}: expected in format version 2 only, found in version 1; convert again",
     ),
     "no version": (
         {"without": ["turbosparse.format_version"]},
@@ -171,6 +180,14 @@ SIDECAR_EDITS = {
         "key general.alignment: expected a multiple of 32, found 8",
     ),
 }
+
+
+def test_bundles_of_two_types(tmp_path):
+    pair = tiny.converted(outtype="q4_0")
+    name = "blk.1.ffn_up.weight"
+    model = edited(pair, put(pair, tmp_path), shapes={name: (N_FF, N_EMBD)})
+    expected = f"{name}: expected type q4_0, as all of a layer's bundles have, found f32; convert again"
+    assert_in(refusal(model), f"error: {model}: ", expected)
 
 
 @pytest.mark.parametrize("edit", MODEL_EDITS)

@@ -131,8 +131,12 @@ def assert_same(stats: Stats, want: Expected) -> None:
 
 
 def assert_nearly_same(stats: Stats, want: Expected, limit: float) -> None:
-    """Each count summed over the neurons, and neuron by neuron: `limit` of the sum may be elsewhere."""
-    assert (stats.total.tokens == want.tokens).all()
+    """Each count summed over the neurons, and neuron by neuron, and an expert's tokens: `limit` may be elsewhere.
+
+    A router's choice between two experts can hang on how the attention's kernels, which differ between processors,
+    round their activations.
+    """
+    assert np.abs(stats.total.tokens - want.tokens).sum() <= limit * want.tokens.sum()
     for k, count in enumerate(COUNTS):
         error = np.abs(stats.total.neurons[k] - want.plain[k]).sum() / want.plain[k].sum()
         print(f"{count}: {error:.2e} of {want.plain[k].sum()} differ")

@@ -10,7 +10,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from panels import write_rows
+from edited import edited
+from panels import FFN_LAYOUT, VERSION, write_rows
 from synthetic import SHAPES, random_tensors, save
 
 from tsconv import convert
@@ -67,7 +68,13 @@ def test_layout_of_a_sidecar(model: Path, run: Run) -> None:
     for path, layout in ((panels, "panels16"), (plain[0], "rows"), (plain[1], "rows")):
         assert run(path)[1].startswith(f"{path}: sidecar in {layout}, ")
         assert json.loads(run(path, "--json")[1])["layout"] == layout
-    assert json.loads(run(model, "--json")[1])["layout"] is None
+
+
+def test_layout_of_a_model(model: Path, run: Run, tmp_path: Path) -> None:
+    plain = edited(model, tmp_path / "rows.gguf", keys={VERSION: 1}, without=[FFN_LAYOUT])
+    for path, layout in ((model, "bundles"), (plain, "rows")):
+        assert run(path)[1].startswith(f"{path}: model in {layout}, ")
+        assert json.loads(run(path, "--json")[1])["layout"] == layout
 
 
 def test_partner_of_another_conversion(model: Path, tmp_path: Path, run: Run) -> None:
@@ -156,5 +163,5 @@ def test_format_violations(old: bytes, new: bytes, part: str, model: Path, run: 
 def test_format_version(model: Path, run: Run) -> None:
     data = model.read_bytes()
     at = data.index(b"turbosparse.format_version") + len(b"turbosparse.format_version") + 4
-    model.write_bytes(data[:at] + b"\x02" + data[at + 1 :])
-    refused(run, model, "turbosparse.format_version", "expected 1, found 2")
+    model.write_bytes(data[:at] + b"\x03" + data[at + 1 :])
+    refused(run, model, "turbosparse.format_version", "expected 1 or 2, found 3")

@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import pytest
 from edited import edited
-from panels import LAYOUT, VERSION
+from panels import FFN_LAYOUT, LAYOUT, VERSION
 from random_stats import expected_order, random_stats, save_stats
 from refused import sidecar_of
 from reordered import check_rows, make
@@ -127,7 +127,15 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: [replace(path, without=[FINGERPRINT]) for path in (m, sidecar_of(m))],
         f"bad {FINGERPRINT}: expected 64 lower-case hex digits, found nothing; convert the checkpoint again",
     ),
-    "version": (lambda m: replace(m, keys={"turbosparse.format_version": 2}), "bad turbosparse.format_version"),
+    "version": (lambda m: replace(m, keys={VERSION: 3}), f"bad {VERSION}: expected 1 or 2, found 3"),
+    "FFN layout": (
+        lambda m: replace(m, keys={FFN_LAYOUT: "columns"}),
+        f"bad {FFN_LAYOUT}: expected 'rows' or 'bundles', found 'columns'",
+    ),
+    "bundles in version 1": (
+        lambda m: replace(m, keys={VERSION: 1}),
+        f"bad {FFN_LAYOUT}: expected nothing in format version 1, found 'bundles'",
+    ),
     "order": (lambda m: replace(m, keys={KEY: "cold_first"}), f"bad {KEY}: expected 'checkpoint' or 'hot_first'"),
     "no arrays": (lambda m: replace(m, keys={KEY: "hot_first"}), f"bad {KEY}.0: expected int32[96], found nothing"),
     "damaged arrays": (

@@ -23,6 +23,7 @@ from memory_map import (
     present,
     release,
 )
+from panels import FFN_LAYOUT
 
 import tsconv
 from tsconv.bench.synthetic import Shape, tensor_shapes, to_bf16
@@ -35,7 +36,9 @@ SHAPES = {  # rows of 5 kB in f32: larger than a page, and not whole pages
     "dense": Shape(synthetic.N_VOCAB, 1280, 256, 10, 2, 2, ranks=(32, 32)),
     "moe": Shape(synthetic.N_VOCAB, 1280, 64, 10, 2, 1, ranks=(32,), n_expert=4, rope_theta=1e6),
 }
+SHAPES["dense in rows"] = SHAPES["dense"]
 HOT = {"dense": np.array([[100], [37]]), "moe": np.array([[64, 0, 7, 64]])}
+HOT["dense in rows"] = HOT["dense"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def large_rows(tmp_path_factory) -> dict[str, Path]:
     """A model of each kind in f32, whose predictors let every STEPth neuron through whatever their input is."""
     models = {}
     for kind, shape in SHAPES.items():
-        directory = tmp_path_factory.mktemp(kind)
+        directory = tmp_path_factory.mktemp(kind.split()[0])
         block = to_bf16(np.random.default_rng(0).standard_normal(100003, dtype=np.float32) / 8)
         tensors = {
             name: np.resize(block, dims) if len(dims) > 1 else np.full(dims, 0x3F80, np.uint16)  # bf16 1.0
@@ -54,7 +57,9 @@ def large_rows(tmp_path_factory) -> dict[str, Path]:
             if name.endswith("predictor.fc2.weight"):
                 tensors[name] = to_bf16(np.repeat(sign[:, None], tensors[name].shape[1], axis=1))
         checkpoint = synthetic.save(directory / "checkpoint", shape, tensors)
-        models[kind] = tsconv.convert(checkpoint, directory / f"{kind}.gguf", "f32").model
+        layout = "rows" if kind.endswith("rows") else "bundles"
+        model = directory / f"{kind.split()[0]}.gguf"
+        models[kind] = tsconv.convert(checkpoint, model, "f32", ffn_layout=layout).model
     return models
 
 
@@ -74,13 +79,19 @@ def rows(model: Path, chosen: dict[int, list[list[int]]]) -> set[int]:
     """Pages with a byte of the gate, up or down row of the chosen neurons: {layer: [ffn] -> neurons}."""
     header = read_header(model)
     n_ff = header.keys["llama.feed_forward_length"]
+    bundles = header.keys.get(FFN_LAYOUT) == "bundles"
     pages: set[int] = set()
-    for layer, at, n_bytes in ffn_tensors(header):
-        row = n_bytes // (len(chosen[layer]) * n_ff)
-        for ffn, neurons in enumerate(chosen[layer]):
+    tensors = ffn_tensors(header)
+    for layer, ffns in chosen.items():
+        parts = [(at, n_bytes) for number, at, n_bytes in tensors if number == layer]
+        n_rows = len(ffns) * n_ff
+        row = parts[0][1] // n_rows
+        for ffn, neurons in enumerate(ffns):
             for i in neurons:
-                begin = at + (ffn * n_ff + i) * row
-                pages |= page_set(begin, begin + row)
+                for k in range(3):
+                    part, n = divmod(3 * (ffn * n_ff + i) + k, n_rows) if bundles else (k, ffn * n_ff + i)
+                    begin = parts[part][0] + n * row
+                    pages |= page_set(begin, begin + row)
     return pages
 
 
@@ -289,13 +300,16 @@ def limited(model: Path, n_bytes: int, sparsity: str = "exact") -> dict[str, obj
     return json.loads(done.stdout)
 
 
-def test_a_limit_leaves_out_the_coldest_of_every_ffn(large_rows):
-    model, hot = large_rows["dense"], HOT["dense"]
+@pytest.mark.parametrize("kind", ["dense", "dense in rows"])
+def test_a_limit_leaves_out_the_coldest_of_every_ffn(large_rows, kind):
+    model, hot = large_rows[kind], HOT[kind]
     header = read_header(model)
     page = os.sysconf("SC_PAGESIZE")
+    matrices = ffn_tensors(header)  # (layer, first byte, bytes) of what has a hot prefix
+    if kind == "dense":
+        matrices = [(gate[0], gate[1], sum(n for *_, n in matrices[i : i + 3])) for i, gate in enumerate(matrices)][::3]
     prefixes = [
-        (at, n * int(hot[layer, 0]) // header.keys["llama.feed_forward_length"], n)
-        for layer, at, n in ffn_tensors(header)
+        (at, n * int(hot[layer, 0]) // header.keys["llama.feed_forward_length"], n) for layer, at, n in matrices
     ]
     limit = sum(n for _, n, _ in prefixes) // 2 // page * page
     found = limited(model, limit)

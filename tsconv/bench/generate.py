@@ -18,7 +18,7 @@ from tsconv.errors import OutputError
 from tsconv.transform.plan import DEFAULTS, parse_type
 from tsconv.transform.quantize import type_name
 
-GENERATION = 2  # in the files' names: models of other weights are not taken for these
+GENERATION = 3  # in the files' names: models of other weights are not taken for these
 
 
 @dataclasses.dataclass(frozen=True)

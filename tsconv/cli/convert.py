@@ -39,6 +39,14 @@ TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
     multiple=True,
     help="Type of the tensors whose name REGEX finds; may be repeated, the first match counts.",
 )
+@click.option(
+    "--ffn-layout",
+    type=click.Choice(["auto", "bundles", "rows"]),
+    default="auto",
+    show_default=True,
+    help="bundles: gate, up and down of a neuron side by side; faster with a predictor. rows: faster with exact"
+    " sparsity. auto: bundles where there is a predictor.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

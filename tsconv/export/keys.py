@@ -13,14 +13,13 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from tsconv.arch.family import Family
 from tsconv.checkpoint.config import ModelConfig
 from tsconv.checkpoint.source import Source
+from tsconv.export import layouts
 from tsconv.export.order import KEY as NEURON_ORDER
 from tsconv.export.order import layer_key
-from tsconv.export.predictor_layout import KEY as LAYOUT
-from tsconv.export.predictor_layout import LAYOUT_VERSION, PANELS, PLAIN_VERSION
 from tsconv.transform.neuron_order import Order
 
 ARCHITECTURE = "turbosparse"
-FORMAT_VERSION = 1  # of models and statistics
+FORMAT_VERSION = 1  # of statistics; models and sidecars: tsconv.export.layouts
 FINGERPRINT = "turbosparse.source.fingerprint"
 
 PredictorKind = Literal["none", "embedded", "external"]
@@ -89,10 +88,19 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
         writer.add_uint32("llama.expert_count", config.n_expert)
 
 
-def add_model(writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind, outtype: GGMLQuantizationType) -> None:
+def _add_layout(writer: gguf.GGUFWriter, key: layouts.LayoutKey, is_other: bool) -> None:
+    """The format version, and the layout where it is not rows: without, older readers may have the file."""
+    writer.add_uint32("turbosparse.format_version", layouts.LAYOUT_VERSION if is_other else layouts.PLAIN_VERSION)
+    if is_other:
+        writer.add_string(key.key, key.other)
+
+
+def add_model(
+    writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind, outtype: GGMLQuantizationType, in_bundles: bool
+) -> None:
     """Keys of the model file: what llama.cpp's llama architecture reads (src/models/llama.cpp), and ours."""
     writer.add_type("model")
-    writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
+    _add_layout(writer, layouts.FFN, in_bundles)
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("llama.vocab_size", config.n_vocab)
@@ -119,12 +127,10 @@ def add_sidecar(
 
     Args:
         ranks: one entry per layer.
-        in_panels: whether any matrix is. If none can be, older readers may have the file.
+        in_panels: whether any matrix is.
     """
     writer.add_type("predictor")
-    writer.add_uint32("turbosparse.format_version", LAYOUT_VERSION if in_panels else PLAIN_VERSION)
-    if in_panels:
-        writer.add_string(LAYOUT, PANELS)
+    _add_layout(writer, layouts.PREDICTOR, in_panels)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("turbosparse.predictor.input", family.predictor_input)
     writer.add_array("turbosparse.predictor.rank", ranks)

@@ -2,7 +2,8 @@
 
 At most `workers + QUEUED` slabs are in flight, so memory is bounded by them, by the largest ffn_down of the checkpoint,
 which is read whole because its columns become rows, and, when neurons are reordered, by one FFN's matrix as stored.
-The predictor's matrices are put in panels slab by slab.
+The predictor's matrices are put in panels slab by slab, and so are gate, up and down in bundles: the three tensors of a
+layer are written as one matrix, FFN after FFN.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from tsconv.arch.match import Matched
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
 from tsconv.export.writer import StreamedFile
+from tsconv.transform.bundles import to_bundles
 from tsconv.transform.layout import columns_as_rows, reciprocal
 from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.panels import panel_step, to_panels
@@ -69,11 +71,16 @@ def workers() -> int:
 
 
 def write_tensors(
-    files: list[tuple[StreamedFile, list[Job]]], head_dim: int, done: Callable[[int], None] | None
+    files: list[tuple[StreamedFile, list[Job]]],
+    head_dim: int,
+    bundles: Mapping[str, tuple[Job, Job, Job]],
+    done: Callable[[int], None] | None,
 ) -> None:
     """Converts and writes all tensors of all files, which have begun.
 
     Args:
+        bundles: gate, up and down that are written as bundles, by the name of the gate; they follow one another among
+            the jobs. Empty: plain rows.
         head_dim: size of an attention head, for the RoPE order.
         done: called with the number of input bytes behind each slab that was written.
 
@@ -93,11 +100,10 @@ def write_tensors(
     pool = ThreadPoolExecutor(limit)
     try:
         for file, jobs in files:
-            for job in jobs:
-                for slab in _slabs(job, head_dim, file.write):
-                    pending.append((slab, pool.submit(slab.make)))
-                    if len(pending) >= limit + QUEUED:
-                        write_next()
+            for slab in _all_slabs(file, jobs, head_dim, bundles):
+                pending.append((slab, pool.submit(slab.make)))
+                if len(pending) >= limit + QUEUED:
+                    write_next()
         while pending:
             write_next()
     finally:
@@ -136,6 +142,47 @@ class _Slab:
     write: Callable[[np.ndarray], None]
 
 
+def _all_slabs(
+    file: StreamedFile, jobs: list[Job], head_dim: int, bundles: Mapping[str, tuple[Job, Job, Job]]
+) -> Iterator[_Slab]:
+    in_bundles = {job.output.name for parts in bundles.values() for job in parts}
+    for job in jobs:
+        name = job.output.name
+        if name in bundles:
+            yield from _bundle_slabs(bundles[name], file.write_on)
+        elif name not in in_bundles:
+            yield from _slabs(job, head_dim, file.write)
+
+
+def _bundle_slabs(parts: tuple[Job, Job, Job], write: Callable[[np.ndarray], None]) -> Iterator[_Slab]:
+    """The bundles of a layer: gate, up and down of the same neurons, FFN after FFN."""
+    gate = parts[0]
+    for i in range(len(gate.matched.sources)):
+        sources = [job.matched.sources[i] for job in parts]
+        bytes_per_row = sum(gate.output.row_length * DTYPES[source.dtype].itemsize for source in sources)
+        step = max(1, SLAB_BYTES // bytes_per_row)
+        wholes = [_whole(job, source) for job, source in zip(parts, sources, strict=True)]
+        put = write if gate.order is None else _Scatter(inverse(gate.order[i]), write)
+        for start in range(0, gate.output.n_rows, step):
+            stop = min(start + step, gate.output.n_rows)
+            make = functools.partial(_make_bundles, parts, sources, wholes, (start, stop))
+            yield _Slab((stop - start) * bytes_per_row, make, put)
+
+
+def _whole(job: Job, source: SourceTensor) -> np.ndarray | None:
+    """All of a source whose columns become rows; None where rows can be read one by one."""
+    return source.read_rows(0, source.shape[0]) if job.output.op == "neuron_major" else None
+
+
+def _make_bundles(
+    parts: Sequence[Job], sources: Sequence[SourceTensor], wholes: Sequence[np.ndarray | None], span: tuple[int, int]
+) -> np.ndarray:
+    """Bundles of the neurons in `span`: uint8 [stop - start, 3 * bytes per row]."""
+    return to_bundles(
+        [_make(job, source, whole, 0, span) for job, source, whole in zip(parts, sources, wholes, strict=True)]
+    )
+
+
 def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iterator[_Slab]:
     """The slabs of a tensor, in order; `write` appends to its file."""
     output = job.output
@@ -146,7 +193,7 @@ def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iter
             step = max(head_dim, step // head_dim * head_dim)
         elif job.in_panels:
             step = panel_step(step)
-        whole = source.read_rows(0, source.shape[0]) if output.op == "neuron_major" else None
+        whole = _whole(job, source)
         put = write
         if job.order is not None:
             write_rows = functools.partial(_write_panels, job.kind, write) if job.in_panels else write

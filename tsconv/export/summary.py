@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tsconv.errors import ModelFileError
-from tsconv.export import order, predictor_layout
+from tsconv.export import layouts, order
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
-from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, FORMAT_VERSION
+from tsconv.export.keys import ARCHITECTURE, FINGERPRINT
 from tsconv.transform.quantize import type_name
 
 SIDECAR_SUFFIX = ".predictor.gguf"
@@ -52,7 +52,8 @@ class Partner:
 class Summary:
     """What `tsconv inspect` shows.
 
-    `kind` is "model", "sidecar" or "another GGUF file"; `layout` that of a sidecar's matrices, "rows" or "panels16".
+    `kind` is "model", "sidecar" or "another GGUF file"; `layout` that of a model's FFNs, "rows" or "bundles", or of a
+    sidecar's matrices, "rows" or "panels16".
     """
 
     path: Path
@@ -115,7 +116,7 @@ def summarise(path: Path) -> Summary:
     return Summary(
         path=path,
         kind=kind,
-        layout=predictor_layout.layout_of(header) if kind == "sidecar" else None,
+        layout=layout_of(header) if kind in ("model", "sidecar") else None,
         file_bytes=header.file_bytes,
         keys=header.keys,
         by_type=[_group(name, (t for t in tensors if type_name(t.kind) == name)) for name in _types(tensors)],
@@ -134,10 +135,14 @@ def is_sidecar(header: Header) -> bool:
     return header.keys.get("general.type") == "predictor"
 
 
+def layout_of(header: Header) -> str:
+    """That of a model's FFNs or of a sidecar's matrices; raises ModelFileError as `LayoutKey.of`."""
+    return (layouts.PREDICTOR if is_sidecar(header) else layouts.FFN).of(header)
+
+
 def check_keys(header: Header) -> None:
     """Refuses a turbosparse file whose keys a reader of these format versions must not accept."""
-    versions = predictor_layout.VERSIONS if is_sidecar(header) else (FORMAT_VERSION,)
-    expected: dict[str, tuple[Any, ...]] = {"turbosparse.format_version": versions}
+    expected: dict[str, tuple[Any, ...]] = {"turbosparse.format_version": layouts.VERSIONS}
     if not is_sidecar(header):
         expected |= {"turbosparse.activation": ("drelu",), "turbosparse.ffn_down.layout": ("neuron_major",)}
     for key, values in expected.items():
@@ -155,9 +160,9 @@ def check_keys(header: Header) -> None:
         )
     if FINGERPRINT in header.keys:
         fingerprint(header)
+    layout_of(header)
     if is_sidecar(header):
         order.kind_of(header)
-        predictor_layout.layout_of(header)
     else:
         order.neuron_order(header)
 

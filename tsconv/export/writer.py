@@ -26,9 +26,9 @@ from tsconv.errors import OutputError
 # Room for keys and the tensor table beyond the tensor data in the check for free space.
 HEADER_ROOM = 16 << 20
 
-# Tensor data is written in pieces of so many bytes, at multiples of it: where the file system has large folios (XFS, ext4
-# from Linux 6.16 on), the page cache then holds the file in huge pages, and so does a mapping of it. Random rows of a
-# mapped model are read a tenth faster so (docs/performance.md).
+# Tensor data is written in pieces of so many bytes, at multiples of it: where the file system has large folios (XFS,
+# ext4 from Linux 6.16 on), the page cache then holds the file in huge pages, and so does a mapping of it. Random rows
+# of a mapped model are read a tenth faster so (docs/performance.md).
 HUGE_PAGE = 2 << 20
 
 
@@ -92,6 +92,14 @@ class StreamedFile:
             if self._done == size:
                 self._append(memoryview(bytes(gguf.GGUFWriter.ggml_pad(size, self.header.data_alignment) - size)))
                 self._tensor, self._done = self._tensor + 1, 0
+
+    def write_on(self, data: np.ndarray) -> None:
+        """As `write`, for contiguous bytes (uint8) that may go on in the tensors behind the current one."""
+        data = data.reshape(-1)
+        while len(data):
+            room = self._sizes[self._tensor] - self._done
+            self.write(data[:room])
+            data = data[room:]
 
     def _append(self, data: memoryview) -> None:
         while data:

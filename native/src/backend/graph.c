@@ -4,6 +4,7 @@
 // the same result.
 #include "graph.h"
 
+#include "residency.h"
 #include "row_types.h"
 #include "weight.h"
 
@@ -66,22 +67,40 @@ static bool reserve(void ** memory, int64_t * capacity, int64_t n, size_t elemen
     return true;
 }
 
-// Expert e's matrix [n_ff][n_embd] of a weight tensor; ffn_down is neuron-major whatever its declared shape says.
-static struct tsffn_matrix matrix_of(const tsffn_tensor * w, const struct tsffn_model * model, int64_t e) {
-    return (struct tsffn_matrix){
+// Expert e's matrix [n_ff][n_embd] of a weight tensor, NULL for none; ffn_down is neuron-major whatever its declared
+// shape says. `bundles`: the pieces of the tensor's layer, in a model that has its FFNs in bundles.
+static struct tsffn_matrix matrix_of(const tsffn_tensor * w, const struct tsffn_model * model, enum tsffn_part part,
+                                     int64_t e, const struct tsffn_bundles * bundles) {
+    if (w == NULL) {
+        return (struct tsffn_matrix){0};
+    }
+    struct tsffn_matrix m = {
         .type = tsffn_row_type_for(w->type),
         .data = (const uint8_t *)w->data + (size_t)e * w->nb[2],
         .n_rows = model->n_ff,
         .n_cols = model->n_embd,
     };
+    if (model->bundled) {
+        m.layout = TSFFN_LAYOUT_BUNDLES;
+        m.bundles = *bundles;
+        m.bundles.first = TSFFN_BUNDLE_ROWS * e * model->n_ff + (int64_t)part;
+    }
+    return m;
 }
 
 // Describes the FFNs of a layer; `gate`, `up` and `down` are the weight tensors, NULL where the operation has none.
+// False, with a message, when there is no memory for them or a piece of their bundles is missing.
 static bool describe_ffns(struct tsffn_stream * stream, const struct tsffn_weight * weight, const tsffn_tensor * gate,
                           const tsffn_tensor * up, const tsffn_tensor * down) {
     const struct tsffn_model * model = weight->model;
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
-    if (!reserve((void **)&stream->ffns, &stream->n_ffns, n_ffns, sizeof(*stream->ffns))) {
+    struct tsffn_bundles bundles = {.piece_rows = n_ffns * model->n_ff};
+    if (!reserve((void **)&stream->ffns, &stream->n_ffns, n_ffns, sizeof(*stream->ffns)) ||
+        (model->bundled && !tsffn_residency_pieces(weight,
+                                                   gate != NULL ? gate
+                                                   : up != NULL ? up
+                                                                : down,
+                                                   bundles.pieces))) {
         return false;
     }
     for (int64_t e = 0; e < n_ffns; ++e) {
@@ -95,16 +114,10 @@ static bool describe_ffns(struct tsffn_stream * stream, const struct tsffn_weigh
             .pred_scale = model->pred_scale[weight->layer],
             .threshold = model->threshold[weight->layer],
             .on_when_equal = model->on_when_equal,
+            .gate = matrix_of(gate, model, TSFFN_PART_GATE, e, &bundles),
+            .up = matrix_of(up, model, TSFFN_PART_UP, e, &bundles),
+            .down = matrix_of(down, model, TSFFN_PART_DOWN, e, &bundles),
         };
-        if (gate != NULL) {
-            ffn->gate = matrix_of(gate, model, e);
-        }
-        if (up != NULL) {
-            ffn->up = matrix_of(up, model, e);
-        }
-        if (down != NULL) {
-            ffn->down = matrix_of(down, model, e);
-        }
     }
     return true;
 }

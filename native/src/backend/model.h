@@ -22,6 +22,7 @@ struct tsffn_model {
     int64_t n_layer, n_embd, n_ff;
     int64_t n_expert;       // 0 for a dense model
     bool hot_first;         // the neurons are not in the order of the checkpoint
+    bool bundled;           // gate, up and down of a layer are one matrix of bundles in three pieces
     uint64_t device, inode; // of the model file
     void * sidecar;         // the mapped file, NULL in exact mode
     size_t sidecar_size;

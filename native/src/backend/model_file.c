@@ -48,6 +48,30 @@ bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest) {
     return true;
 }
 
+bool tsffn_read_layout(const struct tsffn_gguf * file, const char * key, const char * other, bool * is_other) {
+    uint32_t version;
+    const char * name;
+    *is_other = false;
+    if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
+        return false;
+    }
+    if (version == 1) {
+        return gguf_find_key(file->ctx, key) < 0 ||
+               tsffn_fail(file->error, file->error_size,
+                          "%s: key %s: expected in format version 2 only, found in version 1; convert again",
+                          file->path, key);
+    }
+    if (!tsffn_gguf_string(file, key, &name)) {
+        return false;
+    }
+    *is_other = strcmp(name, other) == 0;
+    return *is_other || strcmp(name, "rows") == 0 ||
+           tsffn_fail(file->error, file->error_size,
+                      "%s: key %s: expected 'rows' or '%s', found '%s'; install the tsconv that wrote the file, or "
+                      "convert again",
+                      file->path, key, other, name);
+}
+
 bool tsffn_read_shape(const struct tsffn_gguf * file, struct tsffn_model * model) {
     uint32_t n_expert;
     if (!read_dimension(file, "llama.block_count", TSFFN_MAX_LAYERS, &model->n_layer) ||
@@ -85,6 +109,7 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
     const char * suffix = model->n_expert > 0 ? "_exps" : "";
     const int64_t n_expert = tsffn_model_ffns_per_layer(model);
     for (int64_t layer = 0; layer < model->n_layer; ++layer) {
+        enum ggml_type types[3];
         for (int part = 0; part < 3; ++part) {
             char name[TSFFN_TENSOR_NAME_SIZE];
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_%s%s.weight", layer, parts[part], suffix);
@@ -94,6 +119,12 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
                                    is_down ? model->n_embd : model->n_ff, n_expert, &tensor) ||
                 !tsffn_check_type(file, name, tensor.type, model->n_embd)) {
                 return false;
+            }
+            types[part] = tensor.type;
+            if (model->bundled && types[part] != types[0]) {
+                return tsffn_fail(file->error, file->error_size,
+                                  "%s: %s: expected type %s, as all of a layer's bundles have, found %s; convert again",
+                                  file->path, name, ggml_type_name(types[0]), ggml_type_name(types[part]));
             }
         }
     }
@@ -178,6 +209,7 @@ bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * 
            tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
            tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&
            tsffn_copy_string(file, "turbosparse.predictor.kind", id->predictor_kind, sizeof(id->predictor_kind)) &&
+           tsffn_read_layout(file, "turbosparse.ffn.layout", "bundles", &model->bundled) &&
            tsffn_read_shape(file, model) && check_neuron_order(file, model, id->order) &&
            check_ffn_tensors(file, model) && tsffn_check_llama_keys(file, model->n_expert);
 }

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -84,6 +85,35 @@ bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_w
     return ok;
 }
 
+// Where part `part` of the layer lies: in `first` if it is there, else in any buffer of the model.
+static const uint8_t * find_part(const struct tsffn_model * model, const struct tsffn_buffer * first, int64_t layer,
+                                 int part) {
+    const int64_t i = layer * TSFFN_N_PARTS + part;
+    const uint8_t * data = first->weights != NULL ? first->weights[i].data : NULL;
+    for (const struct tsffn_buffer * b = model->buffers; data == NULL && b != NULL; b = b->next) {
+        data = b->weights[i].data;
+    }
+    return data;
+}
+
+bool tsffn_residency_pieces(const struct tsffn_weight * weight, const tsffn_tensor * w,
+                            const uint8_t * pieces[TSFFN_N_PARTS]) {
+    bool all = true;
+    pthread_mutex_lock(&weight->model->residency_mutex);
+    for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+        pieces[part] = find_part(weight->model, w->buffer->context, weight->layer, part);
+        all &= pieces[part] != NULL;
+    }
+    pthread_mutex_unlock(&weight->model->residency_mutex);
+    if (!all) {
+        fprintf(stderr,
+                "tsffn: %s: gate, up and down of a layer are in bundles, but not all three are in buffers of this "
+                "backend; load all FFN tensors into TSFFN, or convert with --ffn-layout rows\n",
+                w->name);
+    }
+    return all;
+}
+
 static size_t n_bytes(const struct tsffn_matrix * m) {
     return (size_t)m->n_rows * tsffn_row_bytes(m->type, m->n_cols);
 }
@@ -156,17 +186,33 @@ static void add_cold(struct pages * pages, uintptr_t begin, uintptr_t end) {
     }
 }
 
-// One weight matrix: a hot prefix of hot[e] rows for each FFN e of its layer, and what lies between them.
-static void add_matrix(struct pages * pages, const struct tsffn_matrix * m, const int32_t * hot, int64_t n_ffns,
-                       bool is_mapped) {
+static int64_t clamp(int64_t v, int64_t most) {
+    return v < 0 ? 0 : v > most ? most : v;
+}
+
+// One weight tensor, part `part` of its layer: the rows of the first hot[e] neurons of each FFN e, and what lies
+// between them. Bundles: the tensors of a layer are pieces of one matrix of three rows to a neuron.
+static void add_tensor(struct pages * pages, const struct tsffn_model * model, const struct tsffn_matrix * m,
+                       int64_t part, const int32_t * hot, bool is_mapped) {
     const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
-    const size_t ffn_bytes = (size_t)(m->n_rows / n_ffns) * row_bytes;
+    const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    const int64_t rows_of_neuron = model->bundled ? TSFFN_BUNDLE_ROWS : 1;
+    const int64_t before = model->bundled ? part * m->n_rows : 0;
     uintptr_t cold = (uintptr_t)m->data;
     for (int64_t e = 0; e < n_ffns; ++e) {
-        if (hot[e] > 0) {
-            const uintptr_t begin = (uintptr_t)m->data + (size_t)e * ffn_bytes;
-            const uintptr_t end = begin + (size_t)hot[e] * row_bytes;
-            pages->hot[pages->n_hot++] = pages_around(begin, end, pages->size_of);
+        const int64_t first = e * model->n_ff * rows_of_neuron - before;
+        const int64_t r0 = clamp(first, m->n_rows), r1 = clamp(first + hot[e] * rows_of_neuron, m->n_rows);
+        if (r0 < r1) {
+            const uintptr_t begin = (uintptr_t)m->data + (size_t)r0 * row_bytes;
+            const uintptr_t end = (uintptr_t)m->data + (size_t)r1 * row_bytes;
+            const struct span span = pages_around(begin, end, pages->size_of);
+            // What begins in the tensor before is one span, if it is one piece of memory: its end is the coldest.
+            struct span * last = pages->n_hot > 0 ? &pages->hot[pages->n_hot - 1] : NULL;
+            if (first < 0 && last != NULL && last->begin <= span.begin && span.begin <= last->end) {
+                last->end = span.end;
+            } else {
+                pages->hot[pages->n_hot++] = span;
+            }
             if (is_mapped) {
                 add_cold(pages, cold, begin);
             }
@@ -204,7 +250,8 @@ static bool find_pages(const struct tsffn_model * model, const int32_t * hot, st
     for (const struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
         for (int64_t i = 0; i < n_matrices; ++i) {
             if (buffer->weights[i].data != NULL) {
-                add_matrix(pages, &buffer->weights[i], hot + i / TSFFN_N_PARTS * n_ffns, n_ffns, !buffer->owned);
+                add_tensor(pages, model, &buffer->weights[i], i % TSFFN_N_PARTS, hot + i / TSFFN_N_PARTS * n_ffns,
+                           !buffer->owned);
             }
         }
     }

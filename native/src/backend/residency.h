@@ -8,6 +8,11 @@
 bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
                               const tsffn_tensor * tensor);
 
+// Where the gate, up and down tensors of the layer of `w`, an FFN weight, lie. False, with a message, when one of them
+// is in no buffer of this backend.
+bool tsffn_residency_pieces(const struct tsffn_weight * weight, const tsffn_tensor * w,
+                            const uint8_t * pieces[TSFFN_N_PARTS]);
+
 // llama.cpp has loaded its models: takes the mappings of their files out of the process, once. What llama.cpp has
 // copied (repacked attention and output matrices) is never read there again; the rest comes back when it is touched.
 void tsffn_residency_loaded(void);

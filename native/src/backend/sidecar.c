@@ -62,34 +62,6 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
     return true;
 }
 
-// Layout of the matrices that can be in panels: version 1 has no key and plain rows.
-static bool read_layout(const struct tsffn_gguf * file, enum tsffn_layout * layout) {
-    static const char key[] = "turbosparse.predictor.layout";
-    uint32_t version;
-    const char * name;
-    if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
-        return false;
-    }
-    if (version == 1) {
-        *layout = TSFFN_LAYOUT_ROWS;
-        return gguf_find_key(file->ctx, key) < 0 ||
-               tsffn_fail(file->error, file->error_size,
-                          "%s: key %s: expected in format version %d only, found in version 1; convert again",
-                          file->path, key, TSFFN_SIDECAR_VERSION);
-    }
-    if (!tsffn_gguf_string(file, key, &name)) {
-        return false;
-    }
-    *layout = strcmp(name, "panels16") == 0 ? TSFFN_LAYOUT_PANELS : TSFFN_LAYOUT_ROWS;
-    if (*layout == TSFFN_LAYOUT_ROWS && strcmp(name, "rows") != 0) {
-        return tsffn_fail(file->error, file->error_size,
-                          "%s: key %s: expected 'rows' or 'panels16', found '%s'; install the tsconv that wrote the "
-                          "file, or convert again",
-                          file->path, key, name);
-    }
-    return true;
-}
-
 // Thresholds, comparison and what the predictor is fed with.
 static bool read_decision(const struct tsffn_gguf * file, struct tsffn_model * model, bool * pre_norm) {
     const char * input;
@@ -147,11 +119,13 @@ static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model 
 static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     bool pre_norm;
     const void * ranks;
-    enum tsffn_layout layout;
-    if (!read_layout(file, &layout) || !read_decision(file, model, &pre_norm) ||
+    bool in_panels;
+    if (!tsffn_read_layout(file, "turbosparse.predictor.layout", "panels16", &in_panels) ||
+        !read_decision(file, model, &pre_norm) ||
         !tsffn_gguf_array(file, "turbosparse.predictor.rank", GGUF_TYPE_INT32, (size_t)model->n_layer, &ranks)) {
         return false;
     }
+    const enum tsffn_layout layout = in_panels ? TSFFN_LAYOUT_PANELS : TSFFN_LAYOUT_ROWS;
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
     const int64_t n_expected = model->n_layer * (2 * n_ffns + (pre_norm ? 1 : 0));
     if (gguf_get_n_tensors(file->ctx) != n_expected) {

@@ -25,8 +25,9 @@ struct tsffn_gemm {
     size_t (*packed_bytes)(int64_t n, int n_x);
     // Group `group` of the n_x split vectors, for `multiply`.
     void (*pack)(int64_t n, int n_x, const uint16_t * const x[], int group, void * packed);
-    // s[i * TSFFN_GEMM_MAX_X + t] = row_i . x_t for TSFFN_GEMM_ROWS rows, one behind the other.
-    void (*multiply)(enum tsffn_format format, int64_t n, const void * rows, int n_x, const void * packed, float * s);
+    // s[i * TSFFN_GEMM_MAX_X + t] = row_i . x_t for TSFFN_GEMM_ROWS rows, `stride` bytes apart.
+    void (*multiply)(enum tsffn_format format, int64_t n, const void * rows, size_t stride, int n_x,
+                     const void * packed, float * s);
 };
 
 #if defined(TSFFN_HAVE_X86)

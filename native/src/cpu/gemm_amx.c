@@ -96,17 +96,17 @@ static inline void expand_q4_0(const uint8_t * row, int64_t j, uint16_t * hi, ui
 // [(j1 - j0) / 32][2 groups][hi, lo][16][32]. The same columns of the 32 rows behind them, which are likely to be next,
 // are asked for: 32 streams are more than hardware prefetchers follow.
 #define DEFINE_EXPAND(SUFFIX)                                                                                          \
-    static void expand_rows_##SUFFIX(const uint8_t * rows, size_t row_bytes, int64_t j0, int64_t j1, uint16_t * a) {   \
+    static void expand_rows_##SUFFIX(const uint8_t * rows, size_t stride, int64_t j0, int64_t j1, uint16_t * a) {      \
         for (int64_t j = j0; j < j1; j += TSFFN_GEMM_K, a += 4 * TILE_VALUES) {                                        \
             for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {                                                                \
                 uint16_t * to = a + (i / TILE) * 2 * TILE_VALUES + (i % TILE) * TSFFN_GEMM_K;                          \
-                expand_##SUFFIX(rows + (size_t)i * row_bytes, j, to, to + TILE_VALUES);                                \
+                expand_##SUFFIX(rows + (size_t)i * stride, j, to, to + TILE_VALUES);                                   \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-static void ask_for(const uint8_t * rows, size_t row_bytes, size_t begin, size_t end) {
-    for (int i = 0; i < TSFFN_GEMM_ROWS; ++i, rows += row_bytes) {
+static void ask_for(const uint8_t * rows, size_t stride, size_t begin, size_t end) {
+    for (int i = 0; i < TSFFN_GEMM_ROWS; ++i, rows += stride) {
         for (size_t byte = begin & ~(size_t)63; byte < end; byte += 64) {
             _mm_prefetch((const char *)rows + byte, _MM_HINT_T1);
         }
@@ -125,22 +125,21 @@ static size_t row_bytes(enum tsffn_format format, int64_t n) {
                                          : 2 * (size_t)n;
 }
 
-static void expand_rows(enum tsffn_format format, int64_t n, const uint8_t * rows, int64_t j0, int64_t j1,
+static void expand_rows(enum tsffn_format format, const uint8_t * rows, size_t stride, int64_t j0, int64_t j1,
                         uint16_t * a) {
-    const size_t bytes = row_bytes(format, n);
-    ask_for(rows + TSFFN_GEMM_ROWS * bytes, bytes, row_bytes(format, j0), row_bytes(format, j1));
+    ask_for(rows + TSFFN_GEMM_ROWS * stride, stride, row_bytes(format, j0), row_bytes(format, j1));
     switch (format) {
     case TSFFN_FORMAT_F16:
-        expand_rows_f16(rows, bytes, j0, j1, a);
+        expand_rows_f16(rows, stride, j0, j1, a);
         break;
     case TSFFN_FORMAT_BF16:
-        expand_rows_bf16(rows, bytes, j0, j1, a);
+        expand_rows_bf16(rows, stride, j0, j1, a);
         break;
     case TSFFN_FORMAT_Q8_0:
-        expand_rows_q8_0(rows, bytes, j0, j1, a);
+        expand_rows_q8_0(rows, stride, j0, j1, a);
         break;
     default:
-        expand_rows_q4_0(rows, bytes, j0, j1, a);
+        expand_rows_q4_0(rows, stride, j0, j1, a);
         break;
     }
 }
@@ -225,7 +224,8 @@ static inline void multiply_tiles(int64_t steps, const uint16_t * a, const uint1
     }
 }
 
-static void multiply(enum tsffn_format format, int64_t n, const void * rows, int n_x, const void * packed, float * s) {
+static void multiply(enum tsffn_format format, int64_t n, const void * rows, size_t stride, int n_x,
+                     const void * packed, float * s) {
     _Alignas(64) uint16_t a[K_CHUNK / TSFFN_GEMM_K * 4 * TILE_VALUES];
     const int groups = groups_of(n_x);
     const int64_t b_step = (int64_t)groups * 2 * TILE_VALUES;
@@ -239,7 +239,7 @@ static void multiply(enum tsffn_format format, int64_t n, const void * rows, int
     tsffn_load_tile_config(&config);
     for (int64_t j0 = 0; j0 < n; j0 += K_CHUNK) {
         const int64_t j1 = j0 + K_CHUNK < n ? j0 + K_CHUNK : n;
-        expand_rows(format, n, rows, j0, j1, a);
+        expand_rows(format, rows, stride, j0, j1, a);
         const uint16_t * b = (const uint16_t *)packed + j0 / TSFFN_GEMM_K * b_step;
         for (int g = 0; g < groups; g += 2) {
             multiply_tiles((j1 - j0) / TSFFN_GEMM_K, a, b + g * 2 * (int64_t)TILE_VALUES, b_step, g + 1 == groups,

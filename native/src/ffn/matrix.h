@@ -15,8 +15,19 @@ static inline int64_t tsffn_cache_lines(size_t bytes) {
 }
 
 enum tsffn_layout {
-    TSFFN_LAYOUT_ROWS,   // one row after the other
-    TSFFN_LAYOUT_PANELS, // 16 rows interleaved (cpu/panels.h), then the last n_rows mod 16 one after the other
+    TSFFN_LAYOUT_ROWS,    // one row after the other
+    TSFFN_LAYOUT_PANELS,  // 16 rows interleaved (cpu/panels.h), then the last n_rows mod 16 one after the other
+    TSFFN_LAYOUT_BUNDLES, // every third row of three pieces
+};
+
+// The rows of gate, up and down of a layer in turn: gate, up and down of neuron 0, those of neuron 1, ... They lie in
+// three pieces of piece_rows rows each, which need not follow each other in memory: row r is row r % piece_rows of
+// piece r / piece_rows.
+enum { TSFFN_BUNDLE_ROWS = 3 };
+struct tsffn_bundles {
+    const uint8_t * pieces[TSFFN_BUNDLE_ROWS];
+    int64_t piece_rows;
+    int64_t first; // row 0 of a matrix is this row of the bundles, row i the row first + 3 i
 };
 
 // n_rows weight rows of n_cols weights.
@@ -26,6 +37,7 @@ struct tsffn_matrix {
     int64_t n_rows;
     int64_t n_cols;
     enum tsffn_layout layout;
+    struct tsffn_bundles bundles; // of TSFFN_LAYOUT_BUNDLES
 };
 
 // Bytes of the activations that the matrix is multiplied with, and those activations from x [n_cols].
@@ -47,7 +59,22 @@ static inline int64_t tsffn_matrix_panel_rows(const struct tsffn_matrix * m) {
 
 // Row i; in a matrix of panels the first row of a panel stands for the panel.
 static inline const uint8_t * tsffn_matrix_row(const struct tsffn_matrix * m, int64_t i) {
-    return m->data + (size_t)i * tsffn_row_bytes(m->type, m->n_cols);
+    const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
+    if (m->layout != TSFFN_LAYOUT_BUNDLES) {
+        return m->data + (size_t)i * row_bytes;
+    }
+    const struct tsffn_bundles * b = &m->bundles;
+    const int64_t row = b->first + TSFFN_BUNDLE_ROWS * i;
+    const int piece = (row >= b->piece_rows) + (row >= 2 * b->piece_rows); // cheaper than dividing
+    return b->pieces[piece] + (size_t)(row - piece * b->piece_rows) * row_bytes;
+}
+
+// Bytes from row i to row i + 1, if those from row i to row i + n - 1 are all as far apart; else 0.
+static inline size_t tsffn_matrix_stride(const struct tsffn_matrix * m, int64_t i, int64_t n) {
+    const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
+    const size_t stride = m->layout == TSFFN_LAYOUT_BUNDLES ? TSFFN_BUNDLE_ROWS * row_bytes : row_bytes;
+    const uintptr_t first = (uintptr_t)tsffn_matrix_row(m, i), last = (uintptr_t)tsffn_matrix_row(m, i + n - 1);
+    return last - first == (size_t)(n - 1) * stride ? stride : 0;
 }
 
 // Row i times each of n activation vectors, which are in the format of the type; asks meanwhile.

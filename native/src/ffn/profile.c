@@ -90,8 +90,9 @@ typedef float values[TSFFN_GEMM_ROWS][TILE_ROWS];
 static void multiply_rows(const struct segment * g, const struct tsffn_matrix * m, int64_t i0, int64_t i1,
                           const char * x, size_t x_bytes, values v) {
     const int n = (int)(g->r1 - g->r0);
-    if (g->packed != NULL && i1 - i0 == TSFFN_GEMM_ROWS) {
-        m->type->gemm->multiply((enum tsffn_format)m->type->gemm_format, m->n_cols, tsffn_matrix_row(m, i0), n,
+    const size_t stride = tsffn_matrix_stride(m, i0, i1 - i0);
+    if (g->packed != NULL && i1 - i0 == TSFFN_GEMM_ROWS && stride > 0) {
+        m->type->gemm->multiply((enum tsffn_format)m->type->gemm_format, m->n_cols, tsffn_matrix_row(m, i0), stride, n,
                                 g->packed, &v[0][0]);
         return;
     }
