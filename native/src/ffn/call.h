@@ -15,12 +15,17 @@ enum {
 };
 
 // The neurons that some row of a segment needs, in ascending order: thread t writes those of its part of fc2 from place
-// first_neuron(t) on.
+// first_neuron(t) on. Those of the k-th chunk that its part touches are starts[k] to starts[k + 1] - 1 among them.
 struct needed {
     int32_t * neuron; // [segments][n_ff]
     uint64_t * rows;  // [segments][n_ff], bit r for row r of the tile
-    int64_t * n;      // [segments][n_threads], how many each thread wrote
+    int32_t * starts; // [segments][n_threads][max_starts]
 };
+
+// Chunks that a part of fc2 can touch, and one for the end.
+static inline int64_t max_starts(int64_t n_ff) {
+    return n_ff / CHUNK_NEURONS + 3;
+}
 
 // Everything the threads of one call share.
 struct shared {
@@ -62,6 +67,12 @@ struct histograms {
 
 static inline bool needs_predictor(const struct tsffn_call * call) {
     return (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) && call->ffns[0].fc1.data != NULL;
+}
+
+// How many rows a mask has. Compilers call a function for that where the instruction is not sure to be there; most
+// masks have one row or none.
+static inline int64_t count_rows(uint64_t rows) {
+    return (rows & (rows - 1)) == 0 ? rows != 0 : __builtin_popcountll(rows);
 }
 
 static inline int64_t min_i64(int64_t a, int64_t b) {

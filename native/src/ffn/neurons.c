@@ -38,7 +38,7 @@ _Static_assert((int)CHUNK_NEURONS <= (int)TSFFN_ADD_ROWS, "a chunk is added at o
 
 // Work is counted in blocks of weights that are multiplied.
 static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
-    return m->n_cols / TSFFN_BLOCK_SIZE * __builtin_popcountll(rows);
+    return m->n_cols / TSFFN_BLOCK_SIZE * count_rows(rows);
 }
 
 static int64_t list_work(const struct tsffn_matrix * m, const struct worklist * list) {
@@ -98,7 +98,7 @@ static void gates(const struct segment * g, struct tsffn_ask_queue * asked, stru
         const int64_t i = list->neuron[k];
         dots(g, &ffn->gate, i, list->rows[k], g->s->x_gate, g->s->x_gate_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
-        g->counts->gate_positive += (uint64_t)__builtin_popcountll(positive);
+        g->counts->gate_positive += (uint64_t)count_rows(positive);
         kept += dense || positive != 0;
     }
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(ffn->gate.type, ffn->gate.n_cols);
@@ -233,7 +233,7 @@ static void ups_and_downs(const struct segment * g, struct tsffn_ask_queue * ask
     for (int k = 0; k < list->n; ++k) {
         dots(g, up, list->neuron[k], list->rows[k], g->s->x_up, g->s->x_up_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
-        g->counts->active += (uint64_t)__builtin_popcountll(positive);
+        g->counts->active += (uint64_t)count_rows(positive);
         kept += dense || positive != 0;
     }
     list->n = kept;
@@ -326,60 +326,76 @@ static void mask_neurons(const struct segment * g, int64_t i0, int64_t i1, int64
     }
 }
 
+// How many neurons each thread listed before its k-th chunk.
+static int32_t * starts_of(const struct segment * g, int thread) {
+    return g->s->needed.starts + (g->index * g->nth + thread) * max_starts(g->s->n_ff);
+}
+
 void tsffn_list_neurons(const struct segment * g) {
     const struct shared * s = g->s;
     const int64_t begin = first_neuron(s->n_ff, g->ith, g->nth);
     const int64_t end = first_neuron(s->n_ff, g->ith + 1, g->nth);
     int32_t * neuron = s->needed.neuron + g->index * s->n_ff + begin;
     uint64_t * needed_rows = s->needed.rows + g->index * s->n_ff + begin;
+    int32_t * start = starts_of(g, g->ith);
     int64_t n = 0, products = 0;
     uint64_t mask[CHUNK_NEURONS];
-    for (int64_t i0 = begin; i0 < end; i0 += CHUNK_NEURONS) {
-        const int64_t i1 = min_i64(i0 + CHUNK_NEURONS, end);
+    for (int64_t i0 = begin, i1; i0 < end; i0 = i1) {
+        i1 = min_i64((i0 / CHUNK_NEURONS + 1) * CHUNK_NEURONS, end);
         mask_neurons(g, i0, i1, end, mask);
+        *start++ = (int32_t)n;
         for (int64_t i = i0; i < i1; ++i) {
             const uint64_t rows = mask[i - i0];
             neuron[n] = (int32_t)i;
             needed_rows[n] = rows;
             n += rows != 0;
-            products += __builtin_popcountll(rows);
+            products += count_rows(rows);
         }
     }
-    s->needed.n[g->index * g->nth + g->ith] = n;
+    *start = (int32_t)n;
     g->counts->predicted += (uint64_t)products;
     clear_hidden(g, begin, end);
     count_chunk(g, end - begin);
 }
 
-// Goes through the lists of all threads.
+// Goes through what all threads listed of this thread's chunks.
 struct walk {
-    int thread; // whose list
-    int64_t k;  // place there
+    int thread;     // whose list
+    int64_t chunk;  // the next one of it, counted from its first
+    int64_t k, end; // what is left of the one before: places in the list
 };
+
+// Goes to this thread's next chunk that has neurons.
+static bool next_chunk(const struct segment * g, struct walk * w) {
+    for (; w->thread < g->nth; ++w->thread, w->chunk = 0) {
+        const int64_t begin = first_neuron(g->s->n_ff, w->thread, g->nth);
+        const int64_t end = first_neuron(g->s->n_ff, w->thread + 1, g->nth);
+        const int32_t * starts = starts_of(g, w->thread);
+        for (; begin / CHUNK_NEURONS + w->chunk <= (end - 1) / CHUNK_NEURONS && begin < end; ++w->chunk) {
+            if ((begin / CHUNK_NEURONS + w->chunk) % g->nth == g->ith && starts[w->chunk] < starts[w->chunk + 1]) {
+                w->k = starts[w->chunk];
+                w->end = starts[w->chunk + 1];
+                ++w->chunk;
+                return true;
+            }
+        }
+    }
+    return false;
+}
 
 // Fills `list` with the next neurons of this thread, with h = 1.
 static void next_neurons(const struct segment * g, int n_most, struct walk * w, struct worklist * list) {
     const struct needed * needed = &g->s->needed;
     list->n = 0;
-    for (; w->thread < g->nth; ++w->thread, w->k = 0) {
-        const int64_t begin = g->index * g->s->n_ff + first_neuron(g->s->n_ff, w->thread, g->nth);
-        const int64_t n = needed->n[g->index * g->nth + w->thread];
-        for (; w->k < n; ++w->k) {
-            const int32_t neuron = needed->neuron[begin + w->k];
-            if (neuron / CHUNK_NEURONS % g->nth != g->ith) {
-                continue;
-            }
-            if (list->n == n_most) {
-                return;
-            }
-            const uint64_t rows = needed->rows[begin + w->k];
-            for (uint64_t b = rows; b != 0; b &= b - 1) {
-                list->h[list->n][__builtin_ctzll(b)] = 1.0f;
-            }
-            list->neuron[list->n] = neuron;
-            list->rows[list->n] = rows;
-            ++list->n;
+    while (list->n < n_most && (w->k < w->end || next_chunk(g, w))) {
+        const int64_t place = g->index * g->s->n_ff + first_neuron(g->s->n_ff, w->thread, g->nth) + w->k++;
+        const uint64_t rows = needed->rows[place];
+        for (uint64_t b = rows; b != 0; b &= b - 1) {
+            list->h[list->n][__builtin_ctzll(b)] = 1.0f;
         }
+        list->neuron[list->n] = needed->neuron[place];
+        list->rows[list->n] = rows;
+        ++list->n;
     }
 }
 

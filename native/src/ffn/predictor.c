@@ -69,6 +69,20 @@ void tsffn_ask_logits(const struct tsffn_ffn * ffn, int ith, int nth) {
                      tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith + 1, nth)));
 }
 
+// mask[i] has bit r0 set where logit i of the segment's only row passes the threshold.
+static void decide_for_one_row(const struct segment * g, int64_t n, const float * logit, uint64_t * mask) {
+    const float threshold = g->ffn->threshold;
+    if (g->ffn->on_when_equal) {
+        for (int64_t i = 0; i < n; ++i) {
+            mask[i] = (uint64_t)(logit[i] >= threshold) << g->r0;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        mask[i] = (uint64_t)(logit[i] > threshold) << g->r0;
+    }
+}
+
 // Bit r0 + k is set when logit k, of n that lie `stride` apart, passes the threshold.
 static uint64_t decide(const struct segment * g, int n, int64_t stride, const float * logit) {
     const struct tsffn_ffn * ffn = g->ffn;
@@ -96,6 +110,10 @@ void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end
         const uint8_t * w = tsffn_matrix_row(fc2, i);
         const struct tsffn_asks asks = stream_ahead(w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
         fc2->type->own_panel(fc2->n_cols, w, n, hidden, panel, &asks);
+        if (n == 1) {
+            decide_for_one_row(g, TSFFN_PANEL_ROWS, panel[0], mask + (i - i0));
+            continue;
+        }
         for (int64_t k = 0; k < TSFFN_PANEL_ROWS; ++k) {
             mask[i - i0 + k] = decide(g, n, TSFFN_PANEL_ROWS, &panel[0][k]);
         }
