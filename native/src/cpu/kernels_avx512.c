@@ -60,11 +60,19 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
     }                                                                                                                  \
     static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) TSFFN_INLINED void axpys_of_##SUFFIX(                 \
         int64_t n, int n_rows, const float * a, const void * const * rows, float * y, struct tsffn_asking * asking) {  \
-        for (int64_t j = 0; j < n; j += 16) {                                                                          \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 16 <= n; j += 16) {                                                                                 \
             if (j % 64 == 0) {                                                                                         \
                 tsffn_asking_step(asking);                                                                             \
             }                                                                                                          \
-            const __mmask16 m = j + 16 <= n ? ALL : TAIL(n - j);                                                       \
+            __m512 sum = _mm512_loadu_ps(y + j);                                                                       \
+            for (int i = 0; i < n_rows; ++i) {                                                                         \
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), LOAD16(ALL, (const TYPE *)rows[i] + j), sum);              \
+            }                                                                                                          \
+            _mm512_storeu_ps(y + j, sum);                                                                              \
+        }                                                                                                              \
+        if (j < n) {                                                                                                   \
+            const __mmask16 m = TAIL(n - j);                                                                           \
             __m512 sum = _mm512_maskz_loadu_ps(m, y + j);                                                              \
             for (int i = 0; i < n_rows; ++i) {                                                                         \
                 sum = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), LOAD16(m, (const TYPE *)rows[i] + j), sum);                \

@@ -26,6 +26,8 @@ enum {
     // whose sums are read and written for every chunk.
     FEW_NEURONS = 10,
     FEW_BYTES = 24 << 10,
+    // Rows as long as this are asked for again before their turn, when most of them is in L2: F16 -2 to -4 % (Zen 5).
+    LONG_ROW = 4096,
     SOME_NEURONS = 32,
     SOME_ROWS = 12,
     MANY_ROWS = 48,     // CHUNK_NEURONS
@@ -49,16 +51,23 @@ static int64_t list_work(const struct tsffn_matrix * m, const struct worklist * 
     return work;
 }
 
-// Row i of m times the activations of the given rows, one after the other; asks for what of the queue falls to this.
-static void dots(const struct segment * g, const struct tsffn_matrix * m, int64_t i, uint64_t rows, const char * x,
-                 size_t x_bytes, struct tsffn_ask_queue * asked, float * v) {
-    const struct tsffn_asks asks = tsffn_queue_take(asked, row_work(m, rows));
+// Row `neuron[k]` of m times the activations of its rows, one after the other; asks for what of the queue falls to
+// this.
+static void dots(const struct segment * g, const struct tsffn_matrix * m, const struct worklist * list, int k,
+                 const char * x, size_t x_bytes, struct tsffn_ask_queue * asked, float * v) {
+    const uint64_t rows = list->rows[k];
+    struct tsffn_asks asks = tsffn_queue_take(asked, row_work(m, rows));
+    const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
+    if (row_bytes >= LONG_ROW && k + 1 < list->n) {
+        asks.stream = tsffn_matrix_row(m, list->neuron[k + 1]);
+        asks.n_stream = tsffn_cache_lines(row_bytes);
+    }
     const void * activations[TILE_ROWS];
     int n = 0;
     for (uint64_t b = rows; b != 0; b &= b - 1) {
         activations[n++] = x + (size_t)g->rows[__builtin_ctzll(b)].token * x_bytes;
     }
-    tsffn_matrix_dots(m, i, n, activations, v, &asks);
+    tsffn_matrix_dots(m, list->neuron[k], n, activations, v, &asks);
 }
 
 // Multiplies the k-th neuron's h with relu(v) of its rows, and writes what stays to place `kept` <= k. Returns the rows
@@ -95,8 +104,7 @@ static void gates(const struct segment * g, struct tsffn_ask_queue * asked, stru
     float v[TILE_ROWS];
     int kept = 0;
     for (int k = 0; k < list->n; ++k) {
-        const int64_t i = list->neuron[k];
-        dots(g, &ffn->gate, i, list->rows[k], g->s->x_gate, g->s->x_gate_bytes, asked, v);
+        dots(g, &ffn->gate, list, k, g->s->x_gate, g->s->x_gate_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
         g->counts->gate_positive += (uint64_t)count_rows(positive);
         kept += dense || positive != 0;
@@ -231,7 +239,7 @@ static void ups_and_downs(const struct segment * g, struct tsffn_ask_queue * ask
     float v[TILE_ROWS];
     int kept = 0;
     for (int k = 0; k < list->n; ++k) {
-        dots(g, up, list->neuron[k], list->rows[k], g->s->x_up, g->s->x_up_bytes, asked, v);
+        dots(g, up, list, k, g->s->x_up, g->s->x_up_bytes, asked, v);
         const uint64_t positive = dense ? keep_all(list, k, v) : keep_positive(list, k, kept, v);
         g->counts->active += (uint64_t)count_rows(positive);
         kept += dense || positive != 0;
