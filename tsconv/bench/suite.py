@@ -56,13 +56,13 @@ def _item(
 # The predictor of f16 models is q4_0 here: it is read whole for every token, and q4_0 takes 0.28 of the bytes
 # (docs/measurements.md has what that costs in accuracy, and the speed with q8_0).
 #
-# Two cores that read 20 GB/s generate the models of the full one in about 65, 50 and 37 s; a turn of each takes 100, 50
-# and 17 s.
+# Two cores that read 20 GB/s generate the models of the full one in about 65, 50 and 75 s; a turn of each takes 100, 50
+# and 30 s.
 SUITES = {
     "full": (
         _item("turbosparse-mistral-7b", "q4_0", 32, "tg128 pp512 pp32 tg16x2 tg16x4 tg16x8", 360),
         _item("turbosparse-mistral-7b", "f16", 20, "tg32 pp128 pp32 tg16x4", 490, "q4_0"),
-        _item("turbosparse-mixtral-47b", "q4_0", 3, "tg64 pp256 pp32 tg16x4", 590),
+        _item("turbosparse-mixtral-47b", "q4_0", 6, "tg64 pp256 pp32 tg16x4", 590),
     ),
     "quick": (
         _item("turbosparse-mistral-7b", "q4_0", 4, "tg64 pp256 tg16x4", 45),
