@@ -84,6 +84,26 @@ int tsffn_prefault_pages(void * pages, size_t size) {
     return 0;
 }
 
+void tsffn_cache_in_huge_pages(const char * path) {
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    if (fd < 0) {
+        return;
+    }
+    const uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (fstat(fd, &info) == 0 && (uint64_t)info.st_size < memory - memory / 4) {
+        void * pages = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (pages != MAP_FAILED) {
+            // A page fault of a mapping with this advice reads two huge pages.
+            if (madvise(pages, (size_t)info.st_size, MADV_HUGEPAGE) == 0) {
+                tsffn_prefault_pages(pages, (size_t)info.st_size);
+            }
+            munmap(pages, (size_t)info.st_size);
+        }
+    }
+    close(fd);
+}
+
 // /proc/self/pagemap has 64 bits for every page, bit 63 set when it is present (Linux, admin-guide/mm/pagemap.rst).
 // mincore would tell of the page cache instead, and of files that the caller may not write that all of them is there.
 size_t tsffn_resident_bytes(const void * pages, size_t size, size_t unknown) {

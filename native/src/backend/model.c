@@ -1,6 +1,7 @@
 // Opening, sharing and closing of a model.
 #include "model.h"
 
+#include "mapping.h"
 #include "row_types.h"
 #include "sidecar.h"
 
@@ -71,6 +72,7 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
         tsffn_model_close(model);
         return NULL;
     }
+    tsffn_cache_in_huge_pages(model_path);
     return model;
 }
 

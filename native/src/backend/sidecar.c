@@ -1,3 +1,4 @@
+#define _DEFAULT_SOURCE // madvise
 #include "sidecar.h"
 
 #include "row_types.h"
@@ -183,6 +184,7 @@ static bool map_sidecar(const struct tsffn_gguf * file, struct tsffn_model * mod
     if (memory == MAP_FAILED) {
         return tsffn_fail(file->error, file->error_size, "%s: cannot be mapped: %s", file->path, strerror(reason));
     }
+    madvise(memory, file->file_size, MADV_HUGEPAGE); // all of it is read for every token
     model->sidecar = memory;
     model->sidecar_size = file->file_size;
     return true;
