@@ -26,8 +26,6 @@ enum {
     // whose sums are read and written for every chunk.
     FEW_NEURONS = 10,
     FEW_BYTES = 24 << 10,
-    // Rows as long as this are asked for again before their turn, when most of them is in L2: F16 -2 to -4 % (Zen 5).
-    LONG_ROW = 4096,
     SOME_NEURONS = 32,
     SOME_ROWS = 12,
     MANY_ROWS = 48,     // CHUNK_NEURONS
@@ -58,7 +56,7 @@ static void dots(const struct segment * g, const struct tsffn_matrix * m, const 
     const uint64_t rows = list->rows[k];
     struct tsffn_asks asks = tsffn_queue_take(asked, row_work(m, rows));
     const size_t row_bytes = tsffn_row_bytes(m->type, m->n_cols);
-    if (row_bytes >= LONG_ROW && k + 1 < list->n) {
+    if (k + 1 < list->n) {
         asks.stream = tsffn_matrix_row(m, list->neuron[k + 1]);
         asks.n_stream = tsffn_cache_lines(row_bytes);
     }
