@@ -188,6 +188,10 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"m.predictor.gguf: bad {LAYOUT}: expected nothing in format version 1, found 'panels16'",
     ),
     "no fc2": (lambda m: replace(sidecar_of(m), without=[FC2]), f"{FC2}: the tensor is missing"),
+    "bundles of two types": (
+        lambda m: replace(m, shapes={"blk.1.ffn_up.weight": (96, 64)}),
+        "m.gguf: blk.1.ffn_gate.weight: bundles that cannot be reordered: expected blk.1.ffn_gate.weight, ",
+    ),
     "fc2 shape": (
         lambda m: replace(sidecar_of(m), shapes={FC2: (32, 32)}),
         f"{FC2}: wrong shape: expected [32, 96,",
