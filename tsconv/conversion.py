@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +28,7 @@ from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigte
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.profile.stats import Stats
-from tsconv.transform.bundles import FIRST, names_of_layer
+from tsconv.transform.bundles import GATE, names_of_layer
 from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
 from tsconv.transform.quantize import type_name
@@ -37,8 +36,7 @@ from tsconv.transform.quantize import type_name
 Progress = Callable[[int, int], None]
 
 AUTO = "auto"
-
-GATE = re.compile(r"\.ffn_gate(_exps)?\.weight$")
+LAYOUTS = (AUTO, layouts.FFN.other, layouts.ROWS)
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,8 @@ def convert(
     kind = parse_type(outtype)
     predictor_kind = parse_type(predictor_outtype) if predictor_outtype is not None else None
     overrides = [parse_override(text) for text in tensor_types]
+    if ffn_layout not in LAYOUTS:
+        raise TsconvError(f"unknown layout {ffn_layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
     stats = activation_stats.load(Path(profile)) if profile is not None else None
     source = resolve(src, revision, CHECKPOINT_FILES)
     started = time.perf_counter()
@@ -212,7 +212,7 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
     sidecar = match(family.predictor_outputs(config, ranks), tensors)
     refuse_leftovers(family, config, tensors, model + sidecar)
     tokenizer = load_tokenizer(source.directory, config.n_vocab)
-    gates = (source for item in model if GATE.search(item.output.name) for source in item.sources)
+    gates = (source for item in model if GATE.match(item.output.name) for source in item.sources)
     return _Contents(source, config, family, tokenizer, kind, ranks, model, sidecar, fingerprint(config, gates))
 
 
@@ -232,13 +232,11 @@ def _hot_order(stats: Stats, contents: _Contents, path: Path) -> Order:
 
 def _bundles(jobs: list[Job], layout: str, has_predictor: bool) -> dict[str, tuple[Job, Job, Job]]:
     """Gate, up and down of each layer by the name of the gate, if they are to be in bundles; else nothing."""
-    if layout not in (AUTO, layouts.ROWS, layouts.FFN.other):
-        raise TsconvError(f"unknown layout {layout!r}", expected=f"{AUTO!r}, {layouts.ROWS!r} or {layouts.FFN.other!r}")
     if layout == layouts.ROWS or (layout == AUTO and not has_predictor):
         return {}
     by_name = {job.output.name: job for job in jobs}
     bundles = {}
-    for first in filter(FIRST.match, by_name):
+    for first in filter(GATE.match, by_name):
         gate, up, down = (by_name[name] for name in names_of_layer(first))
         if not gate.kind == up.kind == down.kind:
             if layout == AUTO:

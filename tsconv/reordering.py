@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +29,7 @@ from tsconv.export.summary import fingerprint, layout_of, sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
-from tsconv.transform.bundles import FIRST, PARTS, names_of_layer
+from tsconv.transform.bundles import GATE, PARTS, names_of_layer
 from tsconv.transform.neuron_order import Order, between, by_tensor
 from tsconv.transform.panels import from_panels, panel_step, to_panels
 from tsconv.transform.plan import takes_panels
@@ -171,31 +171,22 @@ def _tensor_data(header: Header, parts: Mapping[str, Order]) -> Iterator[np.ndar
         with open(header.path, "rb", buffering=0) as file:
             for tensor in header.tensors:
                 file.seek(tensor.offset)
-                if bundles and tensor.name in parts:
-                    if FIRST.match(tensor.name):
-                        yield from _permuted_bundles(file, header, tensor.name, parts[tensor.name])
-                elif tensor.name in parts:
-                    permuted = _permuted_panels if panels and takes_panels(tensor.name, tensor.kind) else _permuted
-                    yield from permuted(file, tensor, parts[tensor.name], header.path)
-                else:
+                if tensor.name not in parts:
                     for start in range(0, max(1, tensor.n_bytes), PIECE):
                         yield _read(file, min(PIECE, tensor.n_bytes - start), header.path)
+                elif panels and takes_panels(tensor.name, tensor.kind):
+                    yield from _permuted_panels(file, tensor, parts[tensor.name], header.path)
+                elif not bundles:
+                    yield from _permuted(file, [tensor], parts[tensor.name], header.path)
+                elif GATE.match(tensor.name):  # up and down of the bundles come with it
+                    yield from _permuted(file, _bundle(header, tensor.name), parts[tensor.name], header.path)
     except OSError as error:
         raise ModelFileError(f"cannot be read: {error.strerror}", where=header.path) from None
 
 
-def _permuted(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> Iterator[np.ndarray]:
-    row_bytes = tensor.n_bytes // order.size
-    step = max(1, PIECE // row_bytes)
-    for neurons in order:
-        rows = _read(file, len(neurons) * row_bytes, path).reshape(len(neurons), row_bytes)
-        for start in range(0, len(neurons), step):
-            yield rows[neurons[start : start + step]]
-
-
-def _permuted_bundles(file: BinaryIO, header: Header, first: str, order: Order) -> Iterator[np.ndarray]:
-    names = [tensor.name for tensor in header.tensors]
-    at = names.index(first)
+def _bundle(header: Header, first: str) -> Sequence[TensorEntry]:
+    """The tensors that hold the bundles of a layer, whose gate is `first`."""
+    at = [tensor.name for tensor in header.tensors].index(first)
     pieces = header.tensors[at : at + len(PARTS)]
     if [piece.name for piece in pieces] != list(names_of_layer(first)) or len({piece.kind for piece in pieces}) != 1:
         raise ModelFileError(
@@ -205,22 +196,31 @@ def _permuted_bundles(file: BinaryIO, header: Header, first: str, order: Order) 
             found=", ".join(f"{piece.name} {type_name(piece.kind)}" for piece in pieces),
             fix="convert again",
         )
+    return pieces
+
+
+def _permuted(file: BinaryIO, pieces: Sequence[TensorEntry], order: Order, path: Path) -> Iterator[np.ndarray]:
+    """The rows (bundles) of a matrix that lies in `pieces`, one behind the other."""
     row_bytes = sum(piece.n_bytes for piece in pieces) // order.size
     step = max(1, PIECE // row_bytes)
-    piece, done = 0, 0  # the tensor that is being read, and how much of it has been
-    for neurons in order:
-        data = np.empty(len(neurons) * row_bytes, np.uint8)
-        filled = 0
-        while filled < len(data):
-            if done == pieces[piece].n_bytes:
-                piece, done = piece + 1, 0
-            file.seek(pieces[piece].offset + done)
-            n = min(len(data) - filled, pieces[piece].n_bytes - done)
-            data[filled : filled + n] = _read(file, n, header.path)
-            filled, done = filled + n, done + n
-        rows = data.reshape(len(neurons), row_bytes)
+    for ffn, neurons in enumerate(order):
+        n_bytes = len(neurons) * row_bytes
+        rows = _read_across(file, pieces, ffn * n_bytes, n_bytes, path).reshape(len(neurons), row_bytes)
         for start in range(0, len(neurons), step):
             yield rows[neurons[start : start + step]]
+
+
+def _read_across(file: BinaryIO, pieces: Sequence[TensorEntry], start: int, n_bytes: int, path: Path) -> np.ndarray:
+    """Bytes [start, start + n_bytes) of the pieces as if they were one tensor."""
+    data = np.empty(n_bytes, np.uint8)
+    before = 0
+    for piece in pieces:
+        begin, end = max(start, before), min(start + n_bytes, before + piece.n_bytes)
+        if begin < end:
+            file.seek(piece.offset + begin - before)
+            data[begin - start : end - start] = _read(file, end - begin, path)
+        before += piece.n_bytes
+    return data
 
 
 def _permuted_panels(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> Iterator[np.ndarray]:

@@ -130,13 +130,13 @@ def assert_same(stats: Stats, want: Expected) -> None:
     assert ((want.sure <= found) & (found <= want.possible)).all()
 
 
-def assert_nearly_same(stats: Stats, want: Expected, limit: float) -> None:
-    """Each count summed over the neurons, and neuron by neuron, and an expert's tokens: `limit` may be elsewhere.
+def assert_nearly_same(stats: Stats, want: Expected, limit: float, limit_of_tokens: float = 0.0) -> None:
+    """Each count summed over the neurons, and neuron by neuron: `limit` of the sum may be elsewhere.
 
-    A router's choice between two experts can hang on how the attention's kernels, which differ between processors,
-    round their activations.
+    limit_of_tokens: the same for the experts' tokens, where the attention's kernels, which differ between processors,
+    round their activations: a router's choice between two experts can hang on that.
     """
-    assert np.abs(stats.total.tokens - want.tokens).sum() <= limit * want.tokens.sum()
+    assert np.abs(stats.total.tokens - want.tokens).sum() <= limit_of_tokens * want.tokens.sum()
     for k, count in enumerate(COUNTS):
         error = np.abs(stats.total.neurons[k] - want.plain[k]).sum() / want.plain[k].sum()
         print(f"{count}: {error:.2e} of {want.plain[k].sum()} differ")
@@ -182,7 +182,7 @@ def test_f32_from_a_file(tmp_path, text, name, chunk):
 @pytest.mark.parametrize("name", NAMES)
 def test_f16(tmp_path, text, name):
     stats = profile(tiny.converted(name, "f16"), text, tmp_path / "s.gguf", chunk=256)
-    assert_nearly_same(stats, expected(name, text, 256), 0.005)
+    assert_nearly_same(stats, expected(name, text, 256), 0.005, limit_of_tokens=0.005)
 
 
 @pytest.mark.parametrize("name", NAMES)

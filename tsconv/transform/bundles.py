@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 PARTS = ("gate", "up", "down")  # in this order in a bundle, and their tensors in a file
-FIRST = re.compile(r"^blk\.\d+\.ffn_gate(_exps)?\.weight$")  # the tensor that the bundles of a layer begin in
+GATE = re.compile(r"^blk\.\d+\.ffn_gate(_exps)?\.weight$")  # the tensor that the bundles of a layer begin in
 
 Rows = npt.NDArray[np.uint8]
 

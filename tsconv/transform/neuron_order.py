@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from tsconv.transform.bundles import PARTS
+
 Order = npt.NDArray[np.int32]
 
 
@@ -20,7 +22,7 @@ def by_tensor(order: Order, is_moe: bool) -> tuple[dict[str, Order], dict[str, O
     """
     model, sidecar = {}, {}
     for n, ffns in enumerate(order):
-        for part in ("gate", "up", "down"):
+        for part in PARTS:
             model[f"blk.{n}.ffn_{part}{'_exps' if is_moe else ''}.weight"] = ffns
         for e, ffn in enumerate(ffns):
             sidecar[f"blk.{n}.ffn_pred_fc2{f'.{e}' if is_moe else ''}.weight"] = ffn[None]

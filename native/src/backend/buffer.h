@@ -11,7 +11,8 @@ struct tsffn_buffer {
     bool owned;                 // allocated here, not mapped by the caller
     struct tsffn_model * model; // NULL for compute buffers
     // The FFN weights in here, expert after expert: [n_layer][TSFFN_N_PARTS], data NULL where it lies elsewhere; NULL
-    // until the first is known. All below is guarded by the model's residency_mutex, but for next_loading.
+    // until the first is known. All below is guarded by the model's residency_mutex, but for
+    // next_loading, and for reading the weights of the buffer that is computed with (tsffn_residency_pieces).
     struct tsffn_matrix * weights;
     struct tsffn_buffer * next;         // of the model's buffers with weights
     bool locked;                        // pages of them may be locked in RAM

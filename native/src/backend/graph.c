@@ -94,13 +94,10 @@ static bool describe_ffns(struct tsffn_stream * stream, const struct tsffn_weigh
                           const tsffn_tensor * up, const tsffn_tensor * down) {
     const struct tsffn_model * model = weight->model;
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
+    const tsffn_tensor * any = gate != NULL ? gate : up != NULL ? up : down;
     struct tsffn_bundles bundles = {.piece_rows = n_ffns * model->n_ff};
     if (!reserve((void **)&stream->ffns, &stream->n_ffns, n_ffns, sizeof(*stream->ffns)) ||
-        (model->bundled && !tsffn_residency_pieces(weight,
-                                                   gate != NULL ? gate
-                                                   : up != NULL ? up
-                                                                : down,
-                                                   bundles.pieces))) {
+        (model->bundled && !tsffn_residency_pieces(weight, any, bundles.pieces))) {
         return false;
     }
     for (int64_t e = 0; e < n_ffns; ++e) {

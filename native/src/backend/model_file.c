@@ -22,7 +22,7 @@ static bool read_dimension(const struct tsffn_gguf * file, const char * key, uin
     return true;
 }
 
-bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest) {
+bool tsffn_check_format(const struct tsffn_gguf * file) {
     const char * architecture;
     if (!tsffn_gguf_string(file, "general.architecture", &architecture)) {
         return false;
@@ -38,12 +38,12 @@ bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest) {
     if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
         return false;
     }
-    if (version < 1 || version > newest) {
+    if (version < 1 || version > TSFFN_FORMAT_VERSION) {
         return tsffn_fail(
             file->error, file->error_size,
-            "%s: unknown format version: expected %s%u, found %u; install the tsconv that wrote the file, or "
+            "%s: unknown format version: expected 1 to %d, found %u; install the tsconv that wrote the file, or "
             "convert again",
-            file->path, newest > 1 ? "1 to " : "", newest, version);
+            file->path, TSFFN_FORMAT_VERSION, version);
     }
     return true;
 }
@@ -109,7 +109,7 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
     const char * suffix = model->n_expert > 0 ? "_exps" : "";
     const int64_t n_expert = tsffn_model_ffns_per_layer(model);
     for (int64_t layer = 0; layer < model->n_layer; ++layer) {
-        enum ggml_type types[3];
+        enum ggml_type type_of_gate = GGML_TYPE_COUNT;
         for (int part = 0; part < 3; ++part) {
             char name[TSFFN_TENSOR_NAME_SIZE];
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_%s%s.weight", layer, parts[part], suffix);
@@ -120,11 +120,11 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn
                 !tsffn_check_type(file, name, tensor.type, model->n_embd)) {
                 return false;
             }
-            types[part] = tensor.type;
-            if (model->bundled && types[part] != types[0]) {
+            type_of_gate = part == 0 ? tensor.type : type_of_gate;
+            if (model->bundled && tensor.type != type_of_gate) {
                 return tsffn_fail(file->error, file->error_size,
                                   "%s: %s: expected type %s, as all of a layer's bundles have, found %s; convert again",
-                                  file->path, name, ggml_type_name(types[0]), ggml_type_name(types[part]));
+                                  file->path, name, ggml_type_name(type_of_gate), ggml_type_name(tensor.type));
             }
         }
     }
@@ -203,8 +203,7 @@ bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * 
             "%s: is a predictor sidecar: expected the model; name NAME.gguf, its sidecar is found by itself",
             file->path);
     }
-    return tsffn_check_format(file, TSFFN_FORMAT_VERSION) &&
-           tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
+    return tsffn_check_format(file) && tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
            tsffn_gguf_expect(file, "turbosparse.ffn_down.layout", "neuron_major") &&
            tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
            tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&

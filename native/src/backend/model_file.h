@@ -7,7 +7,6 @@
 
 enum {
     TSFFN_TENSOR_NAME_SIZE = 96, // "blk.N.ffn_pred_fc1.E.weight" with any int64
-    TSFFN_SIDECAR_VERSION = 2,   // the newest of sidecars; the model's is TSFFN_FORMAT_VERSION
 };
 
 // What ties a model and its sidecar together.
@@ -19,8 +18,8 @@ struct tsffn_identity {
 
 // Each writes one line to the file's error buffer and returns false when something is not as it must be.
 
-// Architecture of either file, and its version: 1 to `newest`.
-bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest);
+// Architecture of either file, and its version: 1 to TSFFN_FORMAT_VERSION.
+bool tsffn_check_format(const struct tsffn_gguf * file);
 // Whether the layout under `key` is `other` instead of 'rows'. Version 1 of either file has no such key and rows.
 bool tsffn_read_layout(const struct tsffn_gguf * file, const char * key, const char * other, bool * is_other);
 // n_layer, n_embd, n_ff and n_expert of either file.

@@ -85,26 +85,29 @@ bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_w
     return ok;
 }
 
-// Where part `part` of the layer lies: in `first` if it is there, else in any buffer of the model.
-static const uint8_t * find_part(const struct tsffn_model * model, const struct tsffn_buffer * first, int64_t layer,
-                                 int part) {
-    const int64_t i = layer * TSFFN_N_PARTS + part;
-    const uint8_t * data = first->weights != NULL ? first->weights[i].data : NULL;
+// Where weight number i (layer and part) of the model lies, in any of its buffers.
+static const uint8_t * find_in_buffers(struct tsffn_model * model, int64_t i) {
+    const uint8_t * data = NULL;
+    pthread_mutex_lock(&model->residency_mutex);
     for (const struct tsffn_buffer * b = model->buffers; data == NULL && b != NULL; b = b->next) {
         data = b->weights[i].data;
     }
+    pthread_mutex_unlock(&model->residency_mutex);
     return data;
 }
 
 bool tsffn_residency_pieces(const struct tsffn_weight * weight, const tsffn_tensor * w,
                             const uint8_t * pieces[TSFFN_N_PARTS]) {
+    // Its own buffer needs no lock, which bringing pages in may hold for long: this is asked for every layer and token,
+    // and what is noted there was noted before anything is computed.
+    const struct tsffn_buffer * own = w->buffer->context;
     bool all = true;
-    pthread_mutex_lock(&weight->model->residency_mutex);
     for (int part = 0; part < TSFFN_N_PARTS; ++part) {
-        pieces[part] = find_part(weight->model, w->buffer->context, weight->layer, part);
+        const int64_t i = weight->layer * TSFFN_N_PARTS + part;
+        const uint8_t * data = own->weights[i].data;
+        pieces[part] = data != NULL ? data : find_in_buffers(weight->model, i);
         all &= pieces[part] != NULL;
     }
-    pthread_mutex_unlock(&weight->model->residency_mutex);
     if (!all) {
         fprintf(stderr,
                 "tsffn: %s: gate, up and down of a layer are in bundles, but not all three are in buffers of this "

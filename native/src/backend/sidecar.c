@@ -33,7 +33,7 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
     struct tsffn_identity own;
     struct tsffn_model shape;
     memset(&shape, 0, sizeof(shape));
-    if (!tsffn_check_format(sidecar, TSFFN_SIDECAR_VERSION) || !check_is_sidecar(sidecar, model_path) ||
+    if (!tsffn_check_format(sidecar) || !check_is_sidecar(sidecar, model_path) ||
         !tsffn_copy_string(sidecar, "turbosparse.pair_id", own.pair_id, sizeof(own.pair_id)) ||
         !tsffn_copy_string(sidecar, "turbosparse.neuron_order", own.order, sizeof(own.order)) ||
         !tsffn_read_shape(sidecar, &shape)) {

@@ -68,13 +68,13 @@ enum {
 };
 
 // a times the scales of a row's next n blocks, at most SCALES.
-#define DEFINE_BLOCK_SCALES(SUFFIX, BYTES)                                                                             \
-    static inline void scales_##SUFFIX(int64_t n, float a, const uint8_t * block, float * scales) {                    \
+#define DEFINE_BLOCK_SCALES(NAME, BYTES)                                                                               \
+    static inline void NAME(int64_t n, float a, const uint8_t * block, float * scales) {                               \
         for (int64_t b = 0; b < n; ++b, block += (BYTES)) {                                                            \
             scales[b] = a * _cvtsh_ss(tsffn_load_u16(block));                                                          \
         }                                                                                                              \
     }
-DEFINE_BLOCK_SCALES(q8_0, TSFFN_Q8_0_BYTES)
+DEFINE_BLOCK_SCALES(scales_q8_0, TSFFN_Q8_0_BYTES)
 
 // y[0..32) += the sum of d[i][b] * w of the rows' next blocks.
 #define ADD_BLOCKS_OF_ROWS(SUFFIX, BYTES)                                                                              \

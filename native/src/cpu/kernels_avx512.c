@@ -151,14 +151,14 @@ typedef __m512 vec;
 #include "blocks_x86.h"
 #include "panels.h"
 
+DEFINE_BLOCK_SCALES(few_scales_q4_0, TSFFN_Q4_0_BYTES)
+
 // The scales of 16 blocks are made together and broadcast by loads: the ports of the shuffles are what bounds this.
 static inline void scales_q4_0(int64_t n, float a, const uint8_t * block, float * scales) {
     if (n == SCALES) {
         _mm512_storeu_ps(scales, _mm512_mul_ps(_mm512_set1_ps(a), scales_of_quads(block, TSFFN_Q4_0_QUADS)));
-        return;
-    }
-    for (int64_t b = 0; b < n; ++b, block += TSFFN_Q4_0_BYTES) {
-        scales[b] = a * _cvtsh_ss(tsffn_load_u16(block));
+    } else {
+        few_scales_q4_0(n, a, block, scales);
     }
 }
 _Static_assert((int)SCALES == 4 * (int)TSFFN_Q4_0_QUADS, "quads have as many scales");
