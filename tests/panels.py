@@ -7,16 +7,19 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import q3_nl
 from edited import edited
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 LAYOUT, VERSION = "turbosparse.predictor.layout", "turbosparse.format_version"
 FFN_LAYOUT = "turbosparse.ffn.layout"
-TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0)
+TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, q3_nl.KIND)
 
 
 def naive_rows(stored: bytes, n_rows: int, kind: GGMLQuantizationType) -> np.ndarray:
     """Plain rows of a matrix in panels: uint8 [n_rows, row_bytes]."""
+    if kind == q3_nl.KIND:
+        return q3_nl.plain_rows(stored, n_rows)
     block = GGML_QUANT_SIZES[kind][1]
     row_bytes = len(stored) // n_rows
     rows = bytearray(stored)

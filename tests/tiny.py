@@ -23,11 +23,11 @@ TIMEOUT_S = 120
 
 
 @functools.cache
-def converted(name: str = "tiny-turbosparse-mistral", outtype: str = "f32") -> Path:
+def converted(name: str = "tiny-turbosparse-mistral", outtype: str = "f32", predictor: str | None = None) -> Path:
     """`NAME.gguf` and its sidecar in a folder that goes when the tests end."""
     directory = Path(tempfile.mkdtemp(prefix="tsconv-tests-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return tsconv.convert(CHECKPOINTS / name, directory / f"{name}.gguf", outtype).model
+    return tsconv.convert(CHECKPOINTS / name, directory / f"{name}.gguf", outtype, predictor_outtype=predictor).model
 
 
 @functools.cache

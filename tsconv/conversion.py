@@ -22,15 +22,25 @@ from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvError
 from tsconv.export import keys, layouts
 from tsconv.export.order import CHECKPOINT, HOT_FIRST
-from tsconv.export.stream import Job, write_tensors
+from tsconv.export.stream import Job, Predictor, write_tensors
 from tsconv.export.summary import sidecar_path
 from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.profile.stats import Stats
+from tsconv.transform import q3_nl
 from tsconv.transform.bundles import GATE, names_of_layer
 from tsconv.transform.neuron_order import Order, by_tensor
-from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
+from tsconv.transform.plan import (
+    FC1,
+    FC2,
+    Choice,
+    choose_types,
+    fallback_note,
+    parse_override,
+    parse_predictor_type,
+    parse_type,
+)
 from tsconv.transform.quantize import type_name
 
 Progress = Callable[[int, int], None]
@@ -111,7 +121,8 @@ def convert(
         outfile: the model to write; default NAME-OUTTYPE.gguf in the current directory. The sidecar goes beside it as
             NAME.predictor.gguf.
         outtype: ggml type of the weights, see tsconv.transform.quantize.TYPES.
-        predictor_outtype: type of the predictor's matrices; the default depends on `outtype`.
+        predictor_outtype: type of the predictor's matrices, or "q3_nl" for fc2, fc1 being q4_0 then; by default it
+            depends on `outtype`.
         predictor: directory or repository with Bamboo's separate predictors (model_N.pt).
         profile: statistics of this checkpoint (tsconv profile); its hot neurons come first then, as after
             tsconv.reordering.reorder. Default: the neurons stay in the checkpoint's order.
@@ -132,7 +143,7 @@ def convert(
         TsconvError: an unknown type or a bad override.
     """
     kind = parse_type(outtype)
-    predictor_kind = parse_type(predictor_outtype) if predictor_outtype is not None else None
+    predictor_kind = parse_predictor_type(predictor_outtype) if predictor_outtype is not None else None
     overrides = [parse_override(text) for text in tensor_types]
     if ffn_layout not in LAYOUTS:
         raise TsconvError(f"unknown layout {ffn_layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
@@ -145,8 +156,9 @@ def convert(
     choices = choose_types(outputs, kind, predictor_kind, overrides)
     order = None if stats is None else _hot_order(stats, contents, Path(profile))
     rows = {} if order is None else {k: v for part in by_tensor(order, contents.family.is_moe) for k, v in part.items()}
+    balanced = _balanced(contents.sidecar, choices[len(contents.model) :])
     jobs = [
-        Job(item, choice.kind, rows.get(item.output.name))
+        Job(item, choice.kind, rows.get(item.output.name), balanced.get(item.output.name))
         for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)
     ]
     bundles = _bundles(jobs, ffn_layout, has_predictor=bool(contents.sidecar))
@@ -230,6 +242,17 @@ def _hot_order(stats: Stats, contents: _Contents, path: Path) -> Order:
     return hot_order(stats, (config.n_layer, max(1, config.n_expert), config.n_ff))
 
 
+def _balanced(sidecar: list[Matched], choices: list[Choice]) -> dict[str, Predictor]:
+    """Each predictor whose fc2 is q3_nl, by the names of both matrices."""
+    by_name = {item.output.name: item for item in sidecar}
+    predictors = {}
+    for fc2, choice in zip(sidecar, choices, strict=True):
+        if choice.kind == q3_nl.KIND:
+            fc1 = by_name[fc2.output.name.replace(FC2, FC1)]
+            predictors[fc1.output.name] = predictors[fc2.output.name] = Predictor(fc1, fc2)
+    return predictors
+
+
 def _bundles(jobs: list[Job], layout: str, has_predictor: bool) -> dict[str, tuple[Job, Job, Job]]:
     """Gate, up and down of each layer by the name of the gate, if they are to be in bundles; else nothing."""
     if layout == layouts.ROWS or (layout == AUTO and not has_predictor):
@@ -266,13 +289,15 @@ def _fill_headers(
     for file, jobs in files:
         keys.add_common(file.header, provenance, contents.config, contents.family)
         for job in jobs:
-            file.declare(job.output.name, job.output.shape, job.kind, job.nbytes)
+            file.declare(job.output.name, job.declared_shape, job.kind, job.nbytes)
     keys.add_model(files[0][0].header, contents.config, contents.kind, outtype, in_bundles)
     contents.tokenizer.add_to(files[0][0].header)
     if len(files) > 1:
         sidecar, jobs = files[1]
-        in_panels = any(job.in_panels for job in jobs)
-        keys.add_sidecar(sidecar.header, contents.family, contents.kind, contents.ranks, in_panels)
+        version = layouts.LAYOUT_VERSION if any(job.in_panels for job in jobs) else layouts.PLAIN_VERSION
+        if any(job.kind == q3_nl.KIND for job in jobs):
+            version = layouts.Q3_NL_VERSION
+        keys.add_sidecar(sidecar.header, contents.family, contents.kind, contents.ranks, version)
 
 
 def counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:

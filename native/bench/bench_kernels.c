@@ -96,9 +96,11 @@ static int64_t min_i64(int64_t a, int64_t b) {
 }
 
 static size_t row_bytes(enum tsffn_format format) {
-    static const size_t block_bytes[TSFFN_FORMAT_COUNT] = {4, 2, 2, TSFFN_Q8_0_BYTES, TSFFN_Q4_0_BYTES};
-    const int block_size = tsffn_x_format(format) == TSFFN_X_I16 ? TSFFN_BLOCK_SIZE : 1;
-    return (size_t)(options.n_cols / block_size) * block_bytes[format];
+    static const size_t block_bytes[TSFFN_FORMAT_COUNT] = {
+        4, 2, 2, TSFFN_Q8_0_BYTES, TSFFN_Q4_0_BYTES, TSFFN_Q3_NL_BYTES};
+    const int block_size = tsffn_x_format(format) == TSFFN_X_F32 ? 1 : TSFFN_BLOCK_SIZE;
+    const size_t header = format == TSFFN_FORMAT_Q3_NL ? TSFFN_Q3_NL_HEADER : 0;
+    return header + (size_t)(options.n_cols / block_size) * block_bytes[format];
 }
 
 static const uint8_t * row(const struct worker * w, enum tsffn_format format, int64_t i) {
@@ -106,7 +108,7 @@ static const uint8_t * row(const struct worker * w, enum tsffn_format format, in
 }
 
 static bool has_dots(struct kernel k) {
-    return k.tier->dots[k.format] != NULL;
+    return k.format < TSFFN_ROW_FORMAT_COUNT && k.tier->dots[k.format] != NULL;
 }
 
 static bool same_dots(struct kernel a, struct kernel b) {
@@ -133,7 +135,7 @@ static double step_dot4(struct kernel k, const struct worker * w, int64_t i, con
 }
 
 static bool has_axpys(struct kernel k) {
-    return k.tier->axpys[k.format] != NULL;
+    return k.format < TSFFN_ROW_FORMAT_COUNT && k.tier->axpys[k.format] != NULL;
 }
 
 static bool same_axpys(struct kernel a, struct kernel b) {
@@ -284,6 +286,8 @@ static void prepare(struct worker * w, enum tsffn_format format) {
     for (int t = 0; t < 4; ++t) {
         if (tsffn_x_format(format) == TSFFN_X_I16) {
             tsffn_convert_i16(w->y, w->x[t], options.n_cols);
+        } else if (tsffn_x_format(format) == TSFFN_X_U14) {
+            tsffn_convert_u14(w->y, w->x[t], options.n_cols);
         } else {
             memcpy(w->x[t], w->y, (size_t)options.n_cols * sizeof(float));
         }
@@ -415,10 +419,14 @@ static double work(struct worker * w, const struct job * job, int ith) {
 
 // What a row gives by the plain C kernel.
 static double sum_of_row(const struct operation * op, enum tsffn_format format) {
-    const struct operation * plain = op->writes_y ? op : &operations[0];
+    const struct kernel ref = {&tsffn_kernels_ref, format};
     struct worker * w = &workers[0];
     prepare(w, format);
-    const double sum = plain->step((struct kernel){&tsffn_kernels_ref, format}, w, 0, NULL);
+    if (!has_dots(ref)) { // a format of panels
+        return op->n_x * panels(ref, w, 0, NULL, 1) / TSFFN_PANEL_ROWS;
+    }
+    const struct operation * plain = op->writes_y ? op : &operations[0];
+    const double sum = plain->step(ref, w, 0, NULL);
     return op->writes_y ? (double)w->y[options.n_cols - 1] : op->n_x * sum;
 }
 
@@ -478,7 +486,8 @@ static void run(const struct job * job) {
 // Only reads rows of one length: all in order, or one random row of every `every`.
 static void run_read(enum tsffn_format format, enum pattern pattern, double fraction, int n_threads) {
     static size_t turn; // moves on to other rows each time
-    const size_t bytes = row_bytes(format);
+    const size_t together = format < TSFFN_ROW_FORMAT_COUNT ? 1 : TSFFN_PANEL_ROWS;
+    const size_t bytes = together * row_bytes(format);
     const size_t every = (size_t)llround(1.0 / fraction);
     const size_t n_all = options.bytes / bytes;
     size_t n_rows = (READ_BYTES / bytes + 1) * every;
@@ -495,7 +504,7 @@ static void run_read(enum tsffn_format format, enum pattern pattern, double frac
         if (!ok || sum != n_rows / every * (bytes / sizeof(uint64_t)) * (UINT64_MAX / 0xff * WEIGHTS)) {
             fail(1, "only read: wrong sum, or fewer than %d threads", n_threads);
         }
-        ns[k] = seconds * 1e9 / (double)(n_rows / every);
+        ns[k] = seconds * 1e9 / (double)(n_rows / every * together);
     }
     add_result((struct result){
         .pattern = pattern,
@@ -504,7 +513,7 @@ static void run_read(enum tsffn_format format, enum pattern pattern, double frac
         .isa = "",
         .n_threads = n_threads,
         .fraction = fraction,
-        .bytes_per_row = (double)bytes,
+        .bytes_per_row = (double)(bytes / together),
         .ns_per_product = median(ns, options.repetitions),
     });
 }
@@ -548,7 +557,8 @@ static void run_all(void) {
     static const int one = 1;
     for (enum pattern pattern = CACHED; pattern <= SPARSE; ++pattern) {
         for (int format = 0; format < TSFFN_FORMAT_COUNT; ++format) {
-            if (!is_listed(options.types, format_names[format])) {
+            const bool rows_only = pattern == SPARSE && format >= TSFFN_ROW_FORMAT_COUNT; // which it has not
+            if (rows_only || !is_listed(options.types, format_names[format])) {
                 continue;
             }
             const int * n_threads = pattern == CACHED ? &one : options.n_threads;
@@ -562,6 +572,9 @@ static void run_all(void) {
                 }
             }
             for (int o = 0; o < N_OPERATIONS; ++o) {
+                if (!operations[o].exists((struct kernel){&tsffn_kernels_ref, (enum tsffn_format)format})) {
+                    continue;
+                }
                 for (int k = 0; k < n_counts && (operations[o].patterns & IN(pattern)) != 0; ++k) {
                     run_tiers(&operations[o], (enum tsffn_format)format, pattern, n_threads[k]);
                 }
@@ -574,7 +587,7 @@ static void print_help(void) {
     printf("usage: bench_kernels [OPTION VALUE]...\n"
            "  --threads N[,N]...   numbers of threads                  [1 and all processors]\n"
            "  --isa NAME[,NAME]... only these tiers                    [all of this machine]\n"
-           "  --type NAME[,NAME].. only these types                    [f32,f16,bf16,q8_0,q4_0]\n"
+           "  --type NAME[,NAME].. only these types                    [all: f32,f16,bf16,q8_0,q4_0,q3_nl]\n"
            "  --rows N             rows of a matrix                    [%d]\n"
            "  --cols N             weights of a row, a multiple of 32  [%d]\n"
            "  --mib N              all weights, MiB                    [4 times the last cache, at least 1024]\n"
@@ -667,7 +680,7 @@ static void parse(int argc, char ** argv) {
         } else if (strcmp(option, "--isa") == 0) {
             options.isas = names(option, value, isas_here());
         } else if (strcmp(option, "--type") == 0) {
-            options.types = names(option, value, "f32,f16,bf16,q8_0,q4_0");
+            options.types = names(option, value, "f32,f16,bf16,q8_0,q4_0,q3_nl");
         } else if (strcmp(option, "--rows") == 0) {
             options.n_rows = one_number(option, value, 100, 1 << 24);
         } else if (strcmp(option, "--cols") == 0) {

@@ -24,7 +24,7 @@ extern "C" {
 #define TSFFN_API __attribute__((visibility("default")))
 
 // Limits of the file format (docs/format.md).
-#define TSFFN_FORMAT_VERSION 2
+#define TSFFN_FORMAT_VERSION 3
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)
@@ -137,6 +137,13 @@ TSFFN_API bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot
 // A llama_context_params.cb_eval that ends the graph before the output matrix: layers are computed, logits are not.
 // `tensor` is a struct ggml_tensor.
 TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data);
+
+// Rounds a predictor's second matrix to q3_nl (docs/format.md): w [n_rows][n_cols], n_cols a multiple of 32, to n_rows
+// plain rows, one behind the other. importance[k] >= 0 is the mean of activation k, up to a common factor; d[i], as
+// f16, the unit of row i, of which its weights can be at most 7 * 15; a row with d = 0 becomes zeros. False: out of
+// memory.
+TSFFN_API bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance,
+                                    const uint16_t * d, uint8_t * rows);
 
 // The ISA tier in use: "ref", "avx2", "avx512", "amx".
 TSFFN_API const char * tsffn_isa_name(void);

@@ -11,7 +11,7 @@
 
 enum { MAX_N = 4096, GUARD = 64 };
 
-static const char * const format_names[TSFFN_FORMAT_COUNT] = {"f32", "f16", "bf16", "q8_0", "q4_0"};
+static const char * const format_names[TSFFN_ROW_FORMAT_COUNT] = {"f32", "f16", "bf16", "q8_0", "q4_0"};
 
 static int64_t block_size(enum tsffn_format format) {
     return format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_BLOCK_SIZE : 1;
@@ -85,6 +85,7 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
             }
             break;
         }
+        case TSFFN_FORMAT_Q3_NL: // has panels only
         case TSFFN_FORMAT_COUNT:
             break;
         }
@@ -367,7 +368,7 @@ int main(void) {
             continue;
         }
         ++n_tiers;
-        for (int format = 0; format < TSFFN_FORMAT_COUNT; ++format) {
+        for (int format = 0; format < TSFFN_ROW_FORMAT_COUNT; ++format) {
             for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
                 if (sizes[i] % block_size((enum tsffn_format)format) != 0) {
                     continue;

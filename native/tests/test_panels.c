@@ -1,9 +1,11 @@
 // Panels of every ISA tier of this machine: the plain C one against doubles, the others bit for bit against it.
+// Formats are written here from the layouts in panels.h and kernels.h.
 #include "check.h"
 #include "cpu/half.h"
 #include "cpu/panels.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 enum { MAX_N = 1024, MAX_X = 37, MAX_BYTES = MAX_N / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q8_0_BYTES };
@@ -12,10 +14,51 @@ static int weights_bytes(enum tsffn_format format) {
     return format == TSFFN_FORMAT_Q8_0 ? 32 : 16; // of one row in one block of columns
 }
 
-// Fills a panel of n columns with random weights, or with the two extreme ones, and w with what they are. Written from
-// the layouts in panels.h and kernels.h.
+// Bit `bit` of the code of column j of row i, in the block of columns.
+static void set_bit_q3_nl(uint8_t * block, int i, int j, int bit) {
+    static const struct {
+        int plane, shift;
+    } place[8][3] = {
+        {{0, 0}, {0, 1}, {0, 2}}, {{1, 0}, {1, 1}, {1, 2}}, {{2, 0}, {2, 1}, {2, 2}}, {{0, 3}, {0, 4}, {0, 5}},
+        {{1, 3}, {1, 4}, {1, 5}}, {{2, 3}, {2, 4}, {2, 5}}, {{0, 6}, {0, 7}, {2, 6}}, {{1, 6}, {1, 7}, {2, 7}},
+    };
+    const int plane = place[j / 4][bit].plane, shift = place[j / 4][bit].shift;
+    uint8_t * byte = block + TSFFN_PANEL_ROWS + plane * 64 + i * 4 + j % 4;
+    *byte = (uint8_t)(*byte | 1 << shift);
+}
+
+static void random_panel_q3_nl(int64_t n, int extreme, uint8_t * panel, double (*w)[TSFFN_PANEL_ROWS]) {
+    static const int levels[8] = {-15, -9, -5, -2, 1, 4, 8, 13};
+    memset(panel, 0, TSFFN_PANEL_Q3_NL_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q3_NL_BYTES);
+    for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+        const uint16_t d = (uint16_t)((random_bits() & 0x83ffu) | ((1 + random_bits() % 15) << 10));
+        memcpy(panel + 2 * i, &d, sizeof(d));
+        for (int64_t j = 0; j < n; ++j) {
+            uint8_t * block = panel + TSFFN_PANEL_Q3_NL_HEADER + j / TSFFN_BLOCK_SIZE * TSFFN_PANEL_Q3_NL_BYTES;
+            const int half = (int)(j % TSFFN_BLOCK_SIZE) / 16;
+            if (j % 16 == 0) {
+                const uint8_t scale = (uint8_t)(extreme != 0 ? (i % 2 != 0 ? 8 : 7) : random_bits() & 15);
+                block[i] = (uint8_t)(block[i] | scale << (4 * half));
+            }
+            const int nibble = block[i] >> (4 * half) & 15;
+            const int code = (int)(extreme != 0 ? (i / 2 % 2 != 0 ? 7 : 0) : random_bits() & 7);
+            for (int bit = 0; bit < 3; ++bit) {
+                if ((code >> bit & 1) != 0) {
+                    set_bit_q3_nl(block, i, (int)(j % TSFFN_BLOCK_SIZE), bit);
+                }
+            }
+            w[j][i] = (double)tsffn_f16_to_f32(d) * (nibble < 8 ? nibble : nibble - 16) * levels[code];
+        }
+    }
+}
+
+// Fills a panel of n columns with random weights, or with the two extreme ones, and w with what they are.
 static void random_panel(enum tsffn_format format, int64_t n, int extreme, uint8_t * panel,
                          double (*w)[TSFFN_PANEL_ROWS]) {
+    if (format == TSFFN_FORMAT_Q3_NL) {
+        random_panel_q3_nl(n, extreme, panel, w);
+        return;
+    }
     const int n_bytes = weights_bytes(format);
     for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
         uint8_t * block = panel + b * TSFFN_PANEL_ROWS * (2 + n_bytes);
@@ -45,7 +88,8 @@ static void test_panel(enum tsffn_format format, int64_t n, int n_x, int extreme
     static double w[MAX_N][TSFFN_PANEL_ROWS];
     static float x[MAX_X][MAX_N];
     static _Alignas(64) char converted[MAX_X][TSFFN_I16_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES];
-    const char * name = format == TSFFN_FORMAT_Q8_0 ? "q8_0" : "q4_0";
+    const bool behind_relu = format == TSFFN_FORMAT_Q3_NL;
+    const char * name = behind_relu ? "q3_nl" : format == TSFFN_FORMAT_Q8_0 ? "q8_0" : "q4_0";
     uint8_t * panel = memory + (random_bits() & 2);
     random_panel(format, n, extreme, panel, w);
     const void * pointers[MAX_X];
@@ -53,13 +97,15 @@ static void test_panel(enum tsffn_format format, int64_t n, int n_x, int extreme
         for (int64_t j = 0; j < n; ++j) {
             x[t][j] = random_float();
             if (extreme != 0) {
-                x[t][j] = x[t][j] < 0.0f ? -1.0f : 1.0f;
+                x[t][j] = x[t][j] < 0.0f && !behind_relu ? -1.0f : 1.0f;
             }
+            x[t][j] = x[t][j] < 0.0f && behind_relu ? 0.0f : x[t][j];
         }
-        CHECK(tsffn_i16_bytes(n) <= sizeof(converted[t]), "room");
-        tsffn_convert_i16(x[t], converted[t], n);
+        CHECK(tsffn_i16_bytes(n) <= sizeof(converted[t]) && tsffn_u14_bytes(n) <= sizeof(converted[t]), "room");
+        (behind_relu ? tsffn_convert_u14 : tsffn_convert_i16)(x[t], converted[t], n);
         pointers[t] = converted[t];
     }
+    const double steps = behind_relu ? TSFFN_U14_MAX : TSFFN_I16_MAX;
 
     float expected[MAX_X][TSFFN_PANEL_ROWS];
     tsffn_kernels_ref.panel[format](n, panel, n_x, pointers, expected, NULL);
@@ -71,8 +117,8 @@ static void test_panel(enum tsffn_format format, int64_t n, int n_x, int extreme
                 size += fabs(w[j][i] * (double)x[t][j]);
                 weights += fabs(w[j][i]);
             }
-            // Each activation is off by at most half a step of max |x| / TSFFN_I16_MAX.
-            CHECK(fabs((double)expected[t][i] - sum) <= 0.5 / TSFFN_I16_MAX * weights + 1e-6 * size,
+            // Each activation is off by at most half a step of max |x| / steps, max |x| being at most 1.
+            CHECK(fabs((double)expected[t][i] - sum) <= 0.5 / steps * weights + 1e-6 * size,
                   "ref %s n=%d: row %d, vector %d: %g instead of %g", name, (int)n, i, t, (double)expected[t][i], sum);
         }
     }
@@ -127,14 +173,33 @@ static void test_convert(int64_t n) {
     }
 }
 
+static void test_convert_u14(int64_t n) {
+    static float x[MAX_N];
+    static _Alignas(64) char converted[TSFFN_U14_HEADER + 2 * MAX_N];
+    for (int64_t j = 0; j < n; ++j) {
+        x[j] = random_float() < 0.0f ? 0.0f : random_float() + 1.0f;
+    }
+    x[n / 2] = 2.5f;
+    tsffn_convert_u14(x, converted, n);
+    const double d = (double)tsffn_u14_scale(converted);
+    for (int64_t j = 0; j < n; ++j) {
+        const int hi = tsffn_u14_hi(converted)[j], lo = tsffn_u14_lo(converted, n)[j];
+        CHECK(hi < 128 && lo < 128, "%d %d", hi, lo);
+        CHECK(fabs(d * (128 * hi + lo) - (double)x[j]) <= 0.501 * d, "%d %d instead of %g", hi, lo, (double)x[j] / d);
+    }
+    CHECK(tsffn_u14_hi(converted)[n / 2] == 127 && tsffn_u14_lo(converted, n)[n / 2] == 127, "the largest");
+}
+
 int main(void) {
     static const int64_t sizes[] = {32, 64, 96, 160, MAX_N};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
         test_convert(sizes[i]);
+        test_convert_u14(sizes[i]);
         for (int n_x = 1; n_x <= MAX_X; ++n_x) {
             for (int extreme = 0; extreme < 2; ++extreme) {
                 test_panel(TSFFN_FORMAT_Q8_0, sizes[i], n_x, extreme);
                 test_panel(TSFFN_FORMAT_Q4_0, sizes[i], n_x, extreme);
+                test_panel(TSFFN_FORMAT_Q3_NL, sizes[i], n_x, extreme);
             }
         }
     }

@@ -204,13 +204,13 @@ def test_generated_once(tmp_path, monkeypatch):
     assert generated("small", 2, "q4_0", said.append) == path
     assert path.stat().st_mtime_ns == written
     assert len(said) == 2
-    assert generated("small", 2, "q4_0", said.append, predictor_outtype="Q4_0") == path, "the default"
+    assert generated("small", 2, "q4_0", said.append, predictor_outtype="Q3_NL") == path, "the default"
     wide = generated("small", 2, "q4_0", said.append, predictor_outtype="q8_0")
     assert said[2].startswith("generating small, 2 layers, q4_0, predictor q8_0: needs ")
     assert wide.name == f"{stem}-pred-q8_0.gguf"
     kinds = {tensor.kind.name for tensor in read_header(sidecar_of(wide)).tensors if "fc" in tensor.name}
     assert kinds == {"Q8_0"}
-    with pytest.raises(TsconvError, match="unknown type 'q3'"):
+    with pytest.raises(TsconvError, match="unknown predictor type 'q3'"):
         generated("small", 2, "q4_0", said.append, predictor_outtype="q3")
     other = generated("small", 2, "q4_0", said.append, active=0.2, seed=3)
     assert other.name == f"{stem}-0.2-seed3.gguf"

@@ -9,15 +9,18 @@ import sys
 import gguf
 import numpy as np
 import pytest
+import q3_nl
 import synthetic
 import tiny
 from edited import edited
-from panels import FFN_LAYOUT, LAYOUT, VERSION, write_rows
+from llama_cpp import GGML_TYPE_F32 as F32
+from panels import FFN_LAYOUT, LAYOUT, VERSION, stored_rows, write_rows
 from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
+FC2 = "blk.1.ffn_pred_fc2.weight"
 GATE, FC1, SCALE = "blk.1.ffn_gate.weight", "blk.1.ffn_pred_fc1.weight", "blk.1.ffn_pred_scale.weight"
 THRESHOLD, RANK = "turbosparse.predictor.threshold", "turbosparse.predictor.rank"
 USED = "llama.expert_used_count"
@@ -55,8 +58,8 @@ MODEL_EDITS = {
         "convert again",
     ),
     "format version": (
-        {"keys": {VERSION: 3}},
-        "unknown format version: expected 1 to 2, found 3; install the tsconv that wrote the file",
+        {"keys": {VERSION: 4}},
+        "unknown format version: expected 1 to 3, found 4; install the tsconv that wrote the file",
     ),
     "FFN layout": (
         {"keys": {FFN_LAYOUT: "columns"}},
@@ -65,7 +68,7 @@ MODEL_EDITS = {
     "version 2 without an FFN layout": ({"without": [FFN_LAYOUT]}, f"key {FFN_LAYOUT} is missing"),
     "bundles in version 1": (
         {"keys": {VERSION: 1}},
-        f"key {FFN_LAYOUT}: expected in format version 2 only, found in version 1; convert again",
+        f"key {FFN_LAYOUT}: expected from format version 2 on, found in version 1; convert again",
     ),
     "no version": (
         {"without": ["turbosparse.format_version"]},
@@ -133,8 +136,8 @@ SIDECAR_EDITS = {
         {"without": [SCALE], "extra": {SCALE: np.ones(N_EMBD, np.float16)}},
         f"{SCALE}: wrong type: expected f32, found f16",
     ),
-    "format version": ({"keys": {VERSION: 3}}, "unknown format version: expected 1 to 2, found 3; install the tsconv"),
-    "version 0": ({"keys": {VERSION: 0}}, "unknown format version: expected 1 to 2, found 0; install the tsconv"),
+    "format version": ({"keys": {VERSION: 4}}, "unknown format version: expected 1 to 3, found 4; install the tsconv"),
+    "version 0": ({"keys": {VERSION: 0}}, "unknown format version: expected 1 to 3, found 0; install the tsconv"),
     "version 2 without a layout": ({"keys": {VERSION: 2}}, f"key {LAYOUT} is missing"),
     "layout": (
         {"keys": {VERSION: 2, LAYOUT: "panels8"}},
@@ -143,7 +146,20 @@ SIDECAR_EDITS = {
     "layout type": ({"keys": {VERSION: 2, LAYOUT: (1, UINT32)}}, f"key {LAYOUT} has the wrong type: expected str"),
     "panels in version 1": (
         {"keys": {LAYOUT: "panels16"}},
-        f"key {LAYOUT}: expected in format version 2 only, found in version 1; convert again",
+        f"key {LAYOUT}: expected from format version 2 on, found in version 1; convert again",
+    ),
+    "bytes in rows": (
+        {"without": [FC2], "extra": {FC2: np.zeros((N_FF, q3_nl.row_bytes(64)), np.int8)}},
+        f"{FC2}: q3_nl needs panels16, a rank that is a multiple of 32 up to 131072 and "
+        "an n_ff that is a multiple of 16, found rows, 64, 512; convert again",
+    ),
+    "bytes of another rank": (
+        {"keys": {VERSION: 3, LAYOUT: "panels16"}, "without": [FC2], "extra": {FC2: np.zeros((N_FF, 15), np.int8)}},
+        f"{FC2}: wrong shape: expected [28, 512, 1], found [15, 512, 1]; ",
+    ),
+    "fc1 of bytes": (
+        {"without": [FC1], "extra": {FC1: np.zeros((64, N_EMBD), np.int8)}},
+        f"{FC1}: type i8 cannot be computed by this ggml; convert with another --outtype",
     ),
     "no input": ({"without": ["turbosparse.predictor.input"]}, "key turbosparse.predictor.input is missing"),
     "input": (
@@ -252,7 +268,7 @@ def test_an_edit_that_changes_nothing_loads(tmp_path):
 @pytest.mark.parametrize("outtype", ["q4_0", "q8_0"])
 def test_layouts_compute_the_same(tmp_path, name, outtype):
     """Sidecars of version 1, and those of version 2 in rows, load and give what panels give, but for rounding."""
-    original = tiny.converted(name, outtype)
+    original = tiny.converted(name, outtype, outtype)
     model = put(original, tmp_path, with_sidecar=False)
     results = []
     for version in (1, 2, None):
@@ -265,6 +281,33 @@ def test_layouts_compute_the_same(tmp_path, name, outtype):
         llama.close()
     assert (results[0] == results[1]).all()
     assert tiny.nmse(results[2], results[0]) < 1e-3
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("n_batch", [1, None])
+@pytest.mark.parametrize("name", ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"])
+def test_q3_nl_computes_what_its_weights_are(tmp_path, name, n_batch):
+    """Beside a sidecar that has the same weights in f32, read from the file by the tables of docs/format.md."""
+    original = tiny.converted(name, "f32", "q3_nl")
+    model = put(original, tmp_path, with_sidecar=False)
+    reader = gguf.GGUFReader(sidecar_of(original))
+    assert {t.tensor_type for t in reader.tensors if "fc2" in t.name} == {q3_nl.KIND}
+    floats = {}
+    for tensor in reader.tensors:
+        if ".ffn_pred_fc" in tensor.name:
+            rows = stored_rows(reader, tensor).reshape(int(tensor.shape[1]), -1)
+            is_q3_nl = tensor.tensor_type == q3_nl.KIND
+            values = q3_nl.matrix(rows) if is_q3_nl else gguf.dequantize(rows, tensor.tensor_type)
+            floats[tensor.name] = values.astype(np.float32)
+    edited(sidecar_of(original), sidecar_of(model), keys={VERSION: 1}, without=[LAYOUT, *floats], extra=floats)
+    results = []
+    for path in (original, model):
+        llama = tsconv.load(path, n_threads=1, type_k=F32, type_v=F32)
+        results.append(llama.token_logits(list(range(3, 80)), n_batch))
+        llama.close()
+    assert (
+        tiny.nmse(results[0], results[1]) < 1e-3
+    )  # of 17 bits an activation keeps 14: few logits near 0 fall otherwise
 
 
 def test_ordinary_llama_model(tmp_path):

@@ -34,6 +34,11 @@ def test_json_has_every_kernel(bench):
     found = {(r["pattern"], r["kernel"], r["isa"], r["type"], r["threads"], r["fraction"]) for r in results}
     assert len(found) == len(results)
     expected = set()
+    expected |= {("cached", kernel, "ref", "q3_nl", 1, 1.0) for kernel in ("panel", "panel4")}
+    for n in (1, 2):
+        expected |= {
+            ("in_order", kernel, isa, "q3_nl", n, 1.0) for kernel, isa in (("panel", "ref"), ("only read", None))
+        }
     for kind in TYPES:
         panels = ["panel", "panel4"] if kind.startswith("q") else []
         expected |= {("cached", kernel, "ref", kind, 1, 1.0) for kernel in ["dot", "dot4", "axpy", *panels]}
@@ -62,7 +67,7 @@ def test_markdown_has_the_tables(bench):
         (["--threads", "0"], "--threads: expected a whole number from 1 to 1024, found '0'"),
         (["--threads", "1,x"], "--threads: expected a whole number from 1 to 1024, found 'x'"),
         (["--rows", "200,300"], "--rows: expected one number, found '200,300'"),
-        (["--type", "q4_1"], "--type: expected some of f32,f16,bf16,q8_0,q4_0, found 'q4_1'"),
+        (["--type", "q4_1"], "--type: expected some of f32,f16,bf16,q8_0,q4_0,q3_nl, found 'q4_1'"),
         (["--cols", "100"], "--cols: expected a multiple of 32, found '100'"),
         (["--mib", "1"], "--mib: expected at least 224, one f32 matrix of 14336 rows of 4096 weights, found '1'"),
         (["--threads", "200"], "--threads: expected at most 143, a hundredth of the rows, found '200'"),

@@ -8,7 +8,8 @@ import pytest
 
 from tsconv.bench import suite
 from tsconv.bench.generate import PRESETS, Preset
-from tsconv.bench.suite import SPARE_BYTES, SUITES, Bytes, Item, layers_that_fit, run_suite
+from tsconv.bench.sizes import Bytes
+from tsconv.bench.suite import SPARE_BYTES, SUITES, Item, layers_that_fit, run_suite
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.bench.workload import Workload
 from tsconv.conversion import convert

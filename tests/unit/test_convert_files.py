@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import q3_nl
 from panels import LAYOUT, stored_rows
 from synthetic import SHAPES, as_float32, random_tensors, save, write_predictors
 
@@ -17,7 +18,7 @@ from tsconv import convert
 from tsconv.bench.synthetic import Shape
 from tsconv.checkpoint.config import read_config
 from tsconv.checkpoint.safetensors_reader import open_checkpoint
-from tsconv.export.gguf_header import read_header
+from tsconv.export.gguf_header import TensorEntry, read_header
 from tsconv.transform.quantize import TYPES
 
 ALL_TYPES = list(TYPES)
@@ -82,6 +83,23 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     return keys_of(reader), {tensor.name: tensor for tensor in reader.tensors}
 
 
+def other_kind(tensors: dict[str, Any], name: str) -> gguf.GGMLQuantizationType | None:
+    """The type of the fc2 of which `name` is the fc1."""
+    return tensors[name.replace("_fc1", "_fc2")][0].tensor_type if "ffn_pred_fc1" in name else None
+
+
+def check_balanced(stored: np.ndarray, kind: Any, expected: dict[str, np.ndarray], name: str) -> None:
+    """fc1 or fc2 of a predictor whose fc2 is q3_nl: with the scale taken back, near what it should be."""
+    fc1, fc2 = (expected[name.replace("fc1", fc).replace("fc2", fc)] for fc in ("fc1", "fc2"))
+    scale = q3_nl.scale(fc1, fc2)
+    if kind == q3_nl.KIND:
+        values, found = fc2 * scale, q3_nl.matrix(stored.reshape(len(fc2), -1))
+    else:
+        values, found = fc1 / scale[:, None], gguf.dequantize(stored.reshape(len(fc1), -1), kind)
+    assert found.shape == values.shape, name
+    assert np.square(found - values).sum() <= (0.05 if kind == q3_nl.KIND else 0.01) * np.square(values).sum(), name
+
+
 def check_tensors(result: Any, expected: dict[str, np.ndarray], outtype: str) -> None:
     """Every tensor is there, nothing else is, and its bytes are those of gguf-py's quantizers where it has them."""
     files = [gguf.GGUFReader(path) for path in (result.model, result.sidecar) if path is not None]
@@ -91,12 +109,16 @@ def check_tensors(result: Any, expected: dict[str, np.ndarray], outtype: str) ->
     for name, values in expected.items():
         tensor, file = tensors[name]
         declared = values.swapaxes(-1, -2).shape if "ffn_down" in name else values.shape
+        if tensor.tensor_type == q3_nl.KIND:
+            declared = (len(values), q3_nl.row_bytes(values.shape[1]))
         assert tuple(reversed(tensor.shape.tolist())) == declared, name
         stored = stored_rows(file, tensor)
         kind = tensor.tensor_type
         if values.ndim == 1 or "ffn_gate_inp" in name or outtype == "f32":
             assert kind == gguf.GGMLQuantizationType.F32, name
-        if kind.name.endswith("_K"):
+        if q3_nl.KIND in (kind, other_kind(tensors, name)):
+            check_balanced(stored, kind, expected, name)
+        elif kind.name.endswith("_K"):
             rows = stored.reshape(-1, values.shape[-1] // 256 * gguf.GGML_QUANT_SIZES[kind][1])
             error = gguf.dequantize(rows, kind).reshape(values.shape) - values
             assert np.square(error).sum() <= 1e-2 * np.square(values).sum(), name
@@ -201,7 +223,7 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "llama.block_count": 2,
         "llama.embedding_length": 64,
         "llama.feed_forward_length": 96,
-        "turbosparse.format_version": 2,
+        "turbosparse.format_version": 3,
         "turbosparse.neuron_order": "checkpoint",
         "turbosparse.pair_id": model["turbosparse.pair_id"],
         "turbosparse.predictor.layout": "panels16",
@@ -278,6 +300,12 @@ def test_defaults_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (result.model.stat().st_size, result.sidecar.stat().st_size) == (result.model_bytes, result.sidecar_bytes)
 
 
+def weights_shape(tensor: TensorEntry) -> tuple[int, ...]:
+    """Shape of the weights, not of the bytes of q3_nl."""
+    n, *rows = tensor.shape
+    return ((n - 2) // 13 * 32 if tensor.kind == q3_nl.KIND else n, *rows)
+
+
 def test_dry_run_writes_nothing_and_says_what_a_run_does(tmp_path: Path) -> None:
     shape = SHAPES["mixtral"]
     directory = save(tmp_path / "c", shape, random_tensors(shape))
@@ -288,7 +316,8 @@ def test_dry_run_writes_nothing_and_says_what_a_run_does(tmp_path: Path) -> None
     assert plan.tensors == result.tensors
     for label, path in (("model", result.model), ("sidecar", result.sidecar)):
         planned = {t.name: (tuple(reversed(t.shape)), t.bytes) for t in plan.tensors if t.file == label}
-        assert planned == {t.name: (t.shape, t.n_bytes) for t in read_header(path).tensors}
+        written = {t.name: (weights_shape(t), t.n_bytes) for t in read_header(path).tensors}
+        assert planned == written
 
 
 def test_two_conversions_do_not_pair(tmp_path: Path) -> None:

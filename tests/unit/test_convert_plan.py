@@ -6,7 +6,8 @@ import pytest
 
 from tsconv.arch.family import Output
 from tsconv.errors import TsconvError
-from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_type
+from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_predictor_type, parse_type
+from tsconv.transform.quantize import type_name
 
 
 def output(name: str, *shape: int, op: str = "copy") -> Output:
@@ -29,17 +30,20 @@ def types(
     outputs: list[Output], outtype: str, predictor: str | None = None, overrides: tuple[str, ...] = ()
 ) -> list[str]:
     choices = choose_types(
-        outputs, parse_type(outtype), parse_type(predictor) if predictor else None, map(parse_override, overrides)
+        outputs,
+        parse_type(outtype),
+        parse_predictor_type(predictor) if predictor else None,
+        map(parse_override, overrides),
     )
-    return [choice.kind.name.lower() for choice in choices]
+    return [type_name(choice.kind).lower() for choice in choices]
 
 
 @pytest.mark.parametrize(
     ("outtype", "expected"),
     [
-        ("q4_0", "q4_0 q6_k f32 f32 q4_0 q4_0 q4_0 q4_0 f32"),
+        ("q4_0", "q4_0 q6_k f32 f32 q4_0 q4_0 q4_0 q3_nl f32"),
         ("q8_0", "q8_0 q8_0 f32 f32 q8_0 q8_0 q8_0 q8_0 f32"),
-        ("q4_K", "q4_k q6_k f32 f32 q4_k q4_k q4_0 q4_0 f32"),
+        ("q4_K", "q4_k q6_k f32 f32 q4_k q4_k q4_0 q3_nl f32"),
         ("q5_0", "q5_0 q6_k f32 f32 q5_0 q5_0 q8_0 q8_0 f32"),
         ("bf16", "bf16 bf16 f32 f32 bf16 bf16 bf16 bf16 f32"),
         ("f32", "f32 f32 f32 f32 f32 f32 f32 f32 f32"),
@@ -56,6 +60,23 @@ def test_tied_embeddings_take_the_output_type() -> None:
 @pytest.mark.parametrize("predictor", ["f16", "f32", "q8_0"])
 def test_predictor_type(predictor: str) -> None:
     assert types([OUTPUT, FC1, FC2], "q4_0", predictor) == ["q6_k", predictor, predictor]
+
+
+@pytest.mark.parametrize(
+    ("n_ff", "rank", "expected"),
+    [(512, 64, "q3_nl"), (512, 48, "f16"), (520, 64, "q4_0"), (512, (1 << 17) + 32, "q4_0")],
+)
+def test_q3_nl_where_it_fits(n_ff: int, rank: int, expected: str) -> None:
+    """Whole panels, whole blocks, and no more columns than the runtime sums; fc1 is q4_0."""
+    fc1, fc2 = output("blk.0.ffn_pred_fc1.weight", rank, 256), output("blk.0.ffn_pred_fc2.weight", n_ff, rank)
+    assert types([OUTPUT, fc1, fc2], "f16", "Q3_NL") == ["f16", "q4_0", expected]
+
+
+def test_q3_nl_is_for_predictors() -> None:
+    with pytest.raises(TsconvError, match=r"unknown type 'q3_nl'"):
+        parse_type("q3_nl")
+    with pytest.raises(TsconvError, match=r"unknown predictor type 'q3_k'.*q3_nl"):
+        parse_predictor_type("q3_k")
 
 
 def test_overrides_win_and_the_first_of_them_counts() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import q3_nl
 from gguf import GGMLQuantizationType as T
 from panels import naive_rows
 
 from tsconv.transform.panels import PANEL_TYPES, from_panels, to_panels
 
 N_ROWS = [1, 15, 16, 17, 100]
-BLOCK_BYTES = {T.Q4_0: 18, T.Q8_0: 34}
+BLOCK_BYTES = {T.Q4_0: 18, T.Q8_0: 34, q3_nl.KIND: 13}
 
 
 def random_rows(n_rows: int, n_blocks: int, kind: T) -> np.ndarray:
-    shape = (n_rows, n_blocks * BLOCK_BYTES[kind])
+    shape = (n_rows, n_blocks * BLOCK_BYTES[kind] + 2 * (kind == q3_nl.KIND))
     return np.random.default_rng(n_rows * n_blocks).integers(0, 256, shape, np.uint8)
 
 

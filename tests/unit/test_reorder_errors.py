@@ -127,7 +127,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: [replace(path, without=[FINGERPRINT]) for path in (m, sidecar_of(m))],
         f"bad {FINGERPRINT}: expected 64 lower-case hex digits, found nothing; convert the checkpoint again",
     ),
-    "version": (lambda m: replace(m, keys={VERSION: 3}), f"bad {VERSION}: expected 1 or 2, found 3"),
+    "version": (lambda m: replace(m, keys={VERSION: 4}), f"bad {VERSION}: expected 1 or 2 or 3, found 4"),
     "FFN layout": (
         lambda m: replace(m, keys={FFN_LAYOUT: "columns"}),
         f"bad {FFN_LAYOUT}: expected 'rows' or 'bundles', found 'columns'",
@@ -172,8 +172,8 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "is the sidecar of another model than",
     ),
     "sidecar version": (
-        lambda m: replace(sidecar_of(m), keys={VERSION: 3}),
-        f"m.predictor.gguf: bad {VERSION}: expected 1 or 2, found 3",
+        lambda m: replace(sidecar_of(m), keys={VERSION: 4}),
+        f"m.predictor.gguf: bad {VERSION}: expected 1 or 2 or 3, found 4",
     ),
     "layout": (
         lambda m: replace(sidecar_of(m), keys={LAYOUT: "panels8"}),

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
-
 from tsconv.bench.activity import ActiveWeights
+from tsconv.bench.sizes import Bytes, predictor_types
 from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
 from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
-from tsconv.transform.plan import DEFAULTS, parse_type
 from tsconv.transform.quantize import type_name
 
-GENERATION = 3  # in the files' names: models of other weights are not taken for these
+GENERATION = 4  # in the files' names: models of other weights are not taken for these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +38,6 @@ PRESETS = {
     "turbosparse-mistral-7b": Preset(mistral_7b, 32, 0.10),
     "turbosparse-mixtral-47b": Preset(mixtral_47b, 32, 0.15),
 }
-
-
-def predictor_types(outtype: str, predictor_outtype: str | None) -> tuple[GGMLQuantizationType, GGMLQuantizationType]:
-    """The type asked for of the predictor's matrices, and convert's default beside `outtype`.
-
-    Raises:
-        TsconvError: a type is unknown.
-    """
-    default = DEFAULTS[parse_type(outtype)][1]
-    return default if predictor_outtype is None else parse_type(predictor_outtype), default
 
 
 def generated(
@@ -90,11 +78,12 @@ def generated(
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise OutputError(f"cannot keep generated models: {error.strerror}", where=folder) from None
-    if free < 2 * checkpoint_bytes:
+    needed = checkpoint_bytes + Bytes.of(shape, outtype, predictor_outtype).file
+    if free < needed:
         raise OutputError(
             "not enough room to generate the model",
             where=folder,
-            expected=f"{2 * checkpoint_bytes:,} bytes free",
+            expected=f"{needed:,} bytes free",
             found=f"{free:,}",
             fix="free some, lower --layers, or set XDG_CACHE_HOME",
         )

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-from tsconv.bench.compare import DENSE_DRELU, ENGINES, NOREPACK, STOCK, Row, compare
-from tsconv.bench.generate import PRESETS, generated, predictor_types
-from tsconv.bench.synthetic import Shape, tensor_shapes
+from tsconv.bench.compare import Row, compare
+from tsconv.bench.generate import PRESETS, generated
+from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.runtime.limits import available_memory
-from tsconv.transform.plan import DEFAULTS, parse_type
 
 # KV caches and compute buffers of three engines, and this process while it measures memory.
 SPARE_BYTES = 3 << 30
@@ -53,7 +49,7 @@ def _item(
     return Item(preset, outtype, n_layer, tuple(map(parse_workload, tests.split())), until, predictor_outtype)
 
 
-# The predictor of f16 models is q4_0 here: it is read whole for every token, and q4_0 takes 0.28 of the bytes
+# The predictor of f16 models is q3_nl here: it is read whole for every token, and q3_nl takes 0.22 of the bytes
 # (docs/measurements.md has what that costs in accuracy, and the speed with q8_0).
 #
 # Two cores that read 20 GB/s generate the models of the full one in about 65, 50 and 75 s; a turn of each takes 100, 50
@@ -61,56 +57,15 @@ def _item(
 SUITES = {
     "full": (
         _item("turbosparse-mistral-7b", "q4_0", 32, "tg128 pp512 pp32 tg16x2 tg16x4 tg16x8", 360),
-        _item("turbosparse-mistral-7b", "f16", 20, "tg32 pp128 pp32 tg16x4", 490, "q4_0"),
-        _item("turbosparse-mixtral-47b", "q4_0", 6, "tg64 pp256 pp32 tg16x4", 590),
+        _item("turbosparse-mistral-7b", "f16", 20, "tg32 pp128 pp32 tg16x4", 490, "q3_nl"),
+        _item("turbosparse-mixtral-47b", "q4_0", 10, "tg64 pp256 pp32 tg16x4", 590),
     ),
     "quick": (
         _item("turbosparse-mistral-7b", "q4_0", 4, "tg64 pp256 tg16x4", 45),
-        _item("turbosparse-mistral-7b", "f16", 4, "tg32 pp64", 80, "q4_0"),
+        _item("turbosparse-mistral-7b", "f16", 4, "tg32 pp64", 80, "q3_nl"),
         _item("turbosparse-mixtral-47b", "q4_0", 2, "tg64 tg16x4", 110),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Of a converted model: gate, up and down; all other tensors of its file; the predictors of the other file."""
-
-    ffn: int
-    other: int
-    predictor: int
-
-    @classmethod
-    def of(cls, shape: Shape, outtype: str, predictor_outtype: str | None = None) -> Bytes:
-        kind = parse_type(outtype)
-        output = DEFAULTS[kind][0]
-        predictor = predictor_types(outtype, predictor_outtype)[0]
-        bytes_ = {"ffn": 0, "other": 0, "predictor": 0}
-        for name, dims in tensor_shapes(shape).items():
-            is_ffn = ".mlp." in name or ".experts." in name
-            part = "predictor" if ".predictor." in name else "ffn" if is_ffn else "other"
-            stored = predictor if part == "predictor" else output if name == "lm_head.weight" else kind
-            is_fixed = len(dims) == 1 or name.endswith("block_sparse_moe.gate.weight")
-            bytes_[part] += _stored(GGMLQuantizationType.F32 if is_fixed else stored, prod(dims))
-        return cls(**bytes_)
-
-    @property
-    def file(self) -> int:
-        """Of both files."""
-        return self.ffn + self.other + self.predictor
-
-    def resident(self, baselines: Sequence[str]) -> int:
-        """What all engines together keep in memory. Ours map the FFNs and predictors, and llama.cpp keeps its own copy
-        of the rest, rearranged for this processor; the stock engine keeps such a copy of everything. Without
-        rearranged weights both engines map the files."""
-        ours = self.ffn + self.predictor + self.other * len({ENGINES[baseline] for baseline in baselines})
-        copies = {STOCK: self.ffn + self.other, DENSE_DRELU: self.other, NOREPACK: 0}
-        return ours + sum(copies[baseline] for baseline in baselines)
-
-
-def _stored(kind: GGMLQuantizationType, n: int) -> int:
-    block, n_bytes = GGML_QUANT_SIZES[kind]
-    return n // block * n_bytes
 
 
 def layers_that_fit(item: Item, baselines: Sequence[str], available: int) -> int:

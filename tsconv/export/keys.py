@@ -88,10 +88,11 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
         writer.add_uint32("llama.expert_count", config.n_expert)
 
 
-def _add_layout(writer: gguf.GGUFWriter, key: layouts.LayoutKey, is_other: bool) -> None:
-    """The format version, and the layout where it is not rows: without, older readers may have the file."""
-    writer.add_uint32("turbosparse.format_version", layouts.LAYOUT_VERSION if is_other else layouts.PLAIN_VERSION)
-    if is_other:
+def _add_layout(writer: gguf.GGUFWriter, key: layouts.LayoutKey, version: int) -> None:
+    """The format version, and from version 2 on the layout, which is not rows: the lowest version that will do, so that
+    older readers may have the file."""
+    writer.add_uint32("turbosparse.format_version", version)
+    if version >= layouts.LAYOUT_VERSION:
         writer.add_string(key.key, key.other)
 
 
@@ -100,7 +101,7 @@ def add_model(
 ) -> None:
     """Keys of the model file: what llama.cpp's llama architecture reads (src/models/llama.cpp), and ours."""
     writer.add_type("model")
-    _add_layout(writer, layouts.FFN, in_bundles)
+    _add_layout(writer, layouts.FFN, layouts.LAYOUT_VERSION if in_bundles else layouts.PLAIN_VERSION)
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("llama.vocab_size", config.n_vocab)
@@ -120,17 +121,15 @@ def add_model(
         writer.add_uint32("turbosparse.source.sliding_window", config.sliding_window)
 
 
-def add_sidecar(
-    writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ranks: list[int], in_panels: bool
-) -> None:
+def add_sidecar(writer: gguf.GGUFWriter, family: Family, kind: PredictorKind, ranks: list[int], version: int) -> None:
     """Keys of the sidecar. Thresholds are 0: others are refused while reading.
 
     Args:
         ranks: one entry per layer.
-        in_panels: whether any matrix is.
+        version: of `layouts`; from LAYOUT_VERSION on matrices are in panels.
     """
     writer.add_type("predictor")
-    _add_layout(writer, layouts.PREDICTOR, in_panels)
+    _add_layout(writer, layouts.PREDICTOR, version)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("turbosparse.predictor.input", family.predictor_input)
     writer.add_array("turbosparse.predictor.rank", ranks)

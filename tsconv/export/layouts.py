@@ -8,8 +8,9 @@ from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import Header
 
 ROWS = "rows"
-PLAIN_VERSION, LAYOUT_VERSION = 1, 2  # format version of a file without a layout key and with it
-VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION)
+# Format versions: without a layout key, with it, and with a matrix of q3_nl (sidecars).
+PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION = 1, 2, 3
+VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LayoutKey:
         """ROWS or the other one, of a file whose version is one of VERSIONS.
 
         Raises:
-            ModelFileError: the key is unknown, missing from version 2, or there in version 1.
+            ModelFileError: the key is unknown, missing from version 2 on, or there in version 1.
         """
         layout = header.keys.get(self.key)
         if header.keys.get("turbosparse.format_version") == PLAIN_VERSION:

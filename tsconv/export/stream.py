@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,16 +24,36 @@ from tsconv.arch.match import Matched
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
 from tsconv.export.writer import StreamedFile
+from tsconv.transform import q3_nl
 from tsconv.transform.bundles import to_bundles
 from tsconv.transform.layout import columns_as_rows, reciprocal
 from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.panels import panel_step, to_panels
 from tsconv.transform.plan import takes_panels
-from tsconv.transform.quantize import BadWeightError, float32, quantize_rows, row_bytes
+from tsconv.transform.quantize import BadWeightError, check_weights, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
 
 SLAB_BYTES = 16 << 20  # of input; large enough for sequential disk reads, small beside the memory of any machine
 QUEUED = 2  # slabs waiting beyond one per worker
+
+
+class Predictor:
+    """fc1 and fc2, where fc2 is q3_nl: both are written balanced."""
+
+    def __init__(self, fc1: Matched, fc2: Matched) -> None:
+        self._matrices = fc1, fc2
+        self._balances: dict[int, q3_nl.Balance] = {}
+        self._lock = threading.Lock()
+
+    def balance(self, i: int) -> q3_nl.Balance:
+        """Of source `i`; both matrices are read on the first call."""
+        with self._lock:
+            if i not in self._balances:
+                sources = (matched.sources[i] for matched in self._matrices)
+                self._balances[i] = q3_nl.balance(
+                    *(float32(source.read_rows(0, source.shape[0])) for source in sources)
+                )
+            return self._balances[i]
 
 
 @dataclass(frozen=True)
@@ -40,12 +61,13 @@ class Job:
     """One tensor to write: what it is made of and the type it takes.
 
     `order` is [sources, rows]: stored row i of a source is the row order[source, i] that a conversion without it has
-    there. None: all rows where they are.
+    there. None: all rows where they are. `predictor` is what this matrix is one of, if that is to be balanced.
     """
 
     matched: Matched
     kind: GGMLQuantizationType
     order: Order | None = None
+    predictor: Predictor | None = None
 
     @property
     def output(self) -> Output:
@@ -54,6 +76,12 @@ class Job:
     @property
     def in_panels(self) -> bool:
         return takes_panels(self.output.name, self.kind)
+
+    @property
+    def declared_shape(self) -> tuple[int, ...]:
+        """As a GGUF file has it, slowest dimension first: rows of bytes for a type that ggml does not have."""
+        shape = self.output.shape
+        return (*shape[:-1], row_bytes(self.kind, shape[-1])) if self.kind == q3_nl.KIND else shape
 
     @property
     def input_bytes(self) -> int:
@@ -179,7 +207,7 @@ def _make_bundles(
 ) -> np.ndarray:
     """Bundles of the neurons in `span`: uint8 [stop - start, 3 * bytes per row]."""
     return to_bundles(
-        [_make(job, source, whole, 0, span) for job, source, whole in zip(parts, sources, wholes, strict=True)]
+        [_make(job, source, whole, None, 0, span) for job, source, whole in zip(parts, sources, wholes, strict=True)]
     )
 
 
@@ -194,17 +222,25 @@ def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iter
         elif job.in_panels:
             step = panel_step(step)
         whole = _whole(job, source)
+        balance = functools.partial(job.predictor.balance, i) if job.predictor is not None else None
         put = write
         if job.order is not None:
             write_rows = functools.partial(_write_panels, job.kind, write) if job.in_panels else write
             put = _Scatter(inverse(job.order[i]), write_rows)
         for start in range(0, output.n_rows, step):
             stop = min(start + step, output.n_rows)
-            make = functools.partial(_make, job, source, whole, head_dim, (start, stop))
+            make = functools.partial(_make, job, source, whole, balance, head_dim, (start, stop))
             yield _Slab((stop - start) * bytes_per_row, make, put)
 
 
-def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: int, span: tuple[int, int]) -> np.ndarray:
+def _make(
+    job: Job,
+    source: SourceTensor,
+    whole: np.ndarray | None,
+    balance: Callable[[], q3_nl.Balance] | None,
+    head_dim: int,
+    span: tuple[int, int],
+) -> np.ndarray:
     """Stored rows [start, stop) of `span` that `source` contributes, quantized: uint8 [stop - start, bytes per row].
 
     They are in panels when that is their layout and they stay where they are.
@@ -215,9 +251,24 @@ def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: in
     elif job.output.op == "reciprocal":
         rows = reciprocal(float32(rows))
     try:
-        quantized = quantize_rows(rows, job.kind)
+        quantized = (
+            quantize_rows(rows, job.kind) if balance is None else _quantize_balanced(job.kind, rows, balance(), span)
+        )
     except BadWeightError as error:
         raise CheckpointError(
             str(error), where=source.where, fix="the checkpoint is damaged: download it again"
         ) from None
     return to_panels(quantized, job.kind) if job.in_panels and job.order is None else quantized
+
+
+def _quantize_balanced(
+    kind: GGMLQuantizationType, raw: np.ndarray, balance: q3_nl.Balance, span: tuple[int, int]
+) -> np.ndarray:
+    """Rows `span` of a predictor's fc1 or, in q3_nl, its fc2."""
+    check_weights(raw, kind)
+    rows = float32(raw)
+    if kind == q3_nl.KIND:
+        rows *= balance.scale
+        return q3_nl.quantize(rows, balance.importance)
+    rows /= balance.scale[slice(*span), None]
+    return quantize_rows(rows, kind)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tsconv.errors import ModelFileError
 from tsconv.export import layouts, order
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
 from tsconv.export.keys import ARCHITECTURE, FINGERPRINT
+from tsconv.transform import q3_nl
 from tsconv.transform.quantize import type_name
 
 SIDECAR_SUFFIX = ".predictor.gguf"
@@ -196,7 +198,13 @@ def _parts(tensors: list[TensorEntry]) -> list[Group]:
 
 def _group(name: str, tensors: Iterable[TensorEntry]) -> Group:
     members = list(tensors)
-    return Group(name, len(members), sum(t.n_weights for t in members), sum(t.n_bytes for t in members))
+    return Group(name, len(members), sum(map(_n_weights, members)), sum(t.n_bytes for t in members))
+
+
+def _n_weights(tensor: TensorEntry) -> int:
+    if tensor.kind == q3_nl.KIND:
+        return q3_nl.n_weights(tensor.shape[0]) * prod(tensor.shape[1:])
+    return tensor.n_weights
 
 
 def _partner(header: Header) -> Partner | None:

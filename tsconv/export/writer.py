@@ -131,6 +131,9 @@ class StreamedFile:
         with _reported(self.part):
             self._flush()
             os.fsync(self._file.fileno())
+            # What is written while the input fills the page cache is kept in small pages (a third of a 7B model in huge
+            # ones, and its FFNs 6 % slower). The first load reads it again, in huge pages (native: mapping.c).
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._file.close()
         return self._written
 

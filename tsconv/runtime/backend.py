@@ -157,6 +157,10 @@ class Backend:
                 ctypes.c_bool,
             ),
             "tsffn_measure_compute": ([ctypes.c_int, ctypes.c_double, double_out], ctypes.c_bool),
+            "tsffn_quantize_q3_nl": (
+                [handle, ctypes.c_int64, ctypes.c_int64, handle, handle, handle],
+                ctypes.c_bool,
+            ),
             "tsffn_isa_name": ([], text),
             "tsffn_ggml_version": ([], text),
         }
@@ -207,6 +211,31 @@ class Backend:
         seconds (at most 60); None when OpenMP grants fewer threads."""
         rate = ctypes.c_double()
         return rate.value if self._lib.tsffn_measure_compute(n_threads, seconds, rate) else None
+
+    def quantize_q3_nl(
+        self,
+        rows: npt.NDArray[np.float32],
+        importance: npt.NDArray[np.float32],
+        units: npt.NDArray[np.float16],
+        out: npt.NDArray[np.uint8],
+    ) -> None:
+        """Rounds `rows` [n, r] to q3_nl; tsconv.transform.q3_nl says what the arguments are. The GIL is released.
+
+        Args:
+            importance: [r].
+            units: [n].
+            out: [n, bytes of a row], written.
+
+        Raises:
+            BackendError: out of memory.
+        """
+        arrays = (rows, importance, units, out)
+        dtypes = (np.float32, np.float32, np.float16, np.uint8)
+        assert all(a.dtype == dtype and a.flags.c_contiguous for a, dtype in zip(arrays, dtypes, strict=True))
+        assert importance.shape == rows.shape[1:] and len(units) == len(out) == len(rows)
+        quantize = self._lib.tsffn_quantize_q3_nl
+        if not quantize(rows.ctypes.data, *rows.shape, importance.ctypes.data, units.ctypes.data, out.ctypes.data):
+            raise BackendError("no memory to quantize a row")
 
     def open_model(self, path: Path, sidecar: Path | None, sparsity: str | None) -> NativeModel:
         """Opens and checks a model and its sidecar (docs/format.md).

@@ -1,4 +1,4 @@
-"""Panels: rows of the predictor's q4_0 and q8_0 matrices, interleaved by 16 (docs/format.md).
+"""Panels: rows of the predictor's q4_0, q8_0 and q3_nl matrices, interleaved by 16 (docs/format.md).
 
 Every row of them is multiplied for every token, and a panel lets one vector instruction serve 16 rows. Only bytes move:
 both directions are exact. Pure functions of arrays.
@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from tsconv.transform import q3_nl
+
 PANEL_ROWS = 16
-PANEL_TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0)
+PANEL_TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, q3_nl.KIND)
 
 Rows = npt.NDArray[np.uint8]
 
@@ -34,9 +36,15 @@ def to_panels(rows: Rows, kind: GGMLQuantizationType) -> Rows:
     """
     whole = len(rows) // PANEL_ROWS * PANEL_ROWS
     out = np.empty_like(rows)
-    plain, panels = _plain(rows[:whole], kind), _panels(out[:whole], kind)
-    panels["d"] = plain["d"].transpose(0, 2, 1)
-    panels["q"] = plain["q"].transpose(0, 2, 3, 1)
+    if kind == q3_nl.KIND:
+        plain, panels = _plain_q3_nl(rows[:whole]), _panels_q3_nl(out[:whole])
+        panels["d"] = plain["d"]
+        panels["blocks"]["scales"] = plain["blocks"]["scales"].transpose(0, 2, 1)
+        panels["blocks"]["q"] = plain["blocks"]["q"].transpose(0, 2, 3, 1)
+    else:
+        plain, panels = _plain(rows[:whole], kind), _panels(out[:whole], kind)
+        panels["d"] = plain["d"].transpose(0, 2, 1)
+        panels["q"] = plain["q"].transpose(0, 2, 3, 1)
     out[whole:] = rows[whole:]
     return out
 
@@ -45,9 +53,15 @@ def from_panels(stored: Rows, kind: GGMLQuantizationType) -> Rows:
     """The plain rows that `to_panels` was given: uint8 [n_rows, row_bytes], as `stored`, and in pieces likewise."""
     whole = len(stored) // PANEL_ROWS * PANEL_ROWS
     out = np.empty_like(stored)
-    plain, panels = _plain(out[:whole], kind), _panels(stored[:whole], kind)
-    plain["d"] = panels["d"].transpose(0, 2, 1)
-    plain["q"] = panels["q"].transpose(0, 3, 1, 2)
+    if kind == q3_nl.KIND:
+        plain, panels = _plain_q3_nl(out[:whole]), _panels_q3_nl(stored[:whole])
+        plain["d"] = panels["d"]
+        plain["blocks"]["scales"] = panels["blocks"]["scales"].transpose(0, 2, 1)
+        plain["blocks"]["q"] = panels["blocks"]["q"].transpose(0, 3, 1, 2)
+    else:
+        plain, panels = _plain(out[:whole], kind), _panels(stored[:whole], kind)
+        plain["d"] = panels["d"].transpose(0, 2, 1)
+        plain["q"] = panels["q"].transpose(0, 3, 1, 2)
     out[whole:] = stored[whole:]
     return out
 
@@ -67,3 +81,21 @@ def _panels(stored: Rows, kind: GGMLQuantizationType) -> np.ndarray:
     """Blocks {d[16], q[G][16]} of panels: [panel, block]."""
     blocks = np.dtype([("d", "<u2", (PANEL_ROWS,)), ("q", "<u4", (_words(kind), PANEL_ROWS))])
     return stored.reshape(-1, stored.shape[1] * PANEL_ROWS).view(blocks)
+
+
+def _blocks_q3_nl(row_bytes: int, rows: tuple[int, ...]) -> np.dtype:
+    """{d, blocks {scales, q[3]}} of rows of `row_bytes` bytes, each field for `rows` of them."""
+    block = np.dtype([("scales", "u1", rows), ("q", "<u4", (3, *rows))])
+    n_blocks = (row_bytes - q3_nl.HEADER_BYTES) // q3_nl.BLOCK_BYTES
+    return np.dtype([("d", "<u2", rows), ("blocks", block, (n_blocks,))])
+
+
+def _plain_q3_nl(rows: Rows) -> np.ndarray:
+    """Plain rows: [panel, row]."""
+    return rows.view(_blocks_q3_nl(rows.shape[1], ())).reshape(-1, PANEL_ROWS)
+
+
+def _panels_q3_nl(stored: Rows) -> np.ndarray:
+    """Panels: [panel]."""
+    n_bytes = stored.shape[1]
+    return stored.reshape(-1, n_bytes * PANEL_ROWS).view(_blocks_q3_nl(n_bytes, (PANEL_ROWS,)))[:, 0]

@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType
 
 from tsconv.arch.family import Output
 from tsconv.errors import TsconvError
-from tsconv.transform.panels import PANEL_TYPES
+from tsconv.transform import q3_nl
+from tsconv.transform.panels import PANEL_ROWS, PANEL_TYPES
 from tsconv.transform.quantize import TYPES, block_size, type_name
 
 T = GGMLQuantizationType
@@ -21,23 +22,24 @@ T = GGMLQuantizationType
 # take q6_K, as llama.cpp's do, so that the two compare like with like: at 32000 x 4096 it is 107 MB where q8_0 is 139,
 # and ggml's q6_K product took 9.6 ms where q8_0's took 12.7 (2 cores, Sapphire-Rapids class, weights not in cache).
 # The predictor is read whole for every token, so its bytes weigh as much as those of the neurons it saves; only the
-# sign of its output counts, and four bits keep that: perplexity stays (docs/measurements.md).
+# sign of its output counts, and three bits for fc2 and four for fc1 keep that: perplexity stays (docs/measurements.md).
 DEFAULTS = {
     T.F32: (T.F32, T.F32),
     T.F16: (T.F16, T.F16),
     T.BF16: (T.BF16, T.BF16),
     T.Q8_0: (T.Q8_0, T.Q8_0),
-    T.Q4_0: (T.Q6_K, T.Q4_0),
-    T.Q4_1: (T.Q6_K, T.Q4_0),
+    T.Q4_0: (T.Q6_K, q3_nl.KIND),
+    T.Q4_1: (T.Q6_K, q3_nl.KIND),
     T.Q5_0: (T.Q6_K, T.Q8_0),
     T.Q5_1: (T.Q6_K, T.Q8_0),
-    T.Q4_K: (T.Q6_K, T.Q4_0),
+    T.Q4_K: (T.Q6_K, q3_nl.KIND),
     T.Q5_K: (T.Q6_K, T.Q8_0),
     T.Q6_K: (T.Q6_K, T.Q8_0),
 }
 
 ROUTER = re.compile(r"\.ffn_gate_inp\.weight$")
 PREDICTOR = re.compile(r"\.ffn_pred_fc[12]\.")
+FC1, FC2 = ".ffn_pred_fc1.", ".ffn_pred_fc2."  # in the names of the two matrices
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,23 @@ def parse_type(text: str) -> GGMLQuantizationType:
     raise TsconvError(f"unknown type {text!r}", expected=f"one of {', '.join(TYPES)}")
 
 
+def parse_predictor_type(text: str) -> GGMLQuantizationType:
+    """As `parse_type`; 'q3_nl' as well."""
+    if text.strip().lower() == q3_nl.NAME:
+        return q3_nl.KIND
+    try:
+        return parse_type(text)
+    except TsconvError as error:
+        raise TsconvError(
+            f"unknown predictor type {text!r}", expected=f"one of {', '.join(TYPES)}, {q3_nl.NAME}"
+        ) from error
+
+
+def predictor_matrix_type(kind: GGMLQuantizationType, is_fc2: bool) -> GGMLQuantizationType:
+    """The type of a matrix of a predictor of type `kind`: q3_nl is for fc2 only, and fc1 q4_0 beside it."""
+    return T.Q4_0 if kind == q3_nl.KIND and not is_fc2 else kind
+
+
 def parse_override(text: str) -> Override:
     """'REGEX=TYPE' -> Override. Raises TsconvError for a missing '=', a bad expression or an unknown type."""
     pattern, separator, kind = text.rpartition("=")
@@ -89,9 +108,12 @@ def takes_panels(name: str, kind: GGMLQuantizationType) -> bool:
 def fitting(kind: GGMLQuantizationType, output: Output) -> GGMLQuantizationType:
     """`kind` if its blocks divide the rows of `output`, else q8_0 (blocks of 32), else f16.
 
-    A neuron-major tensor must fit both ways: its blocks run along n_embd, but the declared rows are n_ff long.
+    A neuron-major tensor must fit both ways: its blocks run along n_embd, but the declared rows are n_ff long. q3_nl is
+    for whole panels only, q4_0 of as long blocks where they are not.
     """
     lengths = {output.shape[-1], output.row_length}
+    if kind == q3_nl.KIND and (output.n_rows % PANEL_ROWS or output.row_length > q3_nl.MAX_COLUMNS):
+        kind = T.Q4_0
     for candidate in (kind, T.Q8_0):
         if all(length % block_size(candidate) == 0 for length in lengths):
             return candidate
@@ -125,7 +147,8 @@ def choose_types(
             wanted = matching[0].kind
         elif PREDICTOR.search(output.name):
             # Not `or`: F32 is 0.
-            wanted = predictor_outtype if predictor_outtype is not None else (default := predictor_type)
+            of_all = predictor_outtype if predictor_outtype is not None else (default := predictor_type)
+            wanted = predictor_matrix_type(of_all, FC2 in output.name)
         elif output.name == "output.weight" or (tied and output.name == "token_embd.weight"):
             wanted = default = output_type
         else:

@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tsconv.errors import BackendError
+from tsconv.transform import q3_nl
 
 # Types that ggml_quantize_chunk makes without an importance matrix and that the runtime has kernels for.
 TYPES = {
@@ -54,17 +55,19 @@ class BadWeightError(ValueError):
 
 
 def type_name(kind: GGMLQuantizationType) -> str:
-    """Name as the command line spells it: q4_0, q4_K, f16."""
-    return kind.name.lower().replace("_k", "_K")
+    """Name as the command line spells it: q4_0, q4_K, f16, q3_nl."""
+    return q3_nl.NAME if kind == q3_nl.KIND else kind.name.lower().replace("_k", "_K")
 
 
 def block_size(kind: GGMLQuantizationType) -> int:
     """Weights per block; a row must be a multiple of it."""
-    return GGML_QUANT_SIZES[kind][0]
+    return q3_nl.BLOCK if kind == q3_nl.KIND else GGML_QUANT_SIZES[kind][0]
 
 
 def row_bytes(kind: GGMLQuantizationType, n: int) -> int:
     """Bytes of a row of `n` weights, a multiple of the block size."""
+    if kind == q3_nl.KIND:
+        return q3_nl.row_bytes(n)
     block, size = GGML_QUANT_SIZES[kind]
     return n // block * size
 
@@ -130,8 +133,19 @@ def largest(raw: np.ndarray) -> float:
     return float(np.array(bits, unsigned).view(raw.dtype))
 
 
+def check_weights(raw: np.ndarray, kind: GGMLQuantizationType) -> None:
+    """Refuses raw weights that `kind` cannot hold.
+
+    Raises:
+        BadWeightError: NaN or infinity among the weights, or a magnitude that the type's f16 scales cannot hold.
+    """
+    limit = np.finfo(np.float32).max if kind in UNBOUNDED else F16_MAX
+    if raw.size and not largest(raw) <= limit:
+        raise _bad_weight(raw, kind, limit)
+
+
 def quantize_rows(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Rows of weights as rows of a ggml type.
+    """Rows of weights as rows of a ggml type (q3_nl: tsconv.transform.q3_nl).
 
     Args:
         raw: contiguous [rows, n] float32, float16, or bf16 as uint16; n a multiple of the type's block.
@@ -140,12 +154,10 @@ def quantize_rows(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
         uint8 [rows, row_bytes(kind, n)].
 
     Raises:
-        BadWeightError: NaN or infinity among the weights, or a magnitude that the type's f16 scales cannot hold.
+        BadWeightError: as `check_weights`.
     """
     rows, n = raw.shape
-    limit = np.finfo(np.float32).max if kind in UNBOUNDED else F16_MAX
-    if raw.size and not largest(raw) <= limit:
-        raise _bad_weight(raw, kind, limit)
+    check_weights(raw, kind)
     out = np.empty((rows, row_bytes(kind, n)), np.uint8)
     if kind == GGMLQuantizationType.F32:
         to_float32(raw, out.view(np.float32))

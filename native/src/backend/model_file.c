@@ -58,7 +58,7 @@ bool tsffn_read_layout(const struct tsffn_gguf * file, const char * key, const c
     if (version == 1) {
         return gguf_find_key(file->ctx, key) < 0 ||
                tsffn_fail(file->error, file->error_size,
-                          "%s: key %s: expected in format version 2 only, found in version 1; convert again",
+                          "%s: key %s: expected from format version 2 on, found in version 1; convert again",
                           file->path, key);
     }
     if (!tsffn_gguf_string(file, key, &name)) {

@@ -9,9 +9,10 @@
 #include <pthread.h>
 
 // x_format: below 0 for own kernels, the number of ggml's vec_dot_type for the others.
-enum { X_FORMAT_F32 = -1, X_FORMAT_I16 = -2 };
+enum { X_FORMAT_F32 = -1, X_FORMAT_I16 = -2, X_FORMAT_U14 = -3 };
 
 static struct tsffn_row_type row_types[GGML_TYPE_COUNT];
+static struct tsffn_row_type q3_nl;
 
 typedef const struct ggml_type_traits_cpu * (*traits_cpu_fn)(enum ggml_type);
 
@@ -91,6 +92,21 @@ static void describe(enum ggml_type type, traits_cpu_fn traits_cpu, const struct
     row->name = can_dot && can_axpy ? traits->type_name : NULL;
 }
 
+static void describe_q3_nl(const struct tsffn_kernels * kernels) {
+    q3_nl = (struct tsffn_row_type){
+        .name = "q3_nl",
+        .block_size = TSFFN_BLOCK_SIZE,
+        .block_bytes = TSFFN_Q3_NL_BYTES,
+        .row_header_bytes = TSFFN_Q3_NL_HEADER,
+        .x_format = X_FORMAT_U14,
+        .x_header_bytes = TSFFN_U14_HEADER,
+        .x_block_size = TSFFN_BLOCK_SIZE,
+        .x_block_bytes = TSFFN_U14_BLOCK_BYTES,
+        .convert_x = tsffn_convert_u14,
+        .own_panel = kernels->panel[TSFFN_FORMAT_Q3_NL],
+    };
+}
+
 static bool initialized;
 
 static void build_table(void) {
@@ -104,6 +120,7 @@ static void build_table(void) {
             describe((enum ggml_type)type, traits_cpu, kernels);
         }
     }
+    describe_q3_nl(kernels);
     initialized = true;
 }
 
@@ -115,4 +132,8 @@ bool tsffn_row_types_init(void) {
 
 const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type) {
     return (unsigned)type < GGML_TYPE_COUNT && row_types[type].name != NULL ? &row_types[type] : NULL;
+}
+
+const struct tsffn_row_type * tsffn_row_type_q3_nl(void) {
+    return &q3_nl;
 }

@@ -1,4 +1,5 @@
-// The row type (src/ffn/row_type.h) of each ggml type: own kernels where there are some, ggml's type traits otherwise.
+// The row type (src/ffn/row_type.h) of each ggml type: own kernels where there are some, ggml's type traits otherwise;
+// and that of Q3_NL.
 #ifndef TSFFN_ROW_TYPES_H
 #define TSFFN_ROW_TYPES_H
 
@@ -13,5 +14,8 @@ bool tsffn_row_types_init(void);
 
 // NULL for types that ggml-cpu cannot multiply with.
 const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type);
+
+// Q3_NL (src/cpu/panels.h), which is no ggml type and of panels only.
+const struct tsffn_row_type * tsffn_row_type_q3_nl(void);
 
 #endif

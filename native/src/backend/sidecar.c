@@ -117,6 +117,37 @@ static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model 
     return true;
 }
 
+// Second matrices of Q3_NL, which is no ggml type, are tensors of bytes.
+static bool is_q3_nl(const struct tsffn_gguf * file, const char * name) {
+    const int64_t id = gguf_find_tensor(file->ctx, name);
+    return id >= 0 && gguf_get_tensor_type(file->ctx, id) == GGML_TYPE_I8;
+}
+
+static bool map_q3_nl(const struct tsffn_gguf * file, const struct tsffn_model * model, const char * name,
+                      int64_t n_cols, int64_t n_rows, enum tsffn_layout layout, struct tsffn_matrix * matrix) {
+    if (layout != TSFFN_LAYOUT_PANELS || n_cols % TSFFN_BLOCK_SIZE != 0 || n_cols > TSFFN_Q3_NL_MAX_COLUMNS ||
+        n_rows % TSFFN_PANEL_ROWS != 0) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: %s: q3_nl needs panels16, a rank that is a multiple of %d up to %d and an n_ff that is "
+                          "a multiple of %d, found %s, %" PRId64 ", %" PRId64 "; convert again",
+                          file->path, name, TSFFN_BLOCK_SIZE, TSFFN_Q3_NL_MAX_COLUMNS, TSFFN_PANEL_ROWS,
+                          layout == TSFFN_LAYOUT_PANELS ? "panels16" : "rows", n_cols, n_rows);
+    }
+    const struct tsffn_row_type * type = tsffn_row_type_q3_nl();
+    struct tsffn_gguf_tensor tensor;
+    if (!tsffn_gguf_tensor(file, name, (int64_t)tsffn_row_bytes(type, n_cols), n_rows, 1, &tensor)) {
+        return false;
+    }
+    *matrix = (struct tsffn_matrix){
+        .type = type,
+        .data = (const uint8_t *)model->sidecar + tensor.offset,
+        .n_rows = n_rows,
+        .n_cols = n_cols,
+        .layout = layout,
+    };
+    return true;
+}
+
 static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     bool pre_norm;
     const void * ranks;
@@ -166,7 +197,8 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
                 return false;
             }
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc2%s.weight", layer, expert);
-            if (!map_matrix(file, model, name, rank, model->n_ff, layout, &predictor->fc2)) {
+            if (!(is_q3_nl(file, name) ? map_q3_nl : map_matrix)(file, model, name, rank, model->n_ff, layout,
+                                                                 &predictor->fc2)) {
                 return false;
             }
         }

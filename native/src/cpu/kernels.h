@@ -11,25 +11,34 @@
 //   Q8_0: f16 d; int8 q[32];            w_j = d * q_j                          34 bytes
 //   Q4_0: f16 d; uint8 q[16];           w_j = d * ((q_j & 15) - 8)   j < 16    18 bytes
 //                                       w_j = d * ((q_{j-16} >> 4) - 8)  j >= 16
+// and one that only panels know (panels.h), for a matrix whose every row is read, as the predictor's second is:
+//   Q3_NL: f16 d of a row; then for each 32 weights uint8 scales; uint8 q[3][4];                   13 bytes + 2 per row
 enum tsffn_format { // TSFFN_DEFINE_KERNELS lists kernels in this order
     TSFFN_FORMAT_F32,
     TSFFN_FORMAT_F16,
     TSFFN_FORMAT_BF16,
     TSFFN_FORMAT_Q8_0,
     TSFFN_FORMAT_Q4_0,
+    TSFFN_ROW_FORMAT_COUNT, // the formats above have row kernels
+    TSFFN_FORMAT_Q3_NL = TSFFN_ROW_FORMAT_COUNT,
     TSFFN_FORMAT_COUNT,
 };
 
-// Formats of the activations: f32 for the float formats, 16-bit integers for the block formats.
+// Formats of the activations: f32 for the float formats, 16-bit integers for the block formats, 14 bits for Q3_NL.
 //   I16: x_j = d * q_j, d = max |x| / 32639 of the whole vector, q = 256 hi + lo with signed bytes hi and lo:
 //        float d; 60 bytes of padding; int16 q[n]; int8 hi[n]; int8 lo[n]; int32 sums[n / 32], of q over each block;
 //        and for each 128 columns, taken as 4 blocks of 16 + 16, 256 bytes for dot products of Q4_0 with VNNI:
 //          int8 hi[4][16] of the first halves, of the second halves, int8 lo[4][16] likewise
 // Sixteen bits where ggml's dot products take eight (Q8_0): the error of x is 100 times smaller. One block is 32
 // products of at most 128 * 32639, which an int32 holds.
+//   U14: x_j = d * q_j, x_j >= 0, d = max x / 16383, q = 128 hi + lo with hi and lo from 0 to 127:
+//        float d; 60 bytes of padding; uint8 hi[n]; uint8 lo[n]
+// Of activations behind a ReLU no sign is kept; so they can be the unsigned factor of VPDPBUSD, the weights the signed
+// one, and 16 products with weights of at most 15 fit 16 bits.
 enum tsffn_x_format {
     TSFFN_X_F32,
     TSFFN_X_I16,
+    TSFFN_X_U14,
 };
 enum {
     TSFFN_I16_MAX = 32639, // 127 * 256 + 127
@@ -37,15 +46,22 @@ enum {
     TSFFN_I16_QUAD = 128, // columns
     TSFFN_I16_QUAD_BYTES = 256,
     TSFFN_I16_BLOCK_BYTES = 32 * 4 + 4 + TSFFN_I16_QUAD_BYTES / 4,
+    TSFFN_U14_MAX = 16383, // 127 * 128 + 127
+    TSFFN_U14_HEADER = 64,
+    TSFFN_U14_BLOCK_BYTES = 32 * 2,
 };
 
 static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
-    return format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16 : TSFFN_X_F32;
+    return format == TSFFN_FORMAT_Q3_NL                                 ? TSFFN_X_U14
+           : format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16
+                                                                        : TSFFN_X_F32;
 }
 
 #define TSFFN_BLOCK_SIZE 32
 #define TSFFN_Q8_0_BYTES 34
 #define TSFFN_Q4_0_BYTES 18
+#define TSFFN_Q3_NL_BYTES 13
+#define TSFFN_Q3_NL_HEADER 2 // of a row
 
 enum tsffn_isa {
     TSFFN_ISA_REF,
@@ -88,6 +104,24 @@ static inline size_t tsffn_i16_bytes(int64_t n) {
     return TSFFN_I16_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_I16_BLOCK_BYTES;
 }
 void tsffn_convert_i16(const float * x, void * converted, int64_t n);
+
+static inline float tsffn_u14_scale(const void * activations) {
+    return *(const float *)activations;
+}
+
+static inline const uint8_t * tsffn_u14_hi(const void * activations) {
+    return (const uint8_t *)activations + TSFFN_U14_HEADER;
+}
+
+static inline const uint8_t * tsffn_u14_lo(const void * activations, int64_t n) {
+    return tsffn_u14_hi(activations) + n;
+}
+
+// Bytes of n activations in U14 format, n a multiple of 32; and those activations, of x >= 0.
+static inline size_t tsffn_u14_bytes(int64_t n) {
+    return TSFFN_U14_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_U14_BLOCK_BYTES;
+}
+void tsffn_convert_u14(const float * x, void * converted, int64_t n);
 
 // Cache lines to ask for while something is computed, evenly, because they will be needed next. They share the few fill
 // buffers of L1 with everything else, so that a burst of them would stop the products.
@@ -185,11 +219,11 @@ typedef void (*tsffn_panel_fn)(int64_t n, const void * panel, int n_x, const voi
 struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
-    tsffn_dots_fn dots[TSFFN_FORMAT_COUNT];
-    tsffn_axpys_fn axpys[TSFFN_FORMAT_COUNT];
-    tsffn_add_rows_fn add_rows[TSFFN_FORMAT_COUNT]; // NULL: there is only axpys
-    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];       // of the block formats (panels.h)
-    const struct tsffn_gemm * gemm;                 // NULL: the tier has no matrix unit
+    tsffn_dots_fn dots[TSFFN_ROW_FORMAT_COUNT];
+    tsffn_axpys_fn axpys[TSFFN_ROW_FORMAT_COUNT];
+    tsffn_add_rows_fn add_rows[TSFFN_ROW_FORMAT_COUNT]; // NULL: there is only axpys
+    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];           // of the block formats (panels.h)
+    const struct tsffn_gemm * gemm;                     // NULL: the tier has no matrix unit
 };
 
 // Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as
@@ -263,10 +297,12 @@ struct tsffn_kernels {
             AXPY(n, a[i], rows[i], y);                                                                                 \
         }                                                                                                              \
     }
-#define TSFFN_BLOCK_KERNELS(q8_0, q4_0) {[TSFFN_FORMAT_Q8_0] = (q8_0), [TSFFN_FORMAT_Q4_0] = (q4_0)}
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
 const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
+
+// Weights that are read in the order of addresses are best asked for so many bytes ahead on this machine.
+int64_t tsffn_stream_ahead(void);
 
 // The best tier of this machine. The environment variable TSFFN_ISA (a name of dispatch.c) can only lower it.
 const struct tsffn_kernels * tsffn_kernels_best(void);

@@ -164,8 +164,7 @@ static inline void scales_q4_0(int64_t n, float a, const uint8_t * block, float 
 _Static_assert((int)SCALES == 4 * (int)TSFFN_Q4_0_QUADS, "quads have as many scales");
 DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS,
-                     .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_avx2, tsffn_panel_q4_0_avx2));
+TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS, .panel = TSFFN_PANELS(avx2));
 
 #define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
     const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
@@ -174,7 +173,7 @@ TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS,
         .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, tsffn_dots_q4_0_avx512vnni},                                \
         .axpys = TSFFN_AXPYS,                                                                                          \
         TSFFN_ADD_ROWS_KERNELS,                                                                                        \
-        .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_##tier, tsffn_panel_q4_0_##tier),                                \
+        .panel = TSFFN_PANELS(tier),                                                                                   \
         __VA_ARGS__}
 
 DEFINE_VNNI_KERNELS(avx512vnni, TSFFN_ISA_AVX512VNNI, );

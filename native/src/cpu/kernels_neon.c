@@ -170,12 +170,12 @@ static inline vec8 floats(int16x8_t w) {
 DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(neon, TSFFN_ISA_NEON, .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neon, tsffn_panel_q4_0_neon));
+TSFFN_DEFINE_KERNELS(neon, TSFFN_ISA_NEON, .panel = TSFFN_PANELS(neon));
 
 const struct tsffn_kernels tsffn_kernels_neondot = {
     .isa = TSFFN_ISA_NEONDOT,
     .name = "neondot",
     .dots = {dots_f32, dots_f16, dots_bf16, tsffn_dots_q8_0_neondot, tsffn_dots_q4_0_neondot},
     .axpys = TSFFN_AXPYS,
-    .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_neondot, tsffn_panel_q4_0_neondot),
+    .panel = TSFFN_PANELS(neondot),
 };

@@ -109,6 +109,25 @@ void tsffn_convert_i16(const float * x, void * converted, int64_t n) {
     }
 }
 
+void tsffn_convert_u14(const float * x, void * converted, int64_t n) {
+    float max = 0.0f;
+    for (int64_t j = 0; j < n; ++j) {
+        max = x[j] > max ? x[j] : max;
+    }
+    const float d = max / (float)TSFFN_U14_MAX;
+    const float inverse = max > 0.0f ? (float)TSFFN_U14_MAX / max : 0.0f;
+    memcpy(converted, &d, sizeof(d));
+    uint8_t * hi = (uint8_t *)converted + TSFFN_U14_HEADER;
+    uint8_t * lo = hi + n;
+    for (int64_t j = 0; j < n; ++j) {
+        const float shifted = x[j] * inverse + ROUND_TO_INT; // as above
+        int32_t bits;
+        memcpy(&bits, &shifted, sizeof(bits));
+        hi[j] = (uint8_t)(bits >> 7 & 127);
+        lo[j] = (uint8_t)(bits & 127);
+    }
+}
+
 static float dot_q8_0(int64_t n, const void * row, const void * activations) {
     const uint8_t * block = row;
     const int16_t * x = tsffn_i16_values(activations);
@@ -172,4 +191,4 @@ TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_f16, axpy_f16)
 TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_bf16, axpy_bf16)
 TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_q8_0, axpy_q8_0)
 TSFFN_DEFINE_AXPYS_ONE_BY_ONE(axpys_q4_0, axpy_q4_0)
-TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, .panel = TSFFN_BLOCK_KERNELS(tsffn_panel_q8_0_ref, tsffn_panel_q4_0_ref));
+TSFFN_DEFINE_KERNELS(ref, TSFFN_ISA_REF, .panel = TSFFN_PANELS(ref));

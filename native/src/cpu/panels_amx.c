@@ -8,6 +8,7 @@
 #include "panels.h"
 
 #include <immintrin.h>
+#include <string.h>
 
 enum {
     BLOCKS = 16,                   // of columns, expanded at a time: 8 KB
@@ -164,3 +165,104 @@ static int64_t distance_of(int n_x, const void * const * x) {
     }
 DEFINE_PANEL(q8_0, TSFFN_PANEL_Q8_0_BYTES)
 DEFINE_PANEL(q4_0, TSFFN_PANEL_Q4_0_BYTES)
+
+// Q3_NL: weights with their group's scale are signed bytes (at most 8 * 15), so the products of all columns are summed
+// in the tiles, the activations being the unsigned factor.
+static inline void expand_q3_nl(const uint8_t * block, int8_t * w) {
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_setr_epi8(TSFFN_Q3_NL_LEVELS));
+    const __m512i bits_012 = _mm512_set1_epi8(7), bits_01 = _mm512_set1_epi8(3), bit_2 = _mm512_set1_epi8(4);
+    const __m512i q0 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS);
+    const __m512i q1 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 64);
+    const __m512i q2 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 128);
+    const __m512i codes[GROUPS] = {
+        _mm512_and_si512(q0, bits_012),
+        _mm512_and_si512(q1, bits_012),
+        _mm512_and_si512(q2, bits_012),
+        _mm512_and_si512(_mm512_srli_epi16(q0, 3), bits_012),
+        _mm512_and_si512(_mm512_srli_epi16(q1, 3), bits_012),
+        _mm512_and_si512(_mm512_srli_epi16(q2, 3), bits_012),
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(q0, 6), bits_01),
+                        _mm512_and_si512(_mm512_srli_epi16(q2, 4), bit_2)),
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(q1, 6), bits_01),
+                        _mm512_and_si512(_mm512_srli_epi16(q2, 5), bit_2)),
+    };
+    // A row's byte of scales in both words of its 32 bits; then a nibble of it with its sign.
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block));
+    const __m512i bytes = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16));
+    const __m512i scales[2] = {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 12), 12),
+                               _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 12)};
+    for (int g = 0; g < GROUPS; ++g, w += 64) {
+        const __m512i level = _mm512_shuffle_epi8(levels, codes[g]), scale = scales[g / 4];
+        const __m512i odd = _mm512_mullo_epi16(_mm512_srai_epi16(level, 8), scale);
+        const __m512i even = _mm512_mullo_epi16(_mm512_srai_epi16(_mm512_slli_epi16(level, 8), 8), scale);
+        const __m512i low_bytes = _mm512_set1_epi16(0xff);
+        _mm512_store_si512(w, _mm512_or_si512(_mm512_slli_epi16(odd, 8), _mm512_and_si512(even, low_bytes)));
+    }
+}
+
+// c += products of up to 16 vectors with n_blocks blocks of columns, from column j on.
+static inline void add_products_q3_nl(products c, const int8_t * w, int n_blocks, struct vectors x, int64_t j) {
+    _tile_loadd(HI, c[0], TSFFN_TILE_ROW_BYTES);
+    _tile_loadd(LO, c[1], TSFFN_TILE_ROW_BYTES);
+    for (int b = 0; b < n_blocks; ++b, w += TILE_BYTES, j += TSFFN_BLOCK_SIZE) {
+        _tile_loadd(W, w, TSFFN_TILE_ROW_BYTES);
+        _tile_loadd(X_HI, x.hi + j, x.distance);
+        _tile_loadd(X_LO, x.lo + j, x.distance);
+        _tile_dpbusd(HI, X_HI, W);
+        _tile_dpbusd(LO, X_LO, W);
+    }
+    store(c);
+}
+
+// Up to MOST_X vectors.
+enum { MOST_X = 4 * TSFFN_TILE_ROWS };
+static void panel_q3_nl(int64_t n, const uint8_t * panel, int n_x, const void * const * x, int64_t distance,
+                        float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    _Alignas(64) int8_t w[BLOCKS * TILE_BYTES];
+    _Alignas(64) products sums[MOST_X / TSFFN_TILE_ROWS];
+    memset(sums, 0, sizeof(sums));
+    const uint8_t * block = panel + TSFFN_PANEL_Q3_NL_HEADER;
+    const int64_t all_blocks = n / TSFFN_BLOCK_SIZE;
+    struct tsffn_asking asking = tsffn_asking_begin(asks, all_blocks);
+    int configured = 0;
+    for (int64_t b0 = 0; b0 < all_blocks; b0 += BLOCKS) {
+        const int n_blocks = (int)(all_blocks - b0 < BLOCKS ? all_blocks - b0 : BLOCKS);
+        for (int b = 0; b < n_blocks; ++b, block += TSFFN_PANEL_Q3_NL_BYTES) {
+            tsffn_asking_step(&asking);
+            expand_q3_nl(block, w + b * TILE_BYTES);
+        }
+        for (int t = 0; t < n_x; t += TSFFN_TILE_ROWS) {
+            const int n_tile = n_x - t < TSFFN_TILE_ROWS ? n_x - t : TSFFN_TILE_ROWS;
+            if (n_tile != configured) {
+                configure(n_tile);
+                configured = n_tile;
+            }
+            const struct vectors vectors = {(const int8_t *)tsffn_u14_hi(x[t]), (const int8_t *)tsffn_u14_lo(x[t], n),
+                                            distance, n_tile};
+            add_products_q3_nl(sums[t / TSFFN_TILE_ROWS], w, n_blocks, vectors, b0 * TSFFN_BLOCK_SIZE);
+        }
+    }
+    const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
+    for (int t = 0; t < n_x; ++t) {
+        const int32_t *hi = sums[t / TSFFN_TILE_ROWS][0][t % TSFFN_TILE_ROWS],
+                      *lo = sums[t / TSFFN_TILE_ROWS][1][t % TSFFN_TILE_ROWS];
+        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(_mm512_load_si512(hi)),
+                                           _mm512_cvtepi32_ps(_mm512_load_si512(lo)));
+        _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_mul_ps(sum, d), _mm512_set1_ps(tsffn_u14_scale(x[t]))));
+    }
+}
+
+void tsffn_panel_q3_nl_amx(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                           const struct tsffn_asks * asks) {
+    const int64_t distance = n_x < MIN_X ? 0 : distance_of(n_x, x);
+    if (distance == 0) {
+        tsffn_panel_q3_nl_avx512vnni(n, panel, n_x, x, s, asks);
+        return;
+    }
+    struct tsffn_tile_config before;
+    tsffn_store_tile_config(&before);
+    for (int t = 0; t < n_x; t += MOST_X, asks = NULL) {
+        panel_q3_nl(n, panel, n_x - t < MOST_X ? n_x - t : MOST_X, x + t, distance, s + t, asks);
+    }
+    tsffn_load_tile_config(&before);
+}

@@ -76,3 +76,72 @@ static inline __m512i four(const int8_t * x) {
 // Four vectors at most: 2 accumulators each, and one for the floats.
 TSFFN_DEFINE_PANELS_BY_FOUR(q8_0, avx512vnni, TSFFN_PANEL_Q8_0_BYTES, 128, PRODUCTS_Q8_0)
 TSFFN_DEFINE_PANELS_BY_FOUR(q4_0, avx512vnni, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCTS_Q4_0)
+
+// Q3_NL: the activations are the unsigned factor, so no offset is taken off. The sums of 16 columns fit 16 bits, and
+// VPDPWSSD multiplies them with the group's scale and adds them: no floats before the end.
+TSFFN_INLINED void q3_nl(int64_t n, const uint8_t * panel, int n_x, const void * const * x,
+                         float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_setr_epi8(TSFFN_Q3_NL_LEVELS));
+    const __m512i bits_012 = _mm512_set1_epi8(7), bits_01 = _mm512_set1_epi8(3), bit_2 = _mm512_set1_epi8(4);
+    const uint8_t *hi[4], *lo[4];
+    __m512i hi_total[4], lo_total[4];
+    for (int t = 0; t < n_x; ++t) {
+        hi[t] = tsffn_u14_hi(x[t]);
+        lo[t] = tsffn_u14_lo(x[t], n);
+        hi_total[t] = lo_total[t] = _mm512_setzero_si512();
+    }
+    const int64_t n_blocks = n / TSFFN_BLOCK_SIZE;
+    struct tsffn_asking asking = tsffn_asking_begin(asks, n_blocks);
+    const uint8_t * block = panel + TSFFN_PANEL_Q3_NL_HEADER;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_PANEL_Q3_NL_BYTES) {
+        tsffn_asking_step(&asking);
+        const __m512i q0 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS);
+        const __m512i q1 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 64);
+        const __m512i q2 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 128);
+        // Bits 0-1 of the last two codes from the first shift, bit 2 from the second.
+        const __m512i top_0 = _mm512_and_si512(_mm512_srli_epi16(q0, 6), bits_01);
+        const __m512i top_1 = _mm512_and_si512(_mm512_srli_epi16(q1, 6), bits_01);
+        const __m512i codes[8] = {
+            _mm512_and_si512(q0, bits_012),
+            _mm512_and_si512(q1, bits_012),
+            _mm512_and_si512(q2, bits_012),
+            _mm512_and_si512(_mm512_srli_epi16(q0, 3), bits_012),
+            _mm512_and_si512(_mm512_srli_epi16(q1, 3), bits_012),
+            _mm512_and_si512(_mm512_srli_epi16(q2, 3), bits_012),
+            _mm512_ternarylogic_epi32(top_0, _mm512_srli_epi16(q2, 4), bit_2, 0xf8), // a | (b & c)
+            _mm512_ternarylogic_epi32(top_1, _mm512_srli_epi16(q2, 5), bit_2, 0xf8),
+        };
+        // The scale of either half in the low word of a row's 32 bits, its sign extended there; nothing in the high
+        // one.
+        const __m512i nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block));
+        const __m512i scales[2] = {_mm512_srai_epi16(_mm512_slli_epi32(nibbles, 12), 12),
+                                   _mm512_srai_epi16(_mm512_slli_epi32(nibbles, 8), 12)};
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m512i w[4];
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) {
+                w[g] = _mm512_shuffle_epi8(levels, codes[4 * half + g]);
+            }
+            for (int t = 0; t < n_x; ++t) {
+                __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
+                const uint8_t *hi_x = hi[t] + j + 16 * half, *lo_x = lo[t] + j + 16 * half;
+#pragma GCC unroll 4
+                for (int g = 0; g < 4; ++g) {
+                    hi_sum = _mm512_dpbusd_epi32(hi_sum, four((const int8_t *)hi_x + 4 * g), w[g]);
+                    lo_sum = _mm512_dpbusd_epi32(lo_sum, four((const int8_t *)lo_x + 4 * g), w[g]);
+                }
+                hi_total[t] = _mm512_dpwssd_epi32(hi_total[t], hi_sum, scales[half]);
+                lo_total[t] = _mm512_dpwssd_epi32(lo_total[t], lo_sum, scales[half]);
+            }
+        }
+    }
+    const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
+    for (int t = 0; t < n_x; ++t) {
+        const __m512 sum =
+            _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(hi_total[t]), _mm512_cvtepi32_ps(lo_total[t]));
+        _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_mul_ps(sum, d), _mm512_set1_ps(tsffn_u14_scale(x[t]))));
+    }
+}
+
+TSFFN_DEFINE_PANELS_INLINED(q3_nl, avx512vnni)

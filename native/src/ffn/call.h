@@ -31,6 +31,7 @@ static inline int64_t max_starts(int64_t n_ff) {
 struct shared {
     const struct tsffn_call * call;
     int64_t n_embd, n_ff, max_rank;
+    int64_t stream_ahead; // bytes: tsffn_stream_ahead()
 
     char * x_gate; // [n_tokens] x in the format of gate's dot; UP and DOWN calls use x_up
     char * x_up;   // [n_tokens] likewise for up; the same memory when the formats are equal
@@ -105,24 +106,21 @@ static inline int64_t first_neuron(int64_t n_ff, int ith, int nth) {
     return ith == nth ? n_ff : n_ff * ith / nth / TSFFN_PANEL_ROWS * TSFFN_PANEL_ROWS;
 }
 
-// Weights that are read in the order of addresses are asked for so far ahead. Without, a layer's predictor takes 30 %
-// longer; a page instead costs 4 %.
-enum { STREAM_AHEAD = 2048 };
-
 // The lines to ask for while `bytes` from `at` are computed, of a stream that ends at `end`.
-static inline struct tsffn_asks stream_ahead(const uint8_t * at, size_t bytes, const uint8_t * end) {
-    const int64_t left = end - at - STREAM_AHEAD;
+static inline struct tsffn_asks stream_ahead(const struct shared * s, const uint8_t * at, size_t bytes,
+                                             const uint8_t * end) {
+    const int64_t left = end - at - s->stream_ahead;
     return (struct tsffn_asks){
-        .stream = at + STREAM_AHEAD,
+        .stream = at + s->stream_ahead,
         .n_stream = left > 0 ? tsffn_cache_lines((size_t)min_i64((int64_t)bytes, left)) : 0,
     };
 }
 
 // Asks for the beginning of a stream, while something else is waited for.
-static inline void ask_stream_begin(const uint8_t * begin, const uint8_t * end) {
+static inline void ask_stream_begin(const struct shared * s, const uint8_t * begin, const uint8_t * end) {
     tsffn_ask_all(&(struct tsffn_asks){
         .stream = begin,
-        .n_stream = begin < end ? tsffn_cache_lines((size_t)min_i64(STREAM_AHEAD, end - begin)) : 0,
+        .n_stream = begin < end ? tsffn_cache_lines((size_t)min_i64(s->stream_ahead, end - begin)) : 0,
     });
 }
 
@@ -138,8 +136,8 @@ struct worklist {
 void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
                         struct tsffn_counts * counts);
 // Asks for what this thread reads first in phase A, and in phase B.
-void tsffn_ask_hidden_layer(const struct tsffn_ffn * ffn, int ith, int nth);
-void tsffn_ask_logits(const struct tsffn_ffn * ffn, int ith, int nth);
+void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth);
+void tsffn_ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth);
 // Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on: bit r of mask[i - i0]. `end`: of the stream of fc2's
 // rows.
 void tsffn_predict(const struct segment * segment, int64_t i0, int64_t i1, int64_t end, uint64_t * mask);

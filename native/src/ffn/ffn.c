@@ -190,7 +190,7 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             r1 = segment_end(rows, r0, n_rows);
             tsffn_hidden_layer(s, tile, r0, r1, ith, nth, counts);
         }
-        tsffn_ask_logits(&s->call->ffns[rows[0].ffn], ith, nth);
+        tsffn_ask_logits(s, &s->call->ffns[rows[0].ffn], ith, nth);
 #pragma omp barrier
         convert_hidden(s, tile, n_rows, ith, nth);
 #pragma omp barrier
@@ -319,6 +319,7 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
         .call = call,
         .n_embd = call->ffns[0].n_embd,
         .n_ff = call->ffns[0].n_ff,
+        .stream_ahead = tsffn_stream_ahead(),
     };
     for (int64_t e = 0; e < call->n_ffns; ++e) {
         s.max_rank = max_i64(s.max_rank, call->ffns[e].fc1.n_rows);
@@ -348,7 +349,7 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
         const int nth = omp_get_num_threads();
         struct tsffn_counts * mine = (struct tsffn_counts *)((char *)s.counts + (size_t)ith * s.counts_stride);
         if (needs_predictor(call)) {
-            tsffn_ask_hidden_layer(&call->ffns[call->rows[0].ffn], ith, nth);
+            tsffn_ask_hidden_layer(&s, &call->ffns[call->rows[0].ffn], ith, nth);
         }
         convert_inputs(&s, ith, nth);
 #pragma omp barrier

@@ -41,7 +41,7 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     for (int64_t p = mine.first_panel; p < mine.end_panel; ++p) {
         const int64_t k = p * TSFFN_PANEL_ROWS;
         const uint8_t * w = tsffn_matrix_row(fc1, k);
-        const struct tsffn_asks asks = stream_ahead(w, TSFFN_PANEL_ROWS * row_bytes, end_panels);
+        const struct tsffn_asks asks = stream_ahead(s, w, TSFFN_PANEL_ROWS * row_bytes, end_panels);
         fc1->type->own_panel(fc1->n_cols, w, n, x, panel, &asks);
         for (int64_t i = 0; i < TSFFN_PANEL_ROWS; ++i) {
             store_hidden(s, r0, r1, k + i, TSFFN_PANEL_ROWS, &panel[0][i]);
@@ -49,7 +49,7 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     }
     float v[TILE_ROWS];
     for (int64_t k = mine.first; k < mine.end; ++k) {
-        const struct tsffn_asks asks = stream_ahead(tsffn_matrix_row(fc1, k), row_bytes, end_rows);
+        const struct tsffn_asks asks = stream_ahead(s, tsffn_matrix_row(fc1, k), row_bytes, end_rows);
         tsffn_matrix_dots(fc1, k, n, x, v, &asks);
         store_hidden(s, r0, r1, k, 1, v);
     }
@@ -57,15 +57,15 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     counts->bytes_predictor += (uint64_t)n_rows * row_bytes;
 }
 
-void tsffn_ask_hidden_layer(const struct tsffn_ffn * ffn, int ith, int nth) {
+void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
     const struct hidden_share mine = hidden_share(&ffn->fc1, ith, nth);
     const int64_t panel = mine.first_panel * TSFFN_PANEL_ROWS, end_panel = mine.end_panel * TSFFN_PANEL_ROWS;
-    ask_stream_begin(tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
-    ask_stream_begin(tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
 }
 
-void tsffn_ask_logits(const struct tsffn_ffn * ffn, int ith, int nth) {
-    ask_stream_begin(tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith, nth)),
+void tsffn_ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith, nth)),
                      tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith + 1, nth)));
 }
 
@@ -108,7 +108,7 @@ void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end
     int64_t i = i0;
     for (; i < end_panels; i += TSFFN_PANEL_ROWS) {
         const uint8_t * w = tsffn_matrix_row(fc2, i);
-        const struct tsffn_asks asks = stream_ahead(w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
+        const struct tsffn_asks asks = stream_ahead(g->s, w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
         fc2->type->own_panel(fc2->n_cols, w, n, hidden, panel, &asks);
         if (n == 1) {
             decide_for_one_row(g, TSFFN_PANEL_ROWS, panel[0], mask + (i - i0));
@@ -120,7 +120,7 @@ void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end
     }
     float logit[TILE_ROWS];
     for (; i < i1; ++i) {
-        const struct tsffn_asks asks = stream_ahead(tsffn_matrix_row(fc2, i), row_bytes, end_stream);
+        const struct tsffn_asks asks = stream_ahead(g->s, tsffn_matrix_row(fc2, i), row_bytes, end_stream);
         tsffn_matrix_dots(fc2, i, n, hidden, logit, &asks);
         mask[i - i0] = decide(g, n, 1, logit);
     }

@@ -14,8 +14,9 @@ struct tsffn_gemm;
 
 struct tsffn_row_type {
     const char * name;
-    int64_t block_size; // weights per block; the length of a row is a multiple of it
-    size_t block_bytes; // bytes per block
+    int64_t block_size;      // weights per block; the length of a row is a multiple of it
+    size_t block_bytes;      // bytes per block
+    size_t row_header_bytes; // bytes of a row before its blocks
 
     // Layout of the activations that `dot` takes: a header, then blocks. Two types with the same x_format share them.
     int x_format;
@@ -24,7 +25,8 @@ struct tsffn_row_type {
     size_t x_block_bytes;
     void (*convert_x)(const float * x, void * converted, int64_t n); // NULL: they stay f32
 
-    // Own kernels; NULL selects the host's functions below.
+    // Own kernels; NULL selects the host's functions below. A type that has neither dots nor the host's is of panels
+    // only.
     tsffn_dots_fn own_dots;
     tsffn_axpys_fn own_axpys;
     tsffn_add_rows_fn own_add_rows; // NULL: there is only own_axpys
@@ -40,7 +42,7 @@ struct tsffn_row_type {
 };
 
 static inline size_t tsffn_row_bytes(const struct tsffn_row_type * type, int64_t n) {
-    return (size_t)(n / type->block_size) * type->block_bytes;
+    return type->row_header_bytes + (size_t)(n / type->block_size) * type->block_bytes;
 }
 
 static inline size_t tsffn_x_bytes(const struct tsffn_row_type * type, int64_t n) {

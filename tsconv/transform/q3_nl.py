@@ -1,0 +1,84 @@
+"""q3_nl: 3 bits per weight for a predictor's fc2, whose every row is read for every token (docs/format.md).
+
+A weight is d * s * level: d is an f16 of the row, s from -7 to 7 of 16 columns, level one of 8 uneven ones. ggml has no
+such type, so that a GGUF file holds its rows as bytes (I8). fc2 is multiplied with activations behind a ReLU, which
+changes what the best rounding is (native/src/quantize/q3_nl.c): they have a mean, and the errors of a row must cancel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+Floats = npt.NDArray[np.float32]
+
+KIND = GGMLQuantizationType.I8  # how a GGUF file declares it
+NAME = "q3_nl"
+BLOCK, BLOCK_BYTES, HEADER_BYTES = 32, 13, 2  # weights and bytes of a block; bytes of a row before them
+MAX_COLUMNS = 1 << 17  # the runtime sums a row's products in 32 bits
+MAX_WEIGHT = 7 * 15  # in units of a row's d
+SMALLEST_UNIT = 2.0**-24  # of f16
+LARGEST_UNIT = 65504.0
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What rounding fc2 takes from both matrices of a predictor, fc2 . relu(fc1 . p), of rank r.
+
+    Dividing row k of fc1 by scale[k] and multiplying column k of fc2 with it leaves the function as it is, the columns
+    of fc2 then being of like size: 16 of them share a scale.
+
+    Attributes:
+        scale: float32 [r].
+        importance: float32 [r], what the activations behind the divided rows of fc1 are on average, up to a factor.
+    """
+
+    scale: Floats
+    importance: Floats
+
+
+def row_bytes(n: int) -> int:
+    """Bytes of a row of `n` weights, a multiple of BLOCK."""
+    return HEADER_BYTES + n // BLOCK * BLOCK_BYTES
+
+
+def n_weights(n_bytes: int) -> int:
+    """Weights of a row of `n_bytes` bytes."""
+    return (n_bytes - HEADER_BYTES) // BLOCK_BYTES * BLOCK
+
+
+def balance(fc1: Floats, fc2: Floats) -> Balance:
+    """The balance of fc1 [r, n_embd] and fc2 [n_ff, r].
+
+    An activation is taken to be as large as its row of fc1 is long: nothing is known of the predictor's input. A scale
+    is then sqrt(length of the row / root mean square of the column), 1 where that is 0 or not a number.
+    """
+    length = np.sqrt(np.einsum("re,re->r", fc1, fc1))
+    column = np.sqrt(np.einsum("fr,fr->r", fc2, fc2) / len(fc2))
+    with np.errstate(all="ignore"):
+        scale = np.sqrt(length / column)
+    scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1).astype(np.float32)
+    return Balance(scale, np.nan_to_num(length / scale, posinf=0).astype(np.float32))
+
+
+def quantize(rows: Floats, importance: Floats) -> npt.NDArray[np.uint8]:
+    """Rows of fc2, balanced, as rows of q3_nl.
+
+    Args:
+        rows: contiguous float32 [n, r], finite; r a multiple of BLOCK.
+        importance: float32 [r].
+
+    Returns:
+        uint8 [n, row_bytes(r)].
+    """
+    from tsconv.runtime.backend import load_backend
+
+    largest = np.abs(rows).max(axis=1)
+    units = np.clip(largest / MAX_WEIGHT, SMALLEST_UNIT, LARGEST_UNIT) * (largest > 0)
+    out = np.empty((len(rows), row_bytes(rows.shape[1])), np.uint8)
+    load_backend().quantize_q3_nl(rows, np.ascontiguousarray(importance), units.astype(np.float16), out)
+    return cast(npt.NDArray[np.uint8], out)
