@@ -58,7 +58,7 @@ SUITES = {
     "full": (
         _item("turbosparse-mistral-7b", "q4_0", 32, "tg128 pp512 pp32 tg16x2 tg16x4 tg16x8", 360),
         _item("turbosparse-mistral-7b", "f16", 20, "tg32 pp128 pp32 tg16x4", 490, "q3_nl"),
-        _item("turbosparse-mixtral-47b", "q4_0", 10, "tg64 pp256 pp32 tg16x4", 590),
+        _item("turbosparse-mixtral-47b", "q4_0", 12, "tg64 pp256 pp32 tg16x4", 590),
     ),
     "quick": (
         _item("turbosparse-mistral-7b", "q4_0", 4, "tg64 pp256 tg16x4", 45),
