@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -38,6 +40,14 @@ PRESETS = {
     "turbosparse-mistral-7b": Preset(mistral_7b, 32, 0.10),
     "turbosparse-mixtral-47b": Preset(mixtral_47b, 32, 0.15),
 }
+
+
+def drop_from_page_cache() -> None:
+    """Lets the page cache forget all models that are kept, as far as it can: every model is then measured in the same
+    state, read into free memory (docs/performance.md, "Pages")."""
+    for path in (cache_folder() / "bench").glob("*.gguf"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def generated(

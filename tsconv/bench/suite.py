@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tsconv.bench.compare import Row, compare
-from tsconv.bench.generate import PRESETS, generated
+from tsconv.bench.generate import PRESETS, drop_from_page_cache, generated
 from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.runtime.limits import available_memory
@@ -106,6 +106,7 @@ def run_suite(
             f"{n_layer} of {preset.n_layer} layers{cut}"
         )
         path = generated(item.preset, n_layer, item.outtype, say, predictor_outtype=item.predictor_outtype)
+        drop_from_page_cache()
         yield compare(
             path,
             item.workloads,
