@@ -150,9 +150,11 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     }
     CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
 
+    // With a predictor threads share other neurons while they count.
+    const bool exact = exact_output && (n_threads == 1 || ffns[0].fc1.data == NULL);
     double error = 0.0, size = 1e-30;
     for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
-        CHECK(!exact_output || plain[j] == counted[j], "counting changes the output");
+        CHECK(!exact || plain[j] == counted[j], "counting changes the output");
         error += pow((double)plain[j] - (double)counted[j], 2);
         size += pow((double)plain[j], 2);
     }

@@ -10,21 +10,23 @@
 
 enum {
     TILE_ROWS = 64, // one bit per row in a neuron's mask
-    // Of a step at most, whole panels of fc2. Chunk k is that of thread k mod n_threads, whichever rows need it.
+    // Of a step at most, whole panels of fc2.
     CHUNK_NEURONS = 128,
+    // What threads share begins at whole blocks of so many neurons: whole panels of fc2.
+    BLOCK_NEURONS = 32,
 };
 
-// The neurons that some row of a segment needs, in ascending order: thread t writes those of its part of fc2 from place
-// first_neuron(t) on. Those of the k-th chunk that its part touches are starts[k] to starts[k + 1] - 1 among them.
+// The neurons that some row of a segment needs, in ascending order: thread t lists those of its part of fc2 from place
+// first_neuron(t) on.
 struct needed {
     int32_t * neuron; // [segments][n_ff]
     uint64_t * rows;  // [segments][n_ff], bit r for row r of the tile
-    int32_t * starts; // [segments][n_threads][max_starts]
+    int32_t * n;      // [segments][n_threads], how many each thread listed
+    uint8_t * counts; // [segments][TILE_ROWS][n_blocks], how many of a block each row needs
 };
 
-// Chunks that a part of fc2 can touch, and one for the end.
-static inline int64_t max_starts(int64_t n_ff) {
-    return n_ff / CHUNK_NEURONS + 3;
+static inline int64_t n_blocks_of(int64_t n_ff) {
+    return (n_ff + BLOCK_NEURONS - 1) / BLOCK_NEURONS;
 }
 
 // Everything the threads of one call share.
@@ -101,10 +103,11 @@ struct segment {
     int ith, nth;
 };
 
-// The first neuron of thread ith's part of fc2: whole panels.
+// The first neuron of thread ith's part of fc2: whole blocks.
 static inline int64_t first_neuron(int64_t n_ff, int ith, int nth) {
-    return ith == nth ? n_ff : n_ff * ith / nth / TSFFN_PANEL_ROWS * TSFFN_PANEL_ROWS;
+    return ith == nth ? n_ff : n_ff * ith / nth / BLOCK_NEURONS * BLOCK_NEURONS;
 }
+_Static_assert((int)BLOCK_NEURONS % (int)TSFFN_PANEL_ROWS == 0 && (int)CHUNK_NEURONS % (int)BLOCK_NEURONS == 0, "");
 
 // The lines to ask for while `bytes` from `at` are computed, of a stream that ends at `end`.
 static inline struct tsffn_asks stream_ahead(const struct shared * s, const uint8_t * at, size_t bytes,

@@ -262,8 +262,8 @@ static size_t lay_out(struct shared * s, char * base) {
     const size_t n_needed = n_segments * (size_t)s->n_ff;
     s->needed.neuron = (int32_t *)carve(base, &used, n_needed * sizeof(*s->needed.neuron));
     s->needed.rows = (uint64_t *)carve(base, &used, n_needed * sizeof(*s->needed.rows));
-    const size_t n_starts = n_segments * nth * (size_t)max_starts(s->n_ff);
-    s->needed.starts = (int32_t *)carve(base, &used, n_starts * sizeof(*s->needed.starts));
+    s->needed.n = (int32_t *)carve(base, &used, n_segments * nth * sizeof(*s->needed.n));
+    s->needed.counts = (uint8_t *)carve(base, &used, n_segments * (size_t)n_blocks_of(s->n_ff) * TILE_ROWS);
     s->acc = (float *)carve(base, &used, nth * TILE_ROWS * (size_t)s->n_embd * sizeof(float));
     s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
     s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;

@@ -1,6 +1,6 @@
 // Phases B and C of ffn.c: which neurons are on, and what they add to the output. This is where weights are not read.
 //
-// Phase B lists the neurons that are on. In phase C every thread goes through those that are its own, chunk by chunk,
+// Phase B lists the neurons that are on. In phase C every thread goes through its share of them, chunk by chunk,
 // and several chunks are on their way at once:
 //
 //   step c    chunk c + 1  its gates are asked for
@@ -332,9 +332,26 @@ static void mask_neurons(const struct segment * g, int64_t i0, int64_t i1, int64
     }
 }
 
-// How many neurons each thread listed before its k-th chunk.
-static int32_t * starts_of(const struct segment * g, int thread) {
-    return g->s->needed.starts + (g->index * g->nth + thread) * max_starts(g->s->n_ff);
+// Row r's counts, a block each.
+static uint8_t * counts_of(const struct segment * g, int64_t r) {
+    return g->s->needed.counts + (g->index * TILE_ROWS + r) * n_blocks_of(g->s->n_ff);
+}
+
+// Of the n neurons of a block, of which n_listed are needed by some row.
+static void count_block(const struct segment * g, int64_t block, int64_t n_listed, int64_t n, const uint64_t * mask) {
+    if (g->r1 - g->r0 == 1) {
+        counts_of(g, g->r0)[block] = (uint8_t)n_listed;
+        return;
+    }
+    uint8_t counts[TILE_ROWS] = {0};
+    for (int64_t i = 0; i < n; ++i) {
+        for (uint64_t b = mask[i]; b != 0; b &= b - 1) {
+            ++counts[__builtin_ctzll(b)];
+        }
+    }
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        counts_of(g, r)[block] = counts[r];
+    }
 }
 
 void tsffn_list_neurons(const struct segment * g) {
@@ -343,47 +360,132 @@ void tsffn_list_neurons(const struct segment * g) {
     const int64_t end = first_neuron(s->n_ff, g->ith + 1, g->nth);
     int32_t * neuron = s->needed.neuron + g->index * s->n_ff + begin;
     uint64_t * needed_rows = s->needed.rows + g->index * s->n_ff + begin;
-    int32_t * start = starts_of(g, g->ith);
     int64_t n = 0, products = 0;
     uint64_t mask[CHUNK_NEURONS];
     for (int64_t i0 = begin, i1; i0 < end; i0 = i1) {
         i1 = min_i64((i0 / CHUNK_NEURONS + 1) * CHUNK_NEURONS, end);
         mask_neurons(g, i0, i1, end, mask);
-        *start++ = (int32_t)n;
-        for (int64_t i = i0; i < i1; ++i) {
-            const uint64_t rows = mask[i - i0];
-            neuron[n] = (int32_t)i;
-            needed_rows[n] = rows;
-            n += rows != 0;
-            products += count_rows(rows);
+        for (int64_t b0 = i0; b0 < i1; b0 += BLOCK_NEURONS) {
+            const int64_t b1 = min_i64(b0 + BLOCK_NEURONS, i1), before = n;
+            for (int64_t i = b0; i < b1; ++i) {
+                const uint64_t rows = mask[i - i0];
+                neuron[n] = (int32_t)i;
+                needed_rows[n] = rows;
+                n += rows != 0;
+                products += count_rows(rows);
+            }
+            if (needs_predictor(s->call)) {
+                count_block(g, b0 / BLOCK_NEURONS, n - before, b1 - b0, mask + (b0 - i0));
+            }
         }
     }
-    *start = (int32_t)n;
+    s->needed.n[g->index * g->nth + g->ith] = (int32_t)n;
     g->counts->predicted += (uint64_t)products;
     clear_hidden(g, begin, end);
     count_chunk(g, end - begin);
 }
 
-// Goes through what all threads listed of this thread's chunks.
-struct walk {
-    int thread;     // whose list
-    int64_t chunk;  // the next one of it, counted from its first
-    int64_t k, end; // what is left of the one before: places in the list
+// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. With a predictor a row's threads
+// share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do not depend
+// on them. (Fixed chunks in turn left the threads 1 to 2 % of a layer apart.)
+struct share {
+    int32_t first[TILE_ROWS], end[TILE_ROWS];
+    int64_t first_of_any, first_of_all, end_of_all, end_of_any;
 };
 
-// Goes to this thread's next chunk that has neurons.
-static bool next_chunk(const struct segment * g, struct walk * w) {
-    for (; w->thread < g->nth; ++w->thread, w->chunk = 0) {
-        const int64_t begin = first_neuron(g->s->n_ff, w->thread, g->nth);
-        const int64_t end = first_neuron(g->s->n_ff, w->thread + 1, g->nth);
-        const int32_t * starts = starts_of(g, w->thread);
-        for (; begin / CHUNK_NEURONS + w->chunk <= (end - 1) / CHUNK_NEURONS && begin < end; ++w->chunk) {
-            if ((begin / CHUNK_NEURONS + w->chunk) % g->nth == g->ith && starts[w->chunk] < starts[w->chunk + 1]) {
-                w->k = starts[w->chunk];
-                w->end = starts[w->chunk + 1];
-                ++w->chunk;
-                return true;
-            }
+// A row's share of thread t begins with the first block before which there are at least t n-ths of what it needs.
+static void find_share(const struct segment * g, struct share * share) {
+    const int64_t n_blocks = n_blocks_of(g->s->n_ff);
+    share->first_of_any = share->end_of_all = INT64_MAX;
+    share->first_of_all = share->end_of_any = 0;
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        const uint8_t * counts = counts_of(g, r);
+        int64_t total = 0;
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            total += counts[b];
+        }
+        const int64_t from = total * g->ith / g->nth, to = total * (g->ith + 1) / g->nth;
+        int64_t b = 0, sum = 0;
+        for (; sum < from; ++b) {
+            sum += counts[b];
+        }
+        const int64_t first = b * BLOCK_NEURONS;
+        for (; sum < to; ++b) {
+            sum += counts[b];
+        }
+        const int64_t end = b * BLOCK_NEURONS;
+        share->first[r] = (int32_t)first;
+        share->end[r] = (int32_t)end;
+        share->first_of_any = min_i64(share->first_of_any, first);
+        share->first_of_all = first > share->first_of_all ? first : share->first_of_all;
+        share->end_of_all = min_i64(share->end_of_all, end);
+        share->end_of_any = end > share->end_of_any ? end : share->end_of_any;
+    }
+}
+
+// The rows for which neuron i is in this thread's share.
+static uint64_t rows_of_share(const struct segment * g, const struct share * share, int64_t i) {
+    if (i >= share->first_of_all && i < share->end_of_all) {
+        return ~(uint64_t)0;
+    }
+    uint64_t rows = 0;
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        rows |= (uint64_t)(i >= share->first[r] && i < share->end[r]) << r;
+    }
+    return rows;
+}
+
+// Goes through this thread's neurons: with a predictor those of its share, through what all threads listed; else every
+// n-th chunk, because how much work a neuron is shows only then, and hot ones may come first.
+struct walk {
+    struct share share;
+    bool has_share;
+    int64_t next;   // thread whose list is next, or chunk
+    int64_t k, end; // what is left of the list or chunk before: places
+};
+
+static void begin_walk(const struct segment * g, struct walk * w) {
+    w->has_share = needs_predictor(g->s->call);
+    w->next = w->has_share ? 0 : g->ith;
+    w->k = w->end = 0;
+    if (w->has_share) {
+        find_share(g, &w->share);
+    }
+}
+
+// The first of n ascending numbers that is at least i.
+static int64_t lower_bound(const int32_t * numbers, int64_t n, int64_t i) {
+    int64_t begin = 0;
+    while (begin < n) {
+        const int64_t middle = begin + (n - begin) / 2;
+        if (numbers[middle] < i) {
+            begin = middle + 1;
+        } else {
+            n = middle;
+        }
+    }
+    return begin;
+}
+
+// Goes to the next list or chunk that has neurons.
+static bool next_places(const struct segment * g, struct walk * w) {
+    const struct needed * needed = &g->s->needed;
+    const int64_t n_ff = g->s->n_ff;
+    if (!w->has_share) { // all neurons are listed
+        w->k = min_i64(w->next * CHUNK_NEURONS, n_ff);
+        w->end = min_i64(w->k + CHUNK_NEURONS, n_ff);
+        w->next += g->nth;
+        return w->k < w->end;
+    }
+    for (; w->next < g->nth; ++w->next) {
+        const int64_t begin = first_neuron(n_ff, (int)w->next, g->nth);
+        const int32_t * list = needed->neuron + g->index * n_ff + begin;
+        const int64_t n = needed->n[g->index * g->nth + w->next];
+        w->k = begin + lower_bound(list, n, w->share.first_of_any);
+        w->end = begin + lower_bound(list, n, w->share.end_of_any);
+        if (w->k < w->end) {
+            ++w->next;
+            return true;
         }
     }
     return false;
@@ -393,15 +495,16 @@ static bool next_chunk(const struct segment * g, struct walk * w) {
 static void next_neurons(const struct segment * g, int n_most, struct walk * w, struct worklist * list) {
     const struct needed * needed = &g->s->needed;
     list->n = 0;
-    while (list->n < n_most && (w->k < w->end || next_chunk(g, w))) {
-        const int64_t place = g->index * g->s->n_ff + first_neuron(g->s->n_ff, w->thread, g->nth) + w->k++;
-        const uint64_t rows = needed->rows[place];
+    while (list->n < n_most && (w->k < w->end || next_places(g, w))) {
+        const int64_t place = g->index * g->s->n_ff + w->k++;
+        const int32_t neuron = needed->neuron[place];
+        const uint64_t rows = needed->rows[place] & (w->has_share ? rows_of_share(g, &w->share, neuron) : ~(uint64_t)0);
         for (uint64_t b = rows; b != 0; b &= b - 1) {
             list->h[list->n][__builtin_ctzll(b)] = 1.0f;
         }
-        list->neuron[list->n] = needed->neuron[place];
+        list->neuron[list->n] = neuron;
         list->rows[list->n] = rows;
-        ++list->n;
+        list->n += rows != 0;
     }
 }
 
@@ -417,7 +520,8 @@ static int chunk_neurons(const struct segment * g) {
 void tsffn_compute_neurons(const struct segment * g) {
     const struct tsffn_ffn * ffn = g->ffn;
     const int n_most = chunk_neurons(g);
-    struct walk walk = {0};
+    struct walk walk;
+    begin_walk(g, &walk);
     struct worklist lists[STEPS]; // of chunk c at c mod STEPS
     for (int k = 0; k < STEPS; ++k) {
         lists[k].n = 0;
