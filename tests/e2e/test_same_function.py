@@ -172,8 +172,8 @@ def test_graph_cut_between_the_operations(name, tokens, sparsity, stop, outtype)
     model.close()
     assert seen
     assert all(layer["single_ops"] > 0 and layer["calls"] == layer["seconds_attention"] == 0 for layer in stats)
-    # At q4_0 the hidden state is not quantized between the operations either: only the order of sums differs. It differs
-    # more with a predictor, whose neurons threads share otherwise; ggml rounds what follows from it to 8 bits.
+    # At q4_0 the hidden state is not quantized between the operations either: only the order of sums differs, and more
+    # with a predictor, whose neurons threads share otherwise; ggml rounds what follows from it to 8 bits.
     assert nmse(cut, whole) <= (1e-5 if (sparsity, outtype) == ("predictor", "q4_0") else 1e-9)
 
 

@@ -46,10 +46,9 @@ def test_bytes_are_those_of_the_files(tmp_path, shape, outtype, predictor_outtyp
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cut_to_memory(preset, predictor_outtype, baselines):
     item = Item(preset, "f16", 8, (), 0, predictor_outtype)
-    need = [
-        Bytes.of(PRESETS[preset].shape(n), "f16", predictor_outtype).resident(baselines) + SPARE_BYTES
-        for n in range(1, 9)
-    ]
+    spare = (1 + len(baselines)) * SPARE_BYTES
+    sizes = [Bytes.of(PRESETS[preset].shape(n), "f16", predictor_outtype) for n in range(1, 9)]
+    need = [size.resident(baselines) + spare for size in sizes]
     assert layers_that_fit(item, baselines, 1 << 50) == 8
     assert layers_that_fit(item, baselines, need[7]) == 8
     assert layers_that_fit(item, baselines, need[7] - 1) == 7
@@ -88,7 +87,7 @@ def test_small_suite(tmp_path, monkeypatch):
     late = (Workload("tg", 2), Workload("pp", 4))
     items = (Item("small", "q4_0", 3, (Workload("tg", 2, 2),), 1e6, "q8_0"), Item("experts", "q8_0", 2, late, 0))
     monkeypatch.setitem(SUITES, "small", items)
-    monkeypatch.setattr(suite, "available_memory", lambda: SPARE_BYTES + 2 * Bytes.of(DENSE, "q8_0").resident(BOTH))
+    monkeypatch.setattr(suite, "available_memory", lambda: 3 * SPARE_BYTES + 2 * Bytes.of(DENSE, "q8_0").resident(BOTH))
     said: list[str] = []
     first, second = run_suite("small", baselines=BOTH, n_threads=[1], say=said.append, progress=lambda line: None)
     assert [(row.test, row.baseline, row.repetitions) for row in first] == [("tg2x2", name, 3) for name in BOTH]

@@ -8,20 +8,15 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 // glibc before 2.35
-#define MADV_POPULATE_WRITE 23
 #endif
 
 enum {
     LINE_SIZE = 4096 + 128, // PATH_MAX and what stands before the path
     PAGEMAP_ENTRIES = 512,
-    PIECE_SIZE = 256 << 20,       // of a file that is read in huge pages
-    LEAST_PAGE_SIZE = 4 << 10,    //
-    LITTLE_MEMORY = 1 << 30,      // free
 };
 
 // A shared mapping of a file.
@@ -89,53 +84,6 @@ int tsffn_prefault_pages(void * pages, size_t size) {
     return 0;
 }
 
-static bool little_is_free(void) {
-    struct sysinfo info;
-    return sysinfo(&info) == 0 && (uint64_t)info.freeram * info.mem_unit < LITTLE_MEMORY;
-}
-
-// Whether less than half of a piece is in the page cache.
-static bool is_missing(void * pages, size_t size) {
-    static const size_t most = PIECE_SIZE / LEAST_PAGE_SIZE;
-    unsigned char cached[PIECE_SIZE / LEAST_PAGE_SIZE];
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), n_pages = (size + page - 1) / page;
-    if (n_pages > most || mincore(pages, size, cached) != 0) {
-        return false;
-    }
-    size_t n = 0;
-    for (size_t i = 0; i < n_pages; ++i) {
-        n += cached[i] & 1;
-    }
-    return n < n_pages / 2;
-}
-
-// Where the page cache has nearly all of the memory, reading finds no 2 MB in one piece and takes small pages, without
-// trying for long. For a program's own memory that is advised to be huge the kernel does try: what such memory gives
-// back is free in pieces of 2 MB.
-static void make_room(size_t size) {
-    void * room = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room != MAP_FAILED) {
-        if (madvise(room, size, MADV_HUGEPAGE) == 0) {
-            madvise(room, size, MADV_POPULATE_WRITE); // a hint like all of this
-        }
-        munmap(room, size);
-    }
-}
-
-// A page fault of a mapping with this advice reads two huge pages.
-static void read_in_huge_pages(uint8_t * pages, size_t size) {
-    if (madvise(pages, size, MADV_HUGEPAGE) != 0) {
-        return;
-    }
-    for (size_t n; size > 0; pages += n, size -= n) {
-        n = size < PIECE_SIZE ? size : PIECE_SIZE;
-        if (little_is_free() && is_missing(pages, n)) {
-            make_room(n);
-        }
-        tsffn_prefault_pages(pages, n);
-    }
-}
-
 void tsffn_cache_in_huge_pages(const char * path) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat info;
@@ -146,7 +94,10 @@ void tsffn_cache_in_huge_pages(const char * path) {
     if (fstat(fd, &info) == 0 && (uint64_t)info.st_size < memory - memory / 4) {
         void * pages = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
         if (pages != MAP_FAILED) {
-            read_in_huge_pages(pages, (size_t)info.st_size);
+            // A page fault of a mapping with this advice reads two huge pages.
+            if (madvise(pages, (size_t)info.st_size, MADV_HUGEPAGE) == 0) {
+                tsffn_prefault_pages(pages, (size_t)info.st_size);
+            }
             munmap(pages, (size_t)info.st_size);
         }
     }

@@ -71,7 +71,7 @@ struct tsffn_call {
         profile; // FUSED: add statistics here, and compute gate and up of every neuron; or NULL
 };
 
-// Counts of one call. A "neuron" is one neuron of one row; bytes are weight bytes touched at least once.
+// Counts of one call. A "neuron" is one neuron of one row; bytes are weight bytes that a thread touches at least once.
 struct tsffn_counts {
     uint64_t neurons;       // all, n_ff per row
     uint64_t predicted;     // the predictor said yes (all of them in exact mode)
