@@ -92,7 +92,7 @@ static void test_panel(enum tsffn_format format, int64_t n, int n_x, int extreme
     const char * name = behind_relu ? "q3_nl" : format == TSFFN_FORMAT_Q8_0 ? "q8_0" : "q4_0";
     uint8_t * panel = memory + (random_bits() & 2);
     random_panel(format, n, extreme, panel, w);
-    const void * pointers[MAX_X];
+    const void * pointers[MAX_X] = {NULL};
     for (int t = 0; t < n_x; ++t) {
         for (int64_t j = 0; j < n; ++j) {
             x[t][j] = random_float();
