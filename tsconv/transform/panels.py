@@ -6,6 +6,8 @@ both directions are exact. Pure functions of arrays.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -36,15 +38,8 @@ def to_panels(rows: Rows, kind: GGMLQuantizationType) -> Rows:
     """
     whole = len(rows) // PANEL_ROWS * PANEL_ROWS
     out = np.empty_like(rows)
-    if kind == q3_nl.KIND:
-        plain, panels = _plain_q3_nl(rows[:whole]), _panels_q3_nl(out[:whole])
-        panels["d"] = plain["d"]
-        panels["blocks"]["scales"] = plain["blocks"]["scales"].transpose(0, 2, 1)
-        panels["blocks"]["q"] = plain["blocks"]["q"].transpose(0, 2, 3, 1)
-    else:
-        plain, panels = _plain(rows[:whole], kind), _panels(out[:whole], kind)
-        panels["d"] = plain["d"].transpose(0, 2, 1)
-        panels["q"] = plain["q"].transpose(0, 2, 3, 1)
+    for plain, panels in _same(rows[:whole], out[:whole], kind):
+        panels[...] = plain
     out[whole:] = rows[whole:]
     return out
 
@@ -53,17 +48,23 @@ def from_panels(stored: Rows, kind: GGMLQuantizationType) -> Rows:
     """The plain rows that `to_panels` was given: uint8 [n_rows, row_bytes], as `stored`, and in pieces likewise."""
     whole = len(stored) // PANEL_ROWS * PANEL_ROWS
     out = np.empty_like(stored)
-    if kind == q3_nl.KIND:
-        plain, panels = _plain_q3_nl(out[:whole]), _panels_q3_nl(stored[:whole])
-        plain["d"] = panels["d"]
-        plain["blocks"]["scales"] = panels["blocks"]["scales"].transpose(0, 2, 1)
-        plain["blocks"]["q"] = panels["blocks"]["q"].transpose(0, 3, 1, 2)
-    else:
-        plain, panels = _plain(out[:whole], kind), _panels(stored[:whole], kind)
-        plain["d"] = panels["d"].transpose(0, 2, 1)
-        plain["q"] = panels["q"].transpose(0, 3, 1, 2)
+    for plain, panels in _same(out[:whole], stored[:whole], kind):
+        plain[...] = panels
     out[whole:] = stored[whole:]
     return out
+
+
+def _same(rows: Rows, stored: Rows, kind: GGMLQuantizationType) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Views of plain rows and of panels, field by field, that hold the same at the same indices."""
+    if kind == q3_nl.KIND:
+        plain, panels = _plain_q3_nl(rows), _panels_q3_nl(stored)
+        yield plain["d"], panels["d"]
+        plain, panels = plain["blocks"], panels["blocks"]
+        yield plain["scales"].transpose(0, 2, 1), panels["scales"]
+    else:
+        plain, panels = _plain(rows, kind), _panels(stored, kind)
+        yield plain["d"].transpose(0, 2, 1), panels["d"]
+    yield plain["q"].transpose(0, 2, 3, 1), panels["q"]
 
 
 def _words(kind: GGMLQuantizationType) -> int:

@@ -5,7 +5,7 @@
 // the products of a block have to go through on their way to floats, scales and sums is what bounds this: 16 x 16 of
 // them take 64 instructions, the tiles' 4096 products 16 cycles.
 #include "amx.h"
-#include "panels.h"
+#include "q3_nl_avx512.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -169,23 +169,9 @@ DEFINE_PANEL(q4_0, TSFFN_PANEL_Q4_0_BYTES)
 // Q3_NL: weights with their group's scale are signed bytes (at most 8 * 15), so the products of all columns are summed
 // in the tiles, the activations being the unsigned factor.
 static inline void expand_q3_nl(const uint8_t * block, int8_t * w) {
-    const __m512i levels = _mm512_broadcast_i32x4(_mm_setr_epi8(TSFFN_Q3_NL_LEVELS));
-    const __m512i bits_012 = _mm512_set1_epi8(7), bits_01 = _mm512_set1_epi8(3), bit_2 = _mm512_set1_epi8(4);
-    const __m512i q0 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS);
-    const __m512i q1 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 64);
-    const __m512i q2 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 128);
-    const __m512i codes[GROUPS] = {
-        _mm512_and_si512(q0, bits_012),
-        _mm512_and_si512(q1, bits_012),
-        _mm512_and_si512(q2, bits_012),
-        _mm512_and_si512(_mm512_srli_epi16(q0, 3), bits_012),
-        _mm512_and_si512(_mm512_srli_epi16(q1, 3), bits_012),
-        _mm512_and_si512(_mm512_srli_epi16(q2, 3), bits_012),
-        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(q0, 6), bits_01),
-                        _mm512_and_si512(_mm512_srli_epi16(q2, 4), bit_2)),
-        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(q1, 6), bits_01),
-                        _mm512_and_si512(_mm512_srli_epi16(q2, 5), bit_2)),
-    };
+    const __m512i levels = tsffn_q3_nl_levels();
+    __m512i codes[TSFFN_Q3_NL_QUADS];
+    tsffn_q3_nl_codes(block, codes);
     // A row's byte of scales in both words of its 32 bits; then a nibble of it with its sign.
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block));
     const __m512i bytes = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16));

@@ -3,7 +3,7 @@
 //   sum_j w_j q_j = sum_j (w_j + offset) q_j - offset * sum_j q_j
 // A block of 32 columns takes 16 (Q8_0, Q4_0) multiplications per activation vector, of hi and lo (panels.h), where the
 // row kernels of AVX-512 take 16 times eight instructions.
-#include "panels.h"
+#include "q3_nl_avx512.h"
 
 #include <immintrin.h>
 
@@ -81,8 +81,7 @@ TSFFN_DEFINE_PANELS_BY_FOUR(q4_0, avx512vnni, TSFFN_PANEL_Q4_0_BYTES, 8, PRODUCT
 // VPDPWSSD multiplies them with the group's scale and adds them: no floats before the end.
 TSFFN_INLINED void q3_nl(int64_t n, const uint8_t * panel, int n_x, const void * const * x,
                          float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
-    const __m512i levels = _mm512_broadcast_i32x4(_mm_setr_epi8(TSFFN_Q3_NL_LEVELS));
-    const __m512i bits_012 = _mm512_set1_epi8(7), bits_01 = _mm512_set1_epi8(3), bit_2 = _mm512_set1_epi8(4);
+    const __m512i levels = tsffn_q3_nl_levels();
     const uint8_t *hi[4], *lo[4];
     __m512i hi_total[4], lo_total[4];
     for (int t = 0; t < n_x; ++t) {
@@ -95,22 +94,8 @@ TSFFN_INLINED void q3_nl(int64_t n, const uint8_t * panel, int n_x, const void *
     const uint8_t * block = panel + TSFFN_PANEL_Q3_NL_HEADER;
     for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += TSFFN_PANEL_Q3_NL_BYTES) {
         tsffn_asking_step(&asking);
-        const __m512i q0 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS);
-        const __m512i q1 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 64);
-        const __m512i q2 = _mm512_loadu_si512(block + TSFFN_PANEL_ROWS + 128);
-        // Bits 0-1 of the last two codes from the first shift, bit 2 from the second.
-        const __m512i top_0 = _mm512_and_si512(_mm512_srli_epi16(q0, 6), bits_01);
-        const __m512i top_1 = _mm512_and_si512(_mm512_srli_epi16(q1, 6), bits_01);
-        const __m512i codes[8] = {
-            _mm512_and_si512(q0, bits_012),
-            _mm512_and_si512(q1, bits_012),
-            _mm512_and_si512(q2, bits_012),
-            _mm512_and_si512(_mm512_srli_epi16(q0, 3), bits_012),
-            _mm512_and_si512(_mm512_srli_epi16(q1, 3), bits_012),
-            _mm512_and_si512(_mm512_srli_epi16(q2, 3), bits_012),
-            _mm512_ternarylogic_epi32(top_0, _mm512_srli_epi16(q2, 4), bit_2, 0xf8), // a | (b & c)
-            _mm512_ternarylogic_epi32(top_1, _mm512_srli_epi16(q2, 5), bit_2, 0xf8),
-        };
+        __m512i codes[TSFFN_Q3_NL_QUADS];
+        tsffn_q3_nl_codes(block, codes);
         // The scale of either half in the low word of a row's 32 bits, its sign extended there; nothing in the high
         // one.
         const __m512i nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block));
