@@ -249,7 +249,8 @@ def _balanced(sidecar: list[Matched], choices: list[Choice]) -> dict[str, Predic
     for fc2, choice in zip(sidecar, choices, strict=True):
         if choice.kind == q3_nl.KIND:
             fc1 = by_name[fc2.output.name.replace(FC2, FC1)]
-            predictors[fc1.output.name] = predictors[fc2.output.name] = Predictor(fc1, fc2)
+            predictor = Predictor(*fc1.sources, *fc2.sources)  # one each
+            predictors[fc1.output.name] = predictors[fc2.output.name] = predictor
     return predictors
 
 

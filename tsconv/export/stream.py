@@ -40,20 +40,18 @@ QUEUED = 2  # slabs waiting beyond one per worker
 class Predictor:
     """fc1 and fc2, where fc2 is q3_nl: both are written balanced."""
 
-    def __init__(self, fc1: Matched, fc2: Matched) -> None:
-        self._matrices = fc1, fc2
-        self._balances: dict[int, q3_nl.Balance] = {}
+    def __init__(self, fc1: SourceTensor, fc2: SourceTensor) -> None:
+        self._sources = fc1, fc2
+        self._balance: q3_nl.Balance | None = None
         self._lock = threading.Lock()
 
-    def balance(self, i: int) -> q3_nl.Balance:
-        """Of source `i`; both matrices are read on the first call."""
+    def balance(self) -> q3_nl.Balance:
+        """Both matrices are read on the first call."""
         with self._lock:
-            if i not in self._balances:
-                sources = (matched.sources[i] for matched in self._matrices)
-                self._balances[i] = q3_nl.balance(
-                    *(float32(source.read_rows(0, source.shape[0])) for source in sources)
-                )
-            return self._balances[i]
+            if self._balance is None:
+                fc1, fc2 = (float32(source.read_rows(0, source.shape[0])) for source in self._sources)
+                self._balance = q3_nl.balance(fc1, fc2)
+            return self._balance
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def _make_bundles(
 ) -> np.ndarray:
     """Bundles of the neurons in `span`: uint8 [stop - start, 3 * bytes per row]."""
     return to_bundles(
-        [_make(job, source, whole, None, 0, span) for job, source, whole in zip(parts, sources, wholes, strict=True)]
+        [_make(job, source, whole, 0, span) for job, source, whole in zip(parts, sources, wholes, strict=True)]
     )
 
 
@@ -222,25 +220,17 @@ def _slabs(job: Job, head_dim: int, write: Callable[[np.ndarray], None]) -> Iter
         elif job.in_panels:
             step = panel_step(step)
         whole = _whole(job, source)
-        balance = functools.partial(job.predictor.balance, i) if job.predictor is not None else None
         put = write
         if job.order is not None:
             write_rows = functools.partial(_write_panels, job.kind, write) if job.in_panels else write
             put = _Scatter(inverse(job.order[i]), write_rows)
         for start in range(0, output.n_rows, step):
             stop = min(start + step, output.n_rows)
-            make = functools.partial(_make, job, source, whole, balance, head_dim, (start, stop))
+            make = functools.partial(_make, job, source, whole, head_dim, (start, stop))
             yield _Slab((stop - start) * bytes_per_row, make, put)
 
 
-def _make(
-    job: Job,
-    source: SourceTensor,
-    whole: np.ndarray | None,
-    balance: Callable[[], q3_nl.Balance] | None,
-    head_dim: int,
-    span: tuple[int, int],
-) -> np.ndarray:
+def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: int, span: tuple[int, int]) -> np.ndarray:
     """Stored rows [start, stop) of `span` that `source` contributes, quantized: uint8 [stop - start, bytes per row].
 
     They are in panels when that is their layout and they stay where they are.
@@ -251,9 +241,10 @@ def _make(
     elif job.output.op == "reciprocal":
         rows = reciprocal(float32(rows))
     try:
-        quantized = (
-            quantize_rows(rows, job.kind) if balance is None else _quantize_balanced(job.kind, rows, balance(), span)
-        )
+        if job.predictor is None:
+            quantized = quantize_rows(rows, job.kind)
+        else:
+            quantized = _quantize_balanced(job.kind, rows, job.predictor.balance(), span)
     except BadWeightError as error:
         raise CheckpointError(
             str(error), where=source.where, fix="the checkpoint is damaged: download it again"

@@ -8,7 +8,6 @@ changes what the best rounding is (native/src/quantize/q3_nl.c): they have a mea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,7 @@ NAME = "q3_nl"
 BLOCK, BLOCK_BYTES, HEADER_BYTES = 32, 13, 2  # weights and bytes of a block; bytes of a row before them
 MAX_COLUMNS = 1 << 17  # the runtime sums a row's products in 32 bits
 MAX_WEIGHT = 7 * 15  # in units of a row's d
-SMALLEST_UNIT = 2.0**-24  # of f16
-LARGEST_UNIT = 65504.0
+UNITS = np.finfo(np.float16)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def quantize(rows: Floats, importance: Floats) -> npt.NDArray[np.uint8]:
     from tsconv.runtime.backend import load_backend
 
     largest = np.abs(rows).max(axis=1)
-    units = np.clip(largest / MAX_WEIGHT, SMALLEST_UNIT, LARGEST_UNIT) * (largest > 0)
+    units = np.clip(largest / MAX_WEIGHT, UNITS.smallest_subnormal, UNITS.max) * (largest > 0)
     out = np.empty((len(rows), row_bytes(rows.shape[1])), np.uint8)
-    load_backend().quantize_q3_nl(rows, np.ascontiguousarray(importance), units.astype(np.float16), out)
-    return cast(npt.NDArray[np.uint8], out)
+    load_backend().quantize_q3_nl(rows, importance, units.astype(np.float16), out)
+    return out

@@ -99,6 +99,18 @@ static bool read_decision(const struct tsffn_gguf * file, struct tsffn_model * m
     return true;
 }
 
+static struct tsffn_matrix matrix_at(const struct tsffn_model * model, uint64_t offset,
+                                     const struct tsffn_row_type * type, int64_t n_cols, int64_t n_rows,
+                                     enum tsffn_layout layout) {
+    return (struct tsffn_matrix){
+        .type = type,
+        .data = (const uint8_t *)model->sidecar + offset,
+        .n_rows = n_rows,
+        .n_cols = n_cols,
+        .layout = layout,
+    };
+}
+
 // `layout` is that of the types that can be in panels.
 static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model * model, const char * name,
                        int64_t n_cols, int64_t n_rows, enum tsffn_layout layout, struct tsffn_matrix * matrix) {
@@ -107,13 +119,9 @@ static bool map_matrix(const struct tsffn_gguf * file, const struct tsffn_model 
         !tsffn_check_type(file, name, tensor.type, n_cols)) {
         return false;
     }
-    *matrix = (struct tsffn_matrix){
-        .type = tsffn_row_type_for(tensor.type),
-        .data = (const uint8_t *)model->sidecar + tensor.offset,
-        .n_rows = n_rows,
-        .n_cols = n_cols,
-        .layout = tensor.type == GGML_TYPE_Q4_0 || tensor.type == GGML_TYPE_Q8_0 ? layout : TSFFN_LAYOUT_ROWS,
-    };
+    const bool takes_panels = tensor.type == GGML_TYPE_Q4_0 || tensor.type == GGML_TYPE_Q8_0;
+    *matrix = matrix_at(model, tensor.offset, tsffn_row_type_for(tensor.type), n_cols, n_rows,
+                        takes_panels ? layout : TSFFN_LAYOUT_ROWS);
     return true;
 }
 
@@ -138,13 +146,7 @@ static bool map_q3_nl(const struct tsffn_gguf * file, const struct tsffn_model *
     if (!tsffn_gguf_tensor(file, name, (int64_t)tsffn_row_bytes(type, n_cols), n_rows, 1, &tensor)) {
         return false;
     }
-    *matrix = (struct tsffn_matrix){
-        .type = type,
-        .data = (const uint8_t *)model->sidecar + tensor.offset,
-        .n_rows = n_rows,
-        .n_cols = n_cols,
-        .layout = layout,
-    };
+    *matrix = matrix_at(model, tensor.offset, type, n_cols, n_rows, layout);
     return true;
 }
 

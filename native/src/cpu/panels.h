@@ -52,49 +52,35 @@ TSFFN_DECLARE_PANELS(neondot);
      [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_##tier,                                                                    \
      [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_##tier}
 
-// Panels of a tier by functions SUFFIX_1 .. SUFFIX_4 for that many vectors at once, which share unpacking the weights.
-// The file's own DEFINE_PANEL(SUFFIX, N_X, ...) defines them.
+// The panels of a tier by CALL(SUFFIX, N_X) for that many vectors at once, 1 to 4, which share unpacking the weights.
+#define TSFFN_PANELS_OF(SUFFIX, N_X, CALL)                                                                             \
+    case N_X:                                                                                                          \
+        CALL(SUFFIX, N_X);                                                                                             \
+        break
+#define TSFFN_DISPATCH_PANELS(SUFFIX, TIER, CALL)                                                                      \
+    void tsffn_panel_##SUFFIX##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                 \
+                                       float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                 \
+        for (; n_x > 0; n_x -= 4, x += 4, s += 4, asks = NULL) {                                                       \
+            switch (n_x < 4 ? n_x : 4) {                                                                               \
+                TSFFN_PANELS_OF(SUFFIX, 1, CALL);                                                                      \
+                TSFFN_PANELS_OF(SUFFIX, 2, CALL);                                                                      \
+                TSFFN_PANELS_OF(SUFFIX, 3, CALL);                                                                      \
+                TSFFN_PANELS_OF(SUFFIX, 4, CALL);                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+// By functions SUFFIX_1 .. SUFFIX_4, which the file's own DEFINE_PANEL(SUFFIX, N_X, ...) defines.
+#define TSFFN_CALL_NUMBERED(SUFFIX, N_X) SUFFIX##_##N_X(n, panel, x, s, asks)
 #define TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, TIER, ...)                                                                 \
     DEFINE_PANEL(SUFFIX, 1, __VA_ARGS__)                                                                               \
     DEFINE_PANEL(SUFFIX, 2, __VA_ARGS__)                                                                               \
     DEFINE_PANEL(SUFFIX, 3, __VA_ARGS__)                                                                               \
     DEFINE_PANEL(SUFFIX, 4, __VA_ARGS__)                                                                               \
-    void tsffn_panel_##SUFFIX##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                 \
-                                       float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                 \
-        for (int t = 0; t < n_x; t += 4, asks = NULL) {                                                                \
-            switch (n_x - t) {                                                                                         \
-            case 1:                                                                                                    \
-                SUFFIX##_1(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            case 2:                                                                                                    \
-                SUFFIX##_2(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            case 3:                                                                                                    \
-                SUFFIX##_3(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            default:                                                                                                   \
-                SUFFIX##_4(n, panel, x + t, s + t, asks);                                                              \
-                break;                                                                                                 \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
+    TSFFN_DISPATCH_PANELS(SUFFIX, TIER, TSFFN_CALL_NUMBERED)
 
-// Panels of a tier by BODY, a function of the same parameters that is inlined for 1 to 4 vectors.
-#define TSFFN_PANELS_OF(N_X, BODY)                                                                                     \
-    case N_X:                                                                                                          \
-        BODY(n, panel, N_X, x, s, asks);                                                                               \
-        break
-#define TSFFN_DEFINE_PANELS_INLINED(BODY, TIER)                                                                        \
-    void tsffn_panel_##BODY##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                   \
-                                     float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                   \
-        for (; n_x > 0; n_x -= 4, x += 4, s += 4, asks = NULL) {                                                       \
-            switch (n_x < 4 ? n_x : 4) {                                                                               \
-                TSFFN_PANELS_OF(1, BODY);                                                                              \
-                TSFFN_PANELS_OF(2, BODY);                                                                              \
-                TSFFN_PANELS_OF(3, BODY);                                                                              \
-                TSFFN_PANELS_OF(4, BODY);                                                                              \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
+// By a function SUFFIX of the same parameters as the panels, which is inlined for each number.
+#define TSFFN_CALL_INLINED(SUFFIX, N_X) SUFFIX(n, panel, N_X, x, s, asks)
+#define TSFFN_DEFINE_PANELS_INLINED(SUFFIX, TIER) TSFFN_DISPATCH_PANELS(SUFFIX, TIER, TSFFN_CALL_INLINED)
 
 #endif

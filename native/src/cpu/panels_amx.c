@@ -232,9 +232,8 @@ static void panel_q3_nl(int64_t n, const uint8_t * panel, int n_x, const void * 
     for (int t = 0; t < n_x; ++t) {
         const int32_t *hi = sums[t / TSFFN_TILE_ROWS][0][t % TSFFN_TILE_ROWS],
                       *lo = sums[t / TSFFN_TILE_ROWS][1][t % TSFFN_TILE_ROWS];
-        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(_mm512_load_si512(hi)),
-                                           _mm512_cvtepi32_ps(_mm512_load_si512(lo)));
-        _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_mul_ps(sum, d), _mm512_set1_ps(tsffn_u14_scale(x[t]))));
+        const __m512i hi_sum = _mm512_load_si512(hi), lo_sum = _mm512_load_si512(lo);
+        _mm512_storeu_ps(s[t], tsffn_q3_nl_finish(hi_sum, lo_sum, d, tsffn_u14_scale(x[t])));
     }
 }
 

@@ -123,9 +123,7 @@ TSFFN_INLINED void q3_nl(int64_t n, const uint8_t * panel, int n_x, const void *
     }
     const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
     for (int t = 0; t < n_x; ++t) {
-        const __m512 sum =
-            _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(hi_total[t]), _mm512_cvtepi32_ps(lo_total[t]));
-        _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_mul_ps(sum, d), _mm512_set1_ps(tsffn_u14_scale(x[t]))));
+        _mm512_storeu_ps(s[t], tsffn_q3_nl_finish(hi_total[t], lo_total[t], d, tsffn_u14_scale(x[t])));
     }
 }
 

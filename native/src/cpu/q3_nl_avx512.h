@@ -32,4 +32,11 @@ static inline __attribute__((always_inline)) void tsffn_q3_nl_codes(const uint8_
     codes[7] = _mm512_ternarylogic_epi32(top_1, _mm512_srli_epi16(q2, 5), bit_2, 0xf8);
 }
 
+// What a panel gives for a vector: from the sums of its products with hi and with lo, d of the 16 rows and of the
+// vector.
+static inline __m512 tsffn_q3_nl_finish(__m512i hi, __m512i lo, __m512 d, float x_scale) {
+    const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(hi), _mm512_cvtepi32_ps(lo));
+    return _mm512_mul_ps(_mm512_mul_ps(sum, d), _mm512_set1_ps(x_scale));
+}
+
 #endif
