@@ -4,6 +4,7 @@
 
 #include "../cpu/gemm.h"
 #include "ask_queue.h"
+#include "barrier.h"
 #include "ffn.h"
 
 #include <time.h>
@@ -42,11 +43,14 @@ struct shared {
     float * h1;                                    // [TILE_ROWS][max_rank]
     char * h1_converted;                           // [TILE_ROWS] in the format of fc2's dot
     size_t h1_bytes;
+    // Bytes between the threads' copies of x_gate, x_up, x_pred and h1_converted; 0: they share one.
+    size_t copy_bytes;
     struct needed needed;         // of the tile
     float * acc;                  // [n_threads][TILE_ROWS][n_embd]
     float * scratch;              // [n_threads][max(n_embd, max_rank)]
     struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
     size_t counts_stride;
+    struct tsffn_barrier * barrier;
     struct histograms * histograms; // [n_threads] when profiling
 
     // Dense products of gate and up on a matrix unit (cpu/gemm.h), when profiling and there is one; else NULL.

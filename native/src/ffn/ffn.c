@@ -16,6 +16,9 @@
 
 enum {
     COLUMN_BLOCK = 256, // columns per unit of work in phase D: whole cache lines, no false sharing
+    // Up to so many rows every thread converts the activations for itself. That takes 1 microsecond a row; shared, it
+    // took 12 per layer, because the lines go from core to core, and two more barriers are waited for.
+    COPIED_ROWS = 4,
 };
 
 struct tsffn_workspace {
@@ -44,53 +47,60 @@ static void share(int64_t n, int ith, int nth, int64_t * begin, int64_t * end) {
     *end = n * (ith + 1) / nth;
 }
 
+static const float * token_x(const struct shared * s, int64_t t) {
+    return (const float *)(s->call->x + (size_t)t * s->call->x_stride);
+}
+
+static float * scratch_of(const struct shared * s, int ith) {
+    return s->scratch + (int64_t)ith * max_i64(s->n_embd, s->max_rank);
+}
+
 // Token t's p = x * scale, in the format of fc1's dot.
-static void convert_for_predictor(const struct shared * s, const float * x, int64_t t, float * scaled) {
+static void convert_for_predictor(const struct shared * s, int64_t t, float * scaled) {
     const struct tsffn_ffn * ffn = &s->call->ffns[0];
     if (s->x_pred == NULL) {
         return;
     }
-    const float * p = x;
+    const float * p = token_x(s, t);
     if (ffn->pred_scale != NULL) {
         for (int64_t j = 0; j < s->n_embd; ++j) {
-            scaled[j] = x[j] * ffn->pred_scale[j];
+            scaled[j] = p[j] * ffn->pred_scale[j];
         }
         p = scaled;
     }
     tsffn_matrix_convert_x(&ffn->fc1, p, s->x_pred + (size_t)t * s->x_pred_bytes);
 }
 
-// Before any output is written: every token's activations, converted for gate, up and the predictor.
+// Token t's x, for gate and up.
+static void convert_for_neurons(const struct shared * s, int64_t t) {
+    const struct tsffn_ffn * ffn = &s->call->ffns[0];
+    const float * x = token_x(s, t);
+    if (s->x_gate != NULL) {
+        tsffn_matrix_convert_x(&ffn->gate, x, s->x_gate + (size_t)t * s->x_gate_bytes);
+    }
+    if (s->x_up != NULL && s->x_up != s->x_gate) {
+        tsffn_matrix_convert_x(&ffn->up, x, s->x_up + (size_t)t * s->x_up_bytes);
+    }
+    if (s->gemm != NULL) {
+        s->gemm->split(s->n_embd, x, s->x_split + t * 2 * s->n_embd);
+    }
+}
+
+// The thread's share of all tokens' activations, in two parts each, so that a single one keeps two threads busy.
 static void convert_inputs(const struct shared * s, int ith, int nth) {
-    const struct tsffn_call * call = s->call;
-    const struct tsffn_ffn * ffn = &call->ffns[0];
     int64_t begin, end;
-    // Two parts of each token, so that a single one keeps two threads busy.
-    share(2 * call->n_tokens, ith, nth, &begin, &end);
-    float * scaled = s->scratch + (size_t)ith * (size_t)max_i64(s->n_embd, s->max_rank);
+    share(2 * s->call->n_tokens, ith, nth, &begin, &end);
     for (int64_t part = begin; part < end; ++part) {
-        const int64_t t = part / 2;
-        const float * x = (const float *)(call->x + (size_t)t * call->x_stride);
         if (part % 2 == 0) {
-            convert_for_predictor(s, x, t, scaled);
-            continue;
-        }
-        if (s->x_gate != NULL) {
-            tsffn_matrix_convert_x(&ffn->gate, x, s->x_gate + (size_t)t * s->x_gate_bytes);
-        }
-        if (s->x_up != NULL && s->x_up != s->x_gate) {
-            tsffn_matrix_convert_x(&ffn->up, x, s->x_up + (size_t)t * s->x_up_bytes);
-        }
-        if (s->gemm != NULL) {
-            s->gemm->split(s->n_embd, x, s->x_split + t * 2 * s->n_embd);
+            convert_for_predictor(s, part / 2, scratch_of(s, ith));
+        } else {
+            convert_for_neurons(s, part / 2);
         }
     }
 }
 
-static void convert_hidden(const struct shared * s, int64_t tile, int64_t n_rows, int ith, int nth) {
+static void convert_hidden(const struct shared * s, int64_t tile, int64_t begin, int64_t end) {
     const struct tsffn_row * rows = s->call->rows + tile;
-    int64_t begin, end;
-    share(n_rows, ith, nth, &begin, &end);
     for (int64_t r = begin; r < end; ++r) {
         const struct tsffn_matrix * fc2 = &s->call->ffns[rows[r].ffn].fc2;
         tsffn_matrix_convert_x(fc2, s->h1 + r * s->max_rank, s->h1_converted + (size_t)r * s->h1_bytes);
@@ -165,7 +175,7 @@ static void each_segment(const struct shared * s, int64_t tile, int64_t n_rows, 
             .r0 = r0,
             .r1 = r1,
             .acc = s->acc + (int64_t)ith * TILE_ROWS * s->n_embd,
-            .scratch = s->scratch + (int64_t)ith * max_i64(s->n_embd, s->max_rank),
+            .scratch = scratch_of(s, ith),
             .counts = counts,
             .histograms = s->histograms != NULL ? &s->histograms[ith] : NULL,
             .packed = s->gemm != NULL && groups_of(r0, r1) > 0 ? s->x_packed + (size_t)group * s->x_group_bytes : NULL,
@@ -184,6 +194,7 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
     const bool writes_embd = s->call->op == TSFFN_OP_FUSED || s->call->op == TSFFN_OP_DOWN;
     const bool sparse = s->call->op == TSFFN_OP_FUSED && s->call->profile == NULL;
     const bool predicts = needs_predictor(s->call);
+    const bool copies = s->copy_bytes != 0;
     const uint64_t t0 = now_ns();
     if (predicts) {
         for (int64_t r0 = 0, r1; r0 < n_rows; r0 = r1) {
@@ -191,23 +202,32 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
             tsffn_hidden_layer(s, tile, r0, r1, ith, nth, counts);
         }
         tsffn_ask_logits(s, &s->call->ffns[rows[0].ffn], ith, nth);
-#pragma omp barrier
-        convert_hidden(s, tile, n_rows, ith, nth);
-#pragma omp barrier
+        tsffn_barrier_wait(s->barrier, nth);
+        int64_t begin = 0, end = n_rows;
+        if (!copies) {
+            share(n_rows, ith, nth, &begin, &end);
+        }
+        convert_hidden(s, tile, begin, end);
+        if (!copies) {
+            tsffn_barrier_wait(s->barrier, nth);
+        }
     }
     uint64_t t1 = now_ns();
     counts->ns_predictor += t1 - t0;
 
     if (s->gemm != NULL) {
         pack_tile(s, tile, n_rows, ith, nth);
-#pragma omp barrier
+        tsffn_barrier_wait(s->barrier, nth);
     }
     if (writes_embd) {
         memset(s->acc + (int64_t)ith * TILE_ROWS * s->n_embd, 0, (size_t)(n_rows * s->n_embd) * sizeof(float));
     }
     if (sparse) {
         each_segment(s, tile, n_rows, ith, nth, counts, tsffn_list_neurons);
-#pragma omp barrier
+        for (int64_t t = 0; copies && t < s->call->n_tokens; ++t) {
+            convert_for_neurons(s, t);
+        }
+        tsffn_barrier_wait(s->barrier, nth);
         const uint64_t listed = now_ns();
         counts->ns_predictor += predicts ? listed - t1 : 0;
         t1 = predicts ? listed : t1;
@@ -215,10 +235,9 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
     } else {
         each_segment(s, tile, n_rows, ith, nth, counts, tsffn_compute_chunks);
     }
-#pragma omp barrier
+    tsffn_barrier_wait(s->barrier, nth);
     if (writes_embd) {
         reduce(s, tile, n_rows, ith, nth);
-#pragma omp barrier
     }
     counts->ns_ffn += now_ns() - t1;
 }
@@ -237,7 +256,7 @@ static size_t lay_out(struct shared * s, char * base) {
     const size_t nth = (size_t)call->n_threads;
     const size_t n_tokens = (size_t)call->n_tokens;
     size_t used = 0;
-    s->x_gate = s->x_up = s->x_pred = NULL;
+    s->x_gate = s->x_up = s->x_pred = s->h1_converted = NULL;
     if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) {
         s->x_gate_bytes = tsffn_matrix_x_bytes(&ffn->gate);
         s->x_gate = carve(base, &used, n_tokens * s->x_gate_bytes);
@@ -250,13 +269,18 @@ static size_t lay_out(struct shared * s, char * base) {
     if (needs_predictor(call)) {
         s->x_pred_bytes = tsffn_matrix_x_bytes(&ffn->fc1);
         s->x_pred = carve(base, &used, n_tokens * s->x_pred_bytes);
-        s->h1 = (float *)carve(base, &used, TILE_ROWS * (size_t)s->max_rank * sizeof(float));
         s->h1_bytes = 0;
         for (int64_t e = 0; e < call->n_ffns; ++e) {
             const size_t bytes = tsffn_matrix_x_bytes(&call->ffns[e].fc2);
             s->h1_bytes = bytes > s->h1_bytes ? bytes : s->h1_bytes;
         }
-        s->h1_converted = carve(base, &used, TILE_ROWS * s->h1_bytes);
+        s->h1_converted = carve(base, &used, (size_t)min_i64(TILE_ROWS, call->n_rows) * s->h1_bytes);
+    }
+    const bool copies = call->op == TSFFN_OP_FUSED && call->profile == NULL && call->n_rows <= COPIED_ROWS;
+    s->copy_bytes = copies ? used : 0; // all that was carved so far
+    used += (nth - 1) * s->copy_bytes;
+    if (needs_predictor(call)) {
+        s->h1 = (float *)carve(base, &used, TILE_ROWS * (size_t)s->max_rank * sizeof(float));
     }
     const size_t n_segments = (size_t)min_i64(min_i64(TILE_ROWS, call->n_rows), call->n_ffns);
     const size_t n_needed = n_segments * (size_t)s->n_ff;
@@ -268,6 +292,7 @@ static size_t lay_out(struct shared * s, char * base) {
     s->scratch = (float *)carve(base, &used, nth * (size_t)max_i64(s->n_embd, s->max_rank) * sizeof(float));
     s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
     s->counts = (struct tsffn_counts *)carve(base, &used, nth * s->counts_stride);
+    s->barrier = (struct tsffn_barrier *)carve(base, &used, sizeof(*s->barrier));
     if (call->profile != NULL) {
         s->histograms = (struct histograms *)carve(base, &used, nth * sizeof(*s->histograms));
     }
@@ -311,6 +336,39 @@ static void add_counts(struct tsffn_counts * total, const struct shared * s) {
     total->ns_ffn += ns_ffn;
 }
 
+// `s` as thread `ith` sees it: with its own copies, if there are any.
+static struct shared with_copies_of(const struct shared * s, int ith) {
+    struct shared mine = *s;
+    char ** const copied[] = {&mine.x_gate, &mine.x_up, &mine.x_pred, &mine.h1_converted};
+    for (size_t k = 0; k < sizeof(copied) / sizeof(copied[0]); ++k) {
+        *copied[k] = *copied[k] != NULL ? *copied[k] + (size_t)ith * s->copy_bytes : NULL;
+    }
+    return mine;
+}
+
+// What thread `ith` of `nth` does of a call.
+static void compute_thread(const struct shared * s, int ith, int nth) {
+    const struct tsffn_call * call = s->call;
+    struct tsffn_counts * counts = (struct tsffn_counts *)((char *)s->counts + (size_t)ith * s->counts_stride);
+    if (needs_predictor(call)) {
+        tsffn_ask_hidden_layer(s, &call->ffns[call->rows[0].ffn], ith, nth);
+    }
+    if (s->copy_bytes != 0) {
+        for (int64_t t = 0; t < call->n_tokens; ++t) {
+            convert_for_predictor(s, t, scratch_of(s, ith));
+        }
+    } else {
+        convert_inputs(s, ith, nth);
+        tsffn_barrier_wait(s->barrier, nth);
+    }
+    for (int64_t tile = 0; tile < call->n_rows; tile += TILE_ROWS) {
+        if (tile > 0) {
+            tsffn_barrier_wait(s->barrier, nth); // all have read the sums of the tile before
+        }
+        compute_tile(s, tile, min_i64(TILE_ROWS, call->n_rows - tile), ith, nth, counts);
+    }
+}
+
 bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, struct tsffn_counts * counts) {
     if (call->n_rows == 0) {
         return true;
@@ -340,22 +398,15 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_call * call, 
         }
     }
 
+    tsffn_barrier_init(s.barrier);
+
 // Always the caller's thread count, however small the layer: libgomp ends the threads that a smaller team leaves out,
-// and ggml-cpu, which shares the pool, would start them again for its next operation.
+// and ggml-cpu, which shares the pool, would start them again for its next operation. The runtime may grant fewer.
 #pragma omp parallel num_threads(call->n_threads)
     {
-        // The runtime may grant fewer threads than asked for.
         const int ith = omp_get_thread_num();
-        const int nth = omp_get_num_threads();
-        struct tsffn_counts * mine = (struct tsffn_counts *)((char *)s.counts + (size_t)ith * s.counts_stride);
-        if (needs_predictor(call)) {
-            tsffn_ask_hidden_layer(&s, &call->ffns[call->rows[0].ffn], ith, nth);
-        }
-        convert_inputs(&s, ith, nth);
-#pragma omp barrier
-        for (int64_t tile = 0; tile < call->n_rows; tile += TILE_ROWS) {
-            compute_tile(&s, tile, min_i64(TILE_ROWS, call->n_rows - tile), ith, nth, mine);
-        }
+        const struct shared mine = with_copies_of(&s, ith);
+        compute_thread(&mine, ith, omp_get_num_threads());
     }
     add_counts(counts, &s);
     for (int thread = 0; call->profile != NULL && thread < call->n_threads; ++thread) {
