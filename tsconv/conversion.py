@@ -28,7 +28,7 @@ from tsconv.export.writer import OutputFiles, StreamedFile, refuse_inputs, sigte
 from tsconv.profile import stats as activation_stats
 from tsconv.profile.heat import described, hot_order
 from tsconv.profile.stats import Stats
-from tsconv.transform import q3_nl
+from tsconv.transform import q3_nl, qkv
 from tsconv.transform.bundles import GATE, names_of_layer
 from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.plan import (
@@ -110,6 +110,7 @@ def convert(
     revision: str | None = None,
     tensor_types: Iterable[str] = (),
     ffn_layout: str = AUTO,
+    fuse_qkv: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -131,6 +132,8 @@ def convert(
         ffn_layout: "bundles" puts gate, up and down of a neuron side by side, with which a predictor's few neurons are
             read faster; "rows" leaves each matrix in a piece, with which exact sparsity is faster; "auto": bundles for
             a model with predictors whose gate, up and down have one type in each layer.
+        fuse_qkv: q, k and v of a layer become one matrix where they have one type, which makes attention faster;
+            adapters (LoRA) for them need False.
         dry_run: plan and check everything but the weights' values, and write nothing.
         force: replace existing outputs.
         progress: called with (input bytes done, input bytes in all).
@@ -162,6 +165,8 @@ def convert(
         for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)
     ]
     bundles = _bundles(jobs, ffn_layout, has_predictor=bool(contents.sidecar))
+    n_model = len(contents.model)
+    tensors = _tensors(jobs[:n_model], fuse_qkv), _tensors(jobs[n_model:], fuse_qkv)
     input_bytes = sum(job.input_bytes for job in jobs)
     notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
 
@@ -170,14 +175,14 @@ def convert(
         raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
     sidecar = sidecar_path(model)
     refuse_inputs([model, sidecar], [Path(profile)] if profile is not None else [])
-    n_model = len(contents.model)
     files = [(StreamedFile(model, keys.ARCHITECTURE), jobs[:n_model])]
     if contents.sidecar:
         files.append((StreamedFile(sidecar, keys.ARCHITECTURE), jobs[n_model:]))
 
     sizes = [0, 0]
     if not dry_run:
-        _fill_headers(files, contents, kind, CHECKPOINT if order is None else HOT_FIRST, bool(bundles))
+        headers = [(file, tensors[i]) for i, (file, _) in enumerate(files)]
+        _fill_headers(headers, contents, kind, CHECKPOINT if order is None else HOT_FIRST, bool(bundles))
         if order is not None:
             keys.add_neuron_order(files[0][0].header, order, described(stats), stats.subject.sparsity)
         obsolete = [] if contents.sidecar else [sidecar]
@@ -193,7 +198,11 @@ def convert(
         predictor_kind=contents.kind,
         neuron_order=CHECKPOINT if order is None else HOT_FIRST,
         ffn_layout=layouts.FFN.other if bundles else layouts.ROWS,
-        tensors=tuple(_described("model" if i < n_model else "sidecar", job) for i, job in enumerate(jobs)),
+        tensors=tuple(
+            tensor.planned(file)
+            for file, of_file in zip(("model", "sidecar"), tensors, strict=True)
+            for tensor in of_file
+        ),
         notes=tuple(note for note in notes if note),
         model_bytes=sizes[0],
         sidecar_bytes=sizes[1] if contents.sidecar else 0,
@@ -275,8 +284,56 @@ def _bundles(jobs: list[Job], layout: str, has_predictor: bool) -> dict[str, tup
     return bundles
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file and the jobs whose rows it holds one behind the other: one, or those of q, k and v."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def kind(self) -> GGMLQuantizationType:
+        return self.jobs[0].kind
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def declared_shape(self) -> tuple[int, ...]:
+        shapes = [job.declared_shape for job in self.jobs]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def planned(self, file: str) -> PlannedTensor:
+        shapes = [job.output.shape for job in self.jobs]
+        return PlannedTensor(
+            file=file,
+            name=self.name,
+            shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]),
+            source_type=self.jobs[0].matched.sources[0].dtype.lower(),
+            type=type_name(self.kind),
+            source_bytes=sum(job.input_bytes for job in self.jobs),
+            bytes=self.nbytes,
+        )
+
+
+def _tensors(jobs: list[Job], fuse_qkv: bool) -> list[_Tensor]:
+    """The tensors that `jobs` make, in their order."""
+    by_name = {job.output.name: job for job in jobs}
+    tensors = {}
+    for name, job in by_name.items():
+        tensor = _Tensor(name, (job,))
+        if fuse_qkv and qkv.PART.match(name):
+            matrix = qkv.together(name)
+            parts = tuple(by_name[part] for part in qkv.parts_of(matrix))
+            if len({part.kind for part in parts}) == 1:
+                tensor = _Tensor(matrix, parts)
+        tensors[tensor.name] = tensor
+    return list(tensors.values())
+
+
 def _fill_headers(
-    files: list[tuple[StreamedFile, list[Job]]],
+    files: list[tuple[StreamedFile, list[_Tensor]]],
     contents: _Contents,
     outtype: GGMLQuantizationType,
     neuron_order: str,
@@ -287,14 +344,15 @@ def _fill_headers(
     provenance = keys.Provenance(
         source, secrets.token_hex(16), contents.fingerprint, neuron_order, keys.read_card(source.directory)
     )
-    for file, jobs in files:
+    for file, tensors in files:
         keys.add_common(file.header, provenance, contents.config, contents.family)
-        for job in jobs:
-            file.declare(job.output.name, job.declared_shape, job.kind, job.nbytes)
+        for tensor in tensors:
+            file.declare(tensor.name, tensor.declared_shape, tensor.kind, tensor.nbytes)
     keys.add_model(files[0][0].header, contents.config, contents.kind, outtype, in_bundles)
     contents.tokenizer.add_to(files[0][0].header)
     if len(files) > 1:
-        sidecar, jobs = files[1]
+        sidecar, tensors = files[1]
+        jobs = [job for tensor in tensors for job in tensor.jobs]
         version = layouts.LAYOUT_VERSION if any(job.in_panels for job in jobs) else layouts.PLAIN_VERSION
         if any(job.kind == q3_nl.KIND for job in jobs):
             version = layouts.Q3_NL_VERSION
@@ -313,15 +371,3 @@ def counter(progress: Progress | None, total: int) -> Callable[[int], None] | No
         progress(done, total)
 
     return count
-
-
-def _described(label: str, job: Job) -> PlannedTensor:
-    return PlannedTensor(
-        file=label,
-        name=job.output.name,
-        shape=job.output.shape,
-        source_type=job.matched.sources[0].dtype.lower(),
-        type=type_name(job.kind),
-        source_bytes=job.input_bytes,
-        bytes=job.nbytes,
-    )

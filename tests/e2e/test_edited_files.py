@@ -38,23 +38,23 @@ MODEL_EDITS = {
         f"{GATE}: wrong shape: expected [128, 512, 1], found [512, 128, 1]; ",
     ),
     "attention shape": (
-        {"shapes": {"blk.1.attn_q.weight": (64, N_EMBD)}},
+        {"shapes": {"blk.1.attn_qkv.weight": (64, N_EMBD)}},
         "llama.cpp cannot load the model: found",
-        "blk.1.attn_q.weight",
+        "blk.1.attn_qkv.weight",
         "expected",
         "convert again",
     ),
     "no ffn tensor": ({"without": [GATE]}, f"{GATE}: the tensor is missing; "),
     "no other tensor": (
-        {"without": ["blk.1.attn_q.weight"]},
+        {"without": ["blk.1.attn_qkv.weight"]},
         "llama.cpp cannot load the model: found",
-        "blk.1.attn_q.weight",
+        "blk.1.attn_q.weight",  # which it looks for then
         "convert again",
     ),
     "extra tensor": (
         {"extra": {"more": np.zeros(32, np.float32)}},
         "llama.cpp cannot load the model: found",
-        "wrong number of tensors; expected 58, got 57",
+        "wrong number of tensors; expected 46, got 45",
         "convert again",
     ),
     "format version": (

@@ -70,6 +70,19 @@ def test_logits(name, tokens, reference, outtype, sparsity):
     assert error <= NMSE_LIMITS[outtype]
 
 
+@pytest.mark.parametrize("outtype", ["f32", "q4_0"])
+def test_q_k_and_v_apart(name, tokens, tmp_path, outtype):
+    """The function is the same when q, k and v are not in one matrix."""
+    model = load(name, outtype, "predictor")
+    expected = model.token_logits(tokens)
+    model.close()
+    apart = tsconv.convert(tiny.CHECKPOINTS / name, tmp_path / "m.gguf", outtype, fuse_qkv=False).model
+    model = tsconv.load(apart, n_threads=2, n_ctx=N_TOKENS, type_k=F32, type_v=F32)
+    found = model.token_logits(tokens)
+    model.close()
+    assert nmse(found, expected) <= 1e-9
+
+
 def test_the_mask_matters(reference):
     """The two modes are different functions: agreement with the one is not agreement with the other."""
     assert nmse(reference["exact"], reference["predictor"]) > 10 * NMSE_LIMITS["f32"]

@@ -41,12 +41,12 @@ def reference(t: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
     }
     for n in range(shape.n_layer):
         source, blk = f"model.layers.{n}.", f"blk.{n}."
+        q = hf_to_llama_rope(t[source + "self_attn.q_proj.weight"], shape.n_head)
+        k = hf_to_llama_rope(t[source + "self_attn.k_proj.weight"], shape.n_head_kv)
         out |= {
             blk + "attn_norm.weight": t[source + "input_layernorm.weight"],
             blk + "ffn_norm.weight": t[source + "post_attention_layernorm.weight"],
-            blk + "attn_q.weight": hf_to_llama_rope(t[source + "self_attn.q_proj.weight"], shape.n_head),
-            blk + "attn_k.weight": hf_to_llama_rope(t[source + "self_attn.k_proj.weight"], shape.n_head_kv),
-            blk + "attn_v.weight": t[source + "self_attn.v_proj.weight"],
+            blk + "attn_qkv.weight": np.concatenate([q, k, t[source + "self_attn.v_proj.weight"]]),
             blk + "attn_output.weight": t[source + "self_attn.o_proj.weight"],
         }
         if shape.n_expert:

@@ -15,8 +15,9 @@ from synthetic import SHAPES, random_tensors, save, write_predictors
 
 from tsconv import convert
 from tsconv.errors import ModelFileError
+from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order, refuse_adapter
+from tsconv.export.order import neuron_order
 from tsconv.export.summary import summarise
 from tsconv.profile.heat import described, hot_first, hot_order, rows_read
 from tsconv.profile.stats import Counts, merge
@@ -172,7 +173,7 @@ def test_order_of_nothing(model: Path, tmp_path: Path) -> None:
 # ---- adapters
 
 
-@pytest.mark.parametrize("part", ["attn_q", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_up_exps"])
+@pytest.mark.parametrize("part", ["attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_up_exps"])
 def test_adapter_for_another_order(model: Path, tmp_path: Path, part: str) -> None:
     """Only what touches neurons is refused, and only where they were reordered."""
     writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
@@ -185,7 +186,7 @@ def test_adapter_for_another_order(model: Path, tmp_path: Path, part: str) -> No
     adapter = read_header(tmp_path / "lora.gguf")
     refuse_adapter(read_header(model), adapter)
     reordered = read_header(hot(model, tmp_path / "hot.gguf"))
-    if part in ("attn_q", "ffn_gate_inp"):
+    if part in ("attn_output", "ffn_gate_inp"):
         refuse_adapter(reordered, adapter)
         return
     with pytest.raises(ModelFileError) as caught:

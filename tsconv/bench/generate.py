@@ -18,7 +18,7 @@ from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
 from tsconv.transform.quantize import type_name
 
-GENERATION = 4  # in the files' names: models of other weights are not taken for these
+GENERATION = 5  # in the files' names: models of other weights are not taken for these
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,12 @@ TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
     help="bundles: gate, up and down of a neuron side by side; faster with a predictor. rows: faster with exact"
     " sparsity. auto: bundles where there is a predictor.",
 )
+@click.option(
+    "--fuse-qkv/--no-fuse-qkv",
+    default=True,
+    show_default=True,
+    help="q, k and v of a layer in one matrix: faster, but adapters (LoRA) for them do not fit.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

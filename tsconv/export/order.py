@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from gguf import GGUFValueType
 
@@ -14,8 +12,6 @@ from tsconv.transform.neuron_order import Order
 
 KEY = "turbosparse.neuron_order"
 CHECKPOINT, HOT_FIRST = "checkpoint", "hot_first"
-
-FFN_ADAPTER = re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_exps)?\.")  # not the router, ffn_gate_inp
 
 
 def layer_key(layer: int) -> str:
@@ -89,19 +85,3 @@ def _layer_order(header: Header, layer: int, n_ffn: int, n_ff: int) -> Order:
                 fix="the file is damaged or was edited: convert and reorder again",
             )
     return order
-
-
-def refuse_adapter(model: Header, adapter: Header) -> None:
-    """Refuses a LoRA adapter that changes FFN tensors of a model whose neurons are not where its training had them.
-
-    Raises:
-        ModelFileError: it would be added to other neurons.
-    """
-    changed = [tensor.name for tensor in adapter.tensors if FFN_ADAPTER.match(tensor.name)]
-    if changed and kind_of(model) != CHECKPOINT:
-        name = changed[0].removesuffix(".lora_a")
-        raise ModelFileError(
-            f"the adapter changes {name}, whose neurons are in another order in {model.path}",
-            where=adapter.path,
-            fix="use it with a model that was converted without --profile",
-        )

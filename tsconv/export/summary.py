@@ -25,7 +25,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 PARTS = {
     "predictor": r"\.ffn_pred_",
     "ffn": r"\.ffn_(gate|up|down)(_exps)?\.weight$",
-    "attention": r"\.attn_(q|k|v|output)\.weight$",
+    "attention": r"\.attn_(q|k|v|qkv|output)\.weight$",
     "embeddings and output": r"^(token_embd|output)\.weight$",
     "norms and router": r"",
 }

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
 from tsconv.export.kv_cache import padded
-from tsconv.export.order import refuse_adapter
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.cpu import physical_cores
 from tsconv.runtime.log import quiet_unless

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from tsconv.arch.family import Output
 from tsconv.errors import TsconvError
-from tsconv.transform import q3_nl
+from tsconv.transform import q3_nl, qkv
 from tsconv.transform.panels import PANEL_ROWS, PANEL_TYPES
 from tsconv.transform.quantize import TYPES, block_size, type_name
 
@@ -120,6 +120,17 @@ def fitting(kind: GGMLQuantizationType, output: Output) -> GGMLQuantizationType:
     return T.F16
 
 
+def _finds(pattern: re.Pattern[str], name: str) -> bool:
+    """Whether the expression finds tensor `name`; q, k and v also by the name of their matrix, if it finds none of the
+    three: attn_qkv means all, attn_q does not."""
+    if pattern.search(name):
+        return True
+    if not qkv.PART.match(name):
+        return False
+    matrix = qkv.together(name)
+    return pattern.search(matrix) is not None and not any(pattern.search(part) for part in qkv.parts_of(matrix))
+
+
 def choose_types(
     outputs: Sequence[Output],
     outtype: GGMLQuantizationType,
@@ -140,7 +151,7 @@ def choose_types(
         if is_fixed(output):
             choices.append(Choice(T.F32, T.F32))
             continue
-        matching = [override for override in overrides if override.pattern.search(output.name)]
+        matching = [override for override in overrides if _finds(override.pattern, output.name)]
         unused -= {override.text for override in matching}
         default = None
         if matching:
