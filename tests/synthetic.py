@@ -6,6 +6,7 @@ import json
 from math import prod
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 from tsconv.bench.synthetic import Shape, config, header, tensor_shapes, to_bf16, write_tokenizer
@@ -83,3 +84,15 @@ def as_float32(tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float32)
+
+
+def save_adapter(path: Path, tensor: str) -> Path:
+    """A LoRA adapter that changes one tensor, as far as its header tells."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for half in "ab":
+        writer.add_tensor(f"{tensor}.lora_{half}", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

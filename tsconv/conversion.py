@@ -286,7 +286,10 @@ def _bundles(jobs: list[Job], layout: str, has_predictor: bool) -> dict[str, tup
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a file and the jobs whose rows it holds one behind the other: one, or those of q, k and v."""
+    """A tensor of a file and the jobs whose rows it holds one behind the other: one, or those of q, k and v.
+
+    They follow one another among the jobs too: that is the order in which they are written.
+    """
 
     name: str
     jobs: tuple[Job, ...]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from edited import edited
 from random_stats import expected_order, random_stats
-from synthetic import SHAPES, random_tensors, save, write_predictors
+from synthetic import SHAPES, random_tensors, save, save_adapter, write_predictors
 
 from tsconv import convert
 from tsconv.errors import ModelFileError
@@ -176,14 +176,7 @@ def test_order_of_nothing(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_up_exps"])
 def test_adapter_for_another_order(model: Path, tmp_path: Path, part: str) -> None:
     """Only what touches neurons is refused, and only where they were reordered."""
-    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
-    for half in "ab":
-        writer.add_tensor(f"blk.0.{part}.weight.lora_{half}", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    adapter = read_header(tmp_path / "lora.gguf")
+    adapter = read_header(save_adapter(tmp_path / "lora.gguf", f"blk.0.{part}.weight"))
     refuse_adapter(read_header(model), adapter)
     reordered = read_header(hot(model, tmp_path / "hot.gguf"))
     if part in ("attn_output", "ffn_gate_inp"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from synthetic import SHAPES, random_tensors, save
+from synthetic import SHAPES, random_tensors, save, save_adapter
 
 from tsconv import convert
 from tsconv.errors import ModelFileError, TsconvError
@@ -72,14 +72,7 @@ def test_an_override_of_nothing(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_adapter_of_a_part(checkpoint: Path, tmp_path: Path, part: str) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
-    for half in "ab":
-        writer.add_tensor(f"blk.1.attn_{part}.weight.lora_{half}", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    adapter = read_header(tmp_path / "lora.gguf")
+    adapter = read_header(save_adapter(tmp_path / "lora.gguf", f"blk.1.attn_{part}.weight"))
     refuse_adapter(read_header(convert(checkpoint, tmp_path / "apart.gguf", "q8_0", fuse_qkv=False).model), adapter)
     model = convert(checkpoint, tmp_path / "m.gguf", "q8_0").model
     with pytest.raises(ModelFileError) as caught:

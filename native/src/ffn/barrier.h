@@ -1,8 +1,8 @@
 // A place where the threads of a call meet.
 //
 // libgomp's own makes a system call each time, to wake threads that may have gone to sleep. Those of a layer wait for
-// microseconds, six times per layer: without the calls a token of a 7B model takes 1 % less (two cores of Zen 5 on two
-// dies). Who waits longer lets others have the processor.
+// microseconds: without the calls a token of a 7B model takes 1 % less (two cores of Zen 5, each with its own way to
+// memory). Who waits longer lets others have the processor.
 #ifndef TSFFN_BARRIER_H
 #define TSFFN_BARRIER_H
 

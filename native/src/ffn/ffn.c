@@ -1,13 +1,14 @@
-// One parallel region per call. Per tile of at most 64 rows, four phases with a barrier after each:
+// One parallel region per call. Per tile of at most 64 rows, four phases with a barrier between them:
 //
 //   A  hidden   h1[r] = relu(fc1 . p_r)                            threads share the rows of fc1
 //   B  logits   fc2 . h1 -> the neurons that are on                threads share the rows of fc2
-//   C  neurons  gate, up, down of those                            threads take blocks of neurons in turn and add
-//                                                                  into accumulators of their own
+//   C  neurons  gate, up, down of those                            threads share them (without a predictor they take
+//                                                                  chunks in turn) and add into their own acc
 //   D  reduce   y[r] = sum over threads of acc[thread][r]          threads share rows and columns
 //
 // Weight rows are outer and activations inner, so a weight row is read from memory once per tile. Whose sums a neuron
-// goes into depends on its number and the thread count only: a row's result does not depend on the others of its batch.
+// goes into depends on the row's own mask and the thread count only: its result does not depend on the rest of its
+// batch.
 #include "call.h"
 
 #include <omp.h>
