@@ -179,10 +179,10 @@ def convert(
     if contents.sidecar:
         files.append((StreamedFile(sidecar, keys.ARCHITECTURE), jobs[n_model:]))
 
+    neuron_order = CHECKPOINT if order is None else HOT_FIRST
     sizes = [0, 0]
     if not dry_run:
-        headers = [(file, tensors[i]) for i, (file, _) in enumerate(files)]
-        _fill_headers(headers, contents, kind, CHECKPOINT if order is None else HOT_FIRST, bool(bundles))
+        _fill_headers(files, tensors, contents, kind, neuron_order, bool(bundles))
         if order is not None:
             keys.add_neuron_order(files[0][0].header, order, described(stats), stats.subject.sparsity)
         obsolete = [] if contents.sidecar else [sidecar]
@@ -196,7 +196,7 @@ def convert(
         sidecar=sidecar if contents.sidecar else None,
         outtype=type_name(kind),
         predictor_kind=contents.kind,
-        neuron_order=CHECKPOINT if order is None else HOT_FIRST,
+        neuron_order=neuron_order,
         ffn_layout=layouts.FFN.other if bundles else layouts.ROWS,
         tensors=tuple(
             tensor.planned(file)
@@ -304,20 +304,23 @@ class _Tensor:
 
     @property
     def declared_shape(self) -> tuple[int, ...]:
-        shapes = [job.declared_shape for job in self.jobs]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return _one_behind_the_other(job.declared_shape for job in self.jobs)
 
     def planned(self, file: str) -> PlannedTensor:
-        shapes = [job.output.shape for job in self.jobs]
         return PlannedTensor(
             file=file,
             name=self.name,
-            shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]),
+            shape=_one_behind_the_other(job.output.shape for job in self.jobs),
             source_type=self.jobs[0].matched.sources[0].dtype.lower(),
             type=type_name(self.kind),
             source_bytes=sum(job.input_bytes for job in self.jobs),
             bytes=self.nbytes,
         )
+
+
+def _one_behind_the_other(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    first, *others = shapes
+    return (first[0] + sum(shape[0] for shape in others), *first[1:])
 
 
 def _tensors(jobs: list[Job], fuse_qkv: bool) -> list[_Tensor]:
@@ -336,26 +339,26 @@ def _tensors(jobs: list[Job], fuse_qkv: bool) -> list[_Tensor]:
 
 
 def _fill_headers(
-    files: list[tuple[StreamedFile, list[_Tensor]]],
+    files: list[tuple[StreamedFile, list[Job]]],
+    tensors: tuple[list[_Tensor], list[_Tensor]],
     contents: _Contents,
     outtype: GGMLQuantizationType,
     neuron_order: str,
     in_bundles: bool,
 ) -> None:
-    """Keys and tensor tables of the model, files[0], and the sidecar, files[1] if there is one."""
+    """Keys and tensor tables of the model, files[0], and the sidecar, files[1] if there is one; `tensors` likewise."""
     source = contents.source
     provenance = keys.Provenance(
         source, secrets.token_hex(16), contents.fingerprint, neuron_order, keys.read_card(source.directory)
     )
-    for file, tensors in files:
+    for (file, _), of_file in zip(files, tensors, strict=False):
         keys.add_common(file.header, provenance, contents.config, contents.family)
-        for tensor in tensors:
+        for tensor in of_file:
             file.declare(tensor.name, tensor.declared_shape, tensor.kind, tensor.nbytes)
     keys.add_model(files[0][0].header, contents.config, contents.kind, outtype, in_bundles)
     contents.tokenizer.add_to(files[0][0].header)
     if len(files) > 1:
-        sidecar, tensors = files[1]
-        jobs = [job for tensor in tensors for job in tensor.jobs]
+        sidecar, jobs = files[1]
         version = layouts.LAYOUT_VERSION if any(job.in_panels for job in jobs) else layouts.PLAIN_VERSION
         if any(job.kind == q3_nl.KIND for job in jobs):
             version = layouts.Q3_NL_VERSION

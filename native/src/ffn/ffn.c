@@ -204,12 +204,12 @@ static void compute_tile(const struct shared * s, int64_t tile, int64_t n_rows, 
         }
         tsffn_ask_logits(s, &s->call->ffns[rows[0].ffn], ith, nth);
         tsffn_barrier_wait(s->barrier, nth);
-        int64_t begin = 0, end = n_rows;
-        if (!copies) {
+        if (copies) {
+            convert_hidden(s, tile, 0, n_rows);
+        } else {
+            int64_t begin, end;
             share(n_rows, ith, nth, &begin, &end);
-        }
-        convert_hidden(s, tile, begin, end);
-        if (!copies) {
+            convert_hidden(s, tile, begin, end);
             tsffn_barrier_wait(s->barrier, nth);
         }
     }
@@ -256,6 +256,7 @@ static size_t lay_out(struct shared * s, char * base) {
     const struct tsffn_ffn * ffn = &call->ffns[0];
     const size_t nth = (size_t)call->n_threads;
     const size_t n_tokens = (size_t)call->n_tokens;
+    const int64_t tile_rows = min_i64(TILE_ROWS, call->n_rows);
     size_t used = 0;
     s->x_gate = s->x_up = s->x_pred = s->h1_converted = NULL;
     if (call->op == TSFFN_OP_FUSED || call->op == TSFFN_OP_GATE) {
@@ -275,7 +276,7 @@ static size_t lay_out(struct shared * s, char * base) {
             const size_t bytes = tsffn_matrix_x_bytes(&call->ffns[e].fc2);
             s->h1_bytes = bytes > s->h1_bytes ? bytes : s->h1_bytes;
         }
-        s->h1_converted = carve(base, &used, (size_t)min_i64(TILE_ROWS, call->n_rows) * s->h1_bytes);
+        s->h1_converted = carve(base, &used, (size_t)tile_rows * s->h1_bytes);
     }
     const bool copies = call->op == TSFFN_OP_FUSED && call->profile == NULL && call->n_rows <= COPIED_ROWS;
     s->copy_bytes = copies ? used : 0; // all that was carved so far
@@ -283,7 +284,7 @@ static size_t lay_out(struct shared * s, char * base) {
     if (needs_predictor(call)) {
         s->h1 = (float *)carve(base, &used, TILE_ROWS * (size_t)s->max_rank * sizeof(float));
     }
-    const size_t n_segments = (size_t)min_i64(min_i64(TILE_ROWS, call->n_rows), call->n_ffns);
+    const size_t n_segments = (size_t)min_i64(tile_rows, call->n_ffns);
     const size_t n_needed = n_segments * (size_t)s->n_ff;
     s->needed.neuron = (int32_t *)carve(base, &used, n_needed * sizeof(*s->needed.neuron));
     s->needed.rows = (uint64_t *)carve(base, &used, n_needed * sizeof(*s->needed.rows));
@@ -315,12 +316,15 @@ static bool reserve(struct tsffn_workspace * ws, size_t size) {
     return ws->memory != NULL;
 }
 
+static struct tsffn_counts * counts_of_thread(const struct shared * s, int ith) {
+    return (struct tsffn_counts *)((char *)s->counts + (size_t)ith * s->counts_stride);
+}
+
 // Counters are summed over threads; times are those of the busiest thread, which is what the caller waited for.
 static void add_counts(struct tsffn_counts * total, const struct shared * s) {
     uint64_t ns_predictor = 0, ns_ffn = 0;
     for (int thread = 0; thread < s->call->n_threads; ++thread) {
-        const struct tsffn_counts * c =
-            (const struct tsffn_counts *)((const char *)s->counts + (size_t)thread * s->counts_stride);
+        const struct tsffn_counts * c = counts_of_thread(s, thread);
         total->neurons += c->neurons;
         total->predicted += c->predicted;
         total->gate_positive += c->gate_positive;
@@ -350,7 +354,7 @@ static struct shared with_copies_of(const struct shared * s, int ith) {
 // What thread `ith` of `nth` does of a call.
 static void compute_thread(const struct shared * s, int ith, int nth) {
     const struct tsffn_call * call = s->call;
-    struct tsffn_counts * counts = (struct tsffn_counts *)((char *)s->counts + (size_t)ith * s->counts_stride);
+    struct tsffn_counts * counts = counts_of_thread(s, ith);
     if (needs_predictor(call)) {
         tsffn_ask_hidden_layer(s, &call->ffns[call->rows[0].ffn], ith, nth);
     }
