@@ -65,3 +65,19 @@ def edited(
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def as_ordinary(model: Path, target: Path, data: Mapping[str, np.ndarray] | None = None) -> Path:
+    """The weights of a converted model as a model of llama.cpp's own, SwiGLU architecture; `data` as for `edited`."""
+    reader, writer = gguf.GGUFReader(model), gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith(("llama.", "tokenizer.")):
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], element)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, (data or {}).get(tensor.name, tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

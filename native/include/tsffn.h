@@ -24,7 +24,9 @@ extern "C" {
 #define TSFFN_API __attribute__((visibility("default")))
 
 // Limits of the file format (docs/format.md).
-#define TSFFN_FORMAT_VERSION 3
+#define TSFFN_MODEL_VERSION 2   // newest turbosparse.format_version of a model,
+#define TSFFN_SIDECAR_VERSION 3 // and of a sidecar;
+#define TSFFN_Q3_NL_VERSION 3   // that of a sidecar with a matrix of q3_nl
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)
@@ -44,7 +46,7 @@ struct tsffn_model;
 TSFFN_API bool tsffn_check_abi(char * error, size_t error_size);
 
 // Opens a model file and, in predictor mode, its sidecar (sidecar_path NULL: NAME.predictor.gguf beside NAME.gguf), and
-// checks both completely: keys, shapes, sizes, that they are a pair. Tensor data is mapped, not read.
+// checks both completely: keys, shapes, sizes, that they are a pair. Only headers are read.
 // Returns NULL and writes one line to `error` that names file, tensor, expected and found, and the remedy.
 TSFFN_API struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path,
                                                 enum tsffn_sparsity sparsity, char * error, size_t error_size);
@@ -52,9 +54,19 @@ TSFFN_API struct tsffn_model * tsffn_model_open(const char * model_path, const c
 // Drops the caller's reference. Weight buffers hold their own: the memory goes when the last of them is freed.
 TSFFN_API void tsffn_model_close(struct tsffn_model * model);
 
-// The model whose FFN weights the backend claims from now on, NULL for none. One load at a time.
+// The model whose FFN weights the backend claims from now on in loads of the calling thread, NULL for none. While a
+// model is armed, a context is refused (llama.cpp: "failed to initialize TSFFN backend") unless all of its FFN weights
+// are in buffers of this backend: another device would compute them as SwiGLU.
 TSFFN_API void tsffn_model_arm(struct tsffn_model * model);
 
+// Bytes of the model file.
+TSFFN_API uint64_t tsffn_model_file_bytes(const struct tsffn_model * model);
+// Brings bytes [offset, offset + size) of the model file into the page cache, in huge pages where the file system has
+// them. Does nothing to what is there already, or behind the file's end. offset: a multiple of the page size. To be
+// called before llama.cpp loads the model, piece by piece, where the file fits in memory. Returns 0 or an errno.
+TSFFN_API int tsffn_model_cache(const struct tsffn_model * model, uint64_t offset, uint64_t size);
+
+// What the model was opened with; TSFFN_SPARSITY_DEFAULT and 0 for NULL.
 TSFFN_API enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model);
 TSFFN_API int32_t tsffn_model_n_layer(const struct tsffn_model * model);
 
@@ -90,6 +102,11 @@ TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
 // histograms [TSFFN_N_HISTOGRAMS][TSFFN_N_BINS]. False when counting is off or there is no such layer.
 TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, uint64_t * tokens,
                                         uint64_t * neurons, uint64_t * histograms);
+
+// Bytes that this process can come to use without swapping: MemAvailable, and what is left in each of its control
+// groups (v1 and v2). Page cache counts as free. proc: where the proc file system is, NULL for /proc. 0: not known.
+// tsconv/runtime/limits.py says the same in Python.
+TSFFN_API uint64_t tsffn_available_memory(const char * proc);
 
 // Measuring this machine. Both return false for arguments that make no sense, and when OpenMP grants fewer threads.
 //

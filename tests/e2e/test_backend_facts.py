@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import gguf
+import edited
 import llama_cpp
 import numpy as np
 import pytest
@@ -258,26 +258,10 @@ print(logits().hex())
 """
 
 
-def as_ordinary(model: Path, target: Path) -> Path:
-    """The weights of a converted model as a model of llama.cpp's own, SwiGLU architecture."""
-    reader, writer = gguf.GGUFReader(model), gguf.GGUFWriter(target, "llama")
-    for field in reader.fields.values():
-        if field.name.startswith(("llama.", "tokenizer.")):
-            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], element)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 def test_ordinary_model_beside_ours(tmp_path):
     """A llama model of the same shapes, before, beside and after ours: what llama.cpp computes without the backend."""
     ours = tiny.converted()
-    plain = as_ordinary(ours, tmp_path / "plain.gguf")
+    plain = edited.as_ordinary(ours, tmp_path / "plain.gguf")
     alone, beside = python(PLAIN, plain, ""), python(PLAIN, plain, ours)
     for result in (alone, beside):
         assert result.returncode == 0, result.stderr
@@ -334,17 +318,17 @@ def test_sidecar_named_in_the_environment(tmp_path):
 def test_mistakes_in_the_environment(env, message):
     result = python(STOCK, library_path(), tiny.converted(), **{"TSFFN_MODEL": str(tiny.converted())} | env)
     assert result.returncode == 1
-    assert message in result.stderr.splitlines()
+    assert f"tsffn: {message}" in result.stderr.splitlines()
     assert "AssertionError: refused" in result.stderr
 
 
 def test_ordinary_model_where_another_is_expected(tmp_path):
     """While the environment names ours: one of the same shapes is refused, never computed as dReLU; others work."""
-    plain = as_ordinary(tiny.converted(), tmp_path / "plain.gguf")
+    plain = edited.as_ordinary(tiny.converted(), tmp_path / "plain.gguf")
     loud = STOCK.replace("verbose=False", "verbose=True")
     result = python(loud, library_path(), plain, TSFFN_MODEL=str(tiny.converted()))
     assert result.returncode == 1
-    assert "tsffn: another model of the same shape as the opened one is being loaded" in result.stderr
+    assert f"tsffn: another model of the shape of {tiny.converted()} is being loaded" in result.stderr
     assert "Failed to load model from file" in result.stderr
     other = python(STOCK, library_path(), plain, TSFFN_MODEL=str(tiny.converted("tiny-turbosparse-mixtral")))
     assert other.returncode == 0, other.stderr

@@ -5,6 +5,7 @@ Format: ggml/src/gguf.cpp and docs/gguf.md of ggml. Only the header is read; ten
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_ENTRIES = 1 << 20  # keys, or tensors: a 512-layer model with 1024 experts has fewer than 2^20 sidecar tensors
 MAX_HEADER = 1 << 30  # bytes
+READ_BYTES = 64 << 10  # at a time
 
 SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -137,7 +139,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         n_bytes = path.stat().st_size
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=READ_BYTES) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead into the tensor data
             return _parse(_Cursor(file, path, n_bytes), n_bytes)
     except OSError as error:
         raise ModelFileError(f"cannot be read: {error.strerror}", where=path) from None

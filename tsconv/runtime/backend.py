@@ -10,7 +10,7 @@ import ctypes
 import os
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 LIBRARY_NAME = "libggml-tsffn.so"
 ERROR_SIZE = 2048
+CACHE_PIECE = 64 << 20  # bytes of a file that are read before Ctrl-C is looked for
 
 # enum tsffn_sparsity (native/include/tsffn.h)
 SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2, "dense": 3}
@@ -144,6 +145,8 @@ class Backend:
             "tsffn_model_arm": ([handle], None),
             "tsffn_model_sparsity": ([handle], ctypes.c_int),
             "tsffn_model_n_layer": ([handle], ctypes.c_int32),
+            "tsffn_model_file_bytes": ([handle], ctypes.c_uint64),
+            "tsffn_model_cache": ([handle, ctypes.c_uint64, ctypes.c_uint64], ctypes.c_int),
             "tsffn_model_stats": ([handle, ctypes.c_int32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
             "tsffn_model_reset_stats": ([handle], None),
             "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),
@@ -265,18 +268,36 @@ class Backend:
             # The first thing that ggml's reader objected to, when it was ggml's reader.
             reason = f" ({errors[0]})" if errors else ""
             raise ModelFileError(message.value.decode(errors="replace") + reason)
-        return NativeModel(self._lib, handle, self._load_lock)
+        return NativeModel(self._lib, handle, self._load_lock, path)
 
 
 class NativeModel:
     """An opened `struct tsffn_model`: the sidecar's mapping and the counters."""
 
-    def __init__(self, lib: ctypes.CDLL, handle: int, load_lock: threading.Lock) -> None:
+    def __init__(self, lib: ctypes.CDLL, handle: int, load_lock: threading.Lock, path: Path) -> None:
         self._lib = lib
+        self.path = path
         self._handle: int | None = handle
         self._load_lock = load_lock
         self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
         self.n_layer = lib.tsffn_model_n_layer(handle)
+        self.file_bytes = lib.tsffn_model_file_bytes(handle)
+
+    def cache_file(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Brings the model file into the page cache, in huge pages where its file system has them. Ctrl-C stops it.
+
+        Args:
+            progress: called with (bytes done, bytes in all), at most CACHE_PIECE bytes apart.
+
+        Raises:
+            ModelFileError: it cannot be read.
+        """
+        for start in range(0, self.file_bytes, CACHE_PIECE):
+            failure = self._lib.tsffn_model_cache(self._handle, start, CACHE_PIECE)
+            if failure:
+                raise ModelFileError(f"cannot be read: {os.strerror(failure)}", where=self.path)
+            if progress is not None:
+                progress(min(start + CACHE_PIECE, self.file_bytes), self.file_bytes)
 
     @contextmanager
     def armed(self) -> Iterator[None]:

@@ -44,6 +44,15 @@ def available_memory(proc: Path = PROC) -> int:
     return max(0, min([1024 * int(fields["MemAvailable"]), *left]))
 
 
+def fits_in_memory(n_bytes: int) -> bool:
+    """Whether a file of `n_bytes` can stay in memory.
+
+    A quarter of what is available is left for what llama.cpp repacks, for the context and for other programs.
+    """
+    available = available_memory()
+    return n_bytes <= available - available // 4
+
+
 def _groups(controller: str, proc: Path) -> Iterator[tuple[bool, Path]]:
     """(is it v2, folder) of every control group that this process is in, innermost first."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from tsconv.export.gguf_header import read_header
 from tsconv.export.kv_cache import padded
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.cpu import physical_cores
+from tsconv.runtime.limits import fits_in_memory
 from tsconv.runtime.log import quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
+
+OWN_MESSAGE = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
 
 
 class SparseLlama(llama_cpp.Llama):
@@ -37,6 +40,9 @@ class SparseLlama(llama_cpp.Llama):
             buffers that `llama_cpp.Llama` keeps beside the context are as long as the context.
         flash_attn: llama.cpp's fused attention, which prefill and decoding are faster with. None: on, but for keys or
             values in f32, which it would round to f16 for every token.
+        preload: bring the model file into the page cache before llama.cpp maps it, which makes loading it from disk and
+            reading its rows faster. None: when it fits in memory, control groups included.
+        progress: called with (bytes of the file in memory, bytes in all) meanwhile.
         verbose: llama.cpp's log on stderr.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -55,6 +61,8 @@ class SparseLlama(llama_cpp.Llama):
         n_threads_batch: int | None = None,
         n_ctx: int = 512,
         flash_attn: bool | None = None,
+        preload: bool | None = None,
+        progress: Callable[[int, int], None] | None = None,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -74,6 +82,10 @@ class SparseLlama(llama_cpp.Llama):
         undo.callback(native.close)
         try:
             with undo, native.armed(), quiet_unless(verbose) as errors:
+                if preload is None:
+                    preload = kwargs.get("use_mmap", True) and fits_in_memory(native.file_bytes)
+                if preload:
+                    native.cache_file(progress)
                 super().__init__(
                     str(path),
                     n_threads=n_threads,
@@ -87,6 +99,8 @@ class SparseLlama(llama_cpp.Llama):
                 undo.pop_all()
         except ValueError as error:
             reason = next((line for line in errors if line), str(error))
+            if reason.startswith(OWN_MESSAGE):
+                raise BackendError(reason.removeprefix(OWN_MESSAGE)) from None
             raise ModelFileError(
                 "llama.cpp cannot load the model",
                 where=path,

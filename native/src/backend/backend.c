@@ -1,11 +1,12 @@
 // The ggml side: backend, device, registration, in this order. Every entry of a vtable is written out.
 #include "gguf_file.h"
 #include "graph.h"
+#include "load.h"
+#include "log.h"
 #include "mapping.h"
 #include "residency.h"
 
 #include <omp.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -87,6 +88,13 @@ static void device_get_props(ggml_backend_dev_t dev, struct ggml_backend_dev_pro
 
 static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * params) {
     (void)params;
+    // llama.cpp starts backends for a context, whose model it has loaded.
+    char error[1024];
+    struct tsffn_model * model = tsffn_model_armed();
+    if (model != NULL && !tsffn_check_loaded(model, error, sizeof(error))) {
+        tsffn_log_error("%s", error);
+        return NULL;
+    }
     static ggml_guid guid = {0x74, 0x73, 0x66, 0x66, 0x6e, 0x2d, 0x64, 0x72,
                              0x65, 0x6c, 0x75, 0x2d, 0x63, 0x70, 0x75, 0x31};
     struct ggml_backend * backend = malloc(sizeof(*backend));
@@ -98,7 +106,6 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * p
         tsffn_workspace_free(workspace);
         return NULL;
     }
-    // llama.cpp starts backends for a context, whose model it has loaded.
     tsffn_residency_loaded();
     stream->n_threads = omp_get_max_threads();
     stream->workspace = workspace;
@@ -121,14 +128,15 @@ static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev,
     (void)dev;
     (void)max_tensor_size;
     // Tensors are claimed by name and shape: another model of the same shapes must not be computed as dReLU.
-    const struct tsffn_model * model = tsffn_model_armed();
+    struct tsffn_model * model = tsffn_model_armed();
     if (model != NULL && tsffn_is_mapped_from_another_file(ptr, size, model->device, model->inode)) {
-        fprintf(stderr, "tsffn: another model of the same shape as the opened one is being loaded; load it with a "
-                        "program of its own, without TSFFN_MODEL\n");
+        tsffn_log_error("another model of the shape of %s is being loaded; load it with a program of its own, without "
+                        "TSFFN_MODEL",
+                        model->path);
         return NULL;
     }
     tsffn_release_pages(ptr, size);
-    return tsffn_buffer_new(ptr, size, false);
+    return tsffn_buffer_new(ptr, size, false, model);
 }
 
 static bool device_supports_op(ggml_backend_dev_t dev, const tsffn_tensor * op) {
@@ -243,7 +251,7 @@ static bool open_from_environment(char * error, size_t error_size) {
     if (model == NULL) {
         return false;
     }
-    tsffn_model_arm(model);
+    tsffn_model_arm_for_process(model);
     tsffn_model_close(model);
     return true;
 }
@@ -253,7 +261,7 @@ TSFFN_API ggml_backend_reg_t ggml_backend_init(void);
 ggml_backend_reg_t ggml_backend_init(void) {
     char error[1024];
     if (!tsffn_check_abi(error, sizeof(error)) || !open_from_environment(error, sizeof(error))) {
-        fprintf(stderr, "%s\n", error);
+        tsffn_log_error("%s", error);
         return NULL;
     }
     tsffn_buffer_type()->device = &device;

@@ -1,9 +1,9 @@
 // Host memory: mapped model files and compute buffers. Every entry of a vtable is written out.
 #include "buffer.h"
 
+#include "log.h"
 #include "residency.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -76,7 +76,7 @@ static const struct ggml_backend_buffer_i buffer_interface = {
     .reset = NULL,
 };
 
-ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned) {
+ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned, struct tsffn_model * model) {
     struct tsffn_buffer * context = malloc(sizeof(*context));
     if (context == NULL) {
         return NULL;
@@ -85,7 +85,7 @@ ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned) {
         .base = base,
         .size = size,
         .owned = owned,
-        .model = tsffn_model_retain(tsffn_model_armed()),
+        .model = tsffn_model_retain(model),
     };
     return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
 }
@@ -101,10 +101,10 @@ static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t
     (void)type;
     void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     if (base == NULL) {
-        fprintf(stderr, "tsffn: cannot allocate a buffer of %zu bytes\n", size);
+        tsffn_log_error("cannot allocate a buffer of %zu bytes", size);
         return NULL;
     }
-    ggml_backend_buffer_t buffer = tsffn_buffer_new(base, size, true);
+    ggml_backend_buffer_t buffer = tsffn_buffer_new(base, size, true, tsffn_model_armed());
     if (buffer == NULL) {
         free(base);
     }

@@ -14,6 +14,7 @@ struct tsffn_buffer {
     // until the first is known. All below is guarded by the model's residency_mutex, but for
     // next_loading, and for reading the weights of the buffer that is computed with (tsffn_residency_pieces).
     struct tsffn_matrix * weights;
+    int64_t load;                       // number of the load that they came with
     struct tsffn_buffer * next;         // of the model's buffers with weights
     bool locked;                        // pages of them may be locked in RAM
     struct tsffn_buffer * next_loading; // see loading_mutex in residency.c
@@ -22,8 +23,7 @@ struct tsffn_buffer {
 // The one buffer type of this backend. Its device is the backend's to set.
 ggml_backend_buffer_type_t tsffn_buffer_type(void);
 
-// A buffer over `base`, which it takes over when `owned`. Buffers made while a model is armed hold that model's
-// weights.
-ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned);
+// A buffer over `base`, which it takes over when `owned`, for weights of `model` (NULL: for none).
+ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned, struct tsffn_model * model);
 
 #endif

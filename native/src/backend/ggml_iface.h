@@ -48,6 +48,10 @@ struct ggml_backend_buffer {
     enum ggml_backend_buffer_usage usage;
 };
 
+// ggml's log (ggml/src/ggml-impl.h): goes to the callback of llama_log_set, to stderr without one.
+GGML_API void ggml_log_internal(enum ggml_log_level level, const char * format, ...)
+    __attribute__((format(printf, 2, 3)));
+
 GGML_API ggml_backend_buffer_t ggml_backend_buffer_init(ggml_backend_buffer_type_t, struct ggml_backend_buffer_i,
                                                         void * context, size_t size);
 

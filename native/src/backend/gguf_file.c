@@ -8,6 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
+
+enum { READ_BYTES = 64 << 10 }; // of the header, at a time
 
 static const char CONVERT_AGAIN[] = "the file is damaged or was edited: convert or download it again";
 
@@ -89,14 +92,25 @@ static bool parse(struct tsffn_gguf * file, FILE * stream) {
 }
 
 bool tsffn_gguf_open(struct tsffn_gguf * file, const char * path, char * error, size_t error_size) {
-    *file = (struct tsffn_gguf){.path = path, .error = error, .error_size = error_size};
+    *file = (struct tsffn_gguf){.path = path, .fd = -1, .error = error, .error_size = error_size};
     // O_NONBLOCK: a pipe is refused below instead of being waited for.
     const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     FILE * stream = fd >= 0 ? fdopen(fd, "rb") : NULL;
     if (stream == NULL) {
-        return tsffn_fail(error, error_size, "%s: cannot be opened: %s", path, strerror(errno));
+        const int reason = errno;
+        if (fd >= 0) {
+            close(fd);
+        }
+        return tsffn_fail(error, error_size, "%s: cannot be opened: %s", path, strerror(reason));
     }
-    const bool ok = parse(file, stream);
+    posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM); // no read-ahead into the tensor data
+    setvbuf(stream, NULL, _IOFBF, READ_BYTES);
+    bool ok = parse(file, stream);
+    if (ok) {
+        file->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        ok = file->fd >= 0 || tsffn_fail(error, error_size, "%s: cannot be kept open: %s", path, strerror(errno));
+        posix_fadvise(fd, 0, 0, POSIX_FADV_NORMAL); // the two share it
+    }
     fclose(stream);
     if (!ok) {
         tsffn_gguf_close(file);
@@ -109,6 +123,16 @@ void tsffn_gguf_close(struct tsffn_gguf * file) {
         gguf_free(file->ctx);
         file->ctx = NULL;
     }
+    if (file->fd >= 0) {
+        close(file->fd);
+        file->fd = -1;
+    }
+}
+
+int tsffn_gguf_take_fd(struct tsffn_gguf * file) {
+    const int fd = file->fd;
+    file->fd = -1;
+    return fd;
 }
 
 // Finds `key`, which must have `type`; returns its number or -1.

@@ -14,6 +14,7 @@ struct tsffn_gguf {
     struct gguf_context * ctx;
     const char * path;
     uint64_t file_size;
+    int fd;                 // of the opened file, -1 after tsffn_gguf_take_fd
     uint64_t device, inode; // as stat tells them
     char * error;           // the caller's
     size_t error_size;
@@ -28,9 +29,12 @@ struct tsffn_gguf_tensor {
 // Writes one line to the caller's error buffer and returns false.
 bool tsffn_fail(char * error, size_t error_size, const char * format, ...) __attribute__((format(printf, 3, 4)));
 
-// Opens `path` and checks that the data of every tensor lies inside the file. `path` must outlive `file`.
+// Opens `path`, reads its header, and checks that the data of every tensor lies inside the file. No tensor data is
+// read, and the kernel reads none ahead. `path` must outlive `file`.
 bool tsffn_gguf_open(struct tsffn_gguf * file, const char * path, char * error, size_t error_size);
 void tsffn_gguf_close(struct tsffn_gguf * file);
+// The descriptor of the file that was checked; the caller closes it.
+int tsffn_gguf_take_fd(struct tsffn_gguf * file);
 
 bool tsffn_gguf_string(const struct tsffn_gguf * file, const char * key, const char ** value);
 bool tsffn_gguf_u32(const struct tsffn_gguf * file, const char * key, uint32_t * value);

@@ -4,6 +4,7 @@
 // the same result.
 #include "graph.h"
 
+#include "load.h"
 #include "residency.h"
 #include "row_types.h"
 #include "weight.h"
@@ -39,6 +40,11 @@ static bool comes_from_gate(const tsffn_tensor * t, struct tsffn_weight * weight
 
 bool tsffn_supports_op(const tsffn_tensor * op) {
     struct tsffn_weight weight;
+    // The first weight of a load, for which llama.cpp asks an accelerator before the CPU.
+    if (op->op == GGML_OP_GET_ROWS && tsffn_is_asked_for(op->src[0]) && tsffn_model_armed() != NULL &&
+        strcmp(op->src[0]->name, "token_embd.weight") == 0) {
+        tsffn_begin_load(tsffn_model_armed());
+    }
     if (op->op == GGML_OP_NONE) {
         return tsffn_identify(op, &weight); // the weight itself: it belongs here
     }
@@ -50,8 +56,13 @@ bool tsffn_supports_op(const tsffn_tensor * op) {
     }
     const tsffn_tensor * x = op->src[1];
     const bool is_moe = op->op == GGML_OP_MUL_MAT_ID;
-    return is_moe == (weight.model->n_expert > 0) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
-           x->ne[3] == 1 && (is_moe || x->ne[2] == 1);
+    const bool supported = is_moe == (weight.model->n_expert > 0) && x->type == GGML_TYPE_F32 &&
+                           x->nb[0] == sizeof(float) && x->ne[3] == 1 && (is_moe || x->ne[2] == 1);
+    // Activations that nothing computes: llama.cpp looks for a place for the weight.
+    if (supported && tsffn_is_asked_for(op->src[0]) && x->op == GGML_OP_NONE) {
+        tsffn_claim(&weight);
+    }
+    return supported;
 }
 
 static bool reserve(void ** memory, int64_t * capacity, int64_t n, size_t element) {

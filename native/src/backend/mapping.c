@@ -84,24 +84,16 @@ int tsffn_prefault_pages(void * pages, size_t size) {
     return 0;
 }
 
-void tsffn_cache_in_huge_pages(const char * path) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat info;
-    if (fd < 0) {
-        return;
+int tsffn_cache_pages(int fd, uint64_t offset, uint64_t size) {
+    void * pages = mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, fd, (off_t)offset);
+    if (pages == MAP_FAILED) {
+        return errno;
     }
-    const uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    if (fstat(fd, &info) == 0 && (uint64_t)info.st_size < memory - memory / 4) {
-        void * pages = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
-        if (pages != MAP_FAILED) {
-            // A page fault of a mapping with this advice reads two huge pages.
-            if (madvise(pages, (size_t)info.st_size, MADV_HUGEPAGE) == 0) {
-                tsffn_prefault_pages(pages, (size_t)info.st_size);
-            }
-            munmap(pages, (size_t)info.st_size);
-        }
-    }
-    close(fd);
+    // A page fault of a mapping with this advice reads two huge pages. EINVAL: a kernel without them.
+    madvise(pages, (size_t)size, MADV_HUGEPAGE);
+    const int reason = tsffn_prefault_pages(pages, (size_t)size);
+    munmap(pages, (size_t)size);
+    return reason;
 }
 
 // /proc/self/pagemap has 64 bits for every page, bit 63 set when it is present (Linux, admin-guide/mm/pagemap.rst).

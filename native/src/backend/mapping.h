@@ -19,10 +19,10 @@ bool tsffn_release_mapping(const void * address, size_t size);
 // Brings whole pages into this process, reading them when they are on disk. Returns 0 or an errno.
 int tsffn_prefault_pages(void * pages, size_t size);
 
-// Reads a file into the page cache, in huge pages where its file system has large folios: a mapping of it then finds
-// its pages faster (docs/performance.md). llama.cpp would read all of it too, but in pieces of the disk's read-ahead.
-// Does nothing to what is cached already, and nothing at all for a file that is large beside this machine's memory.
-void tsffn_cache_in_huge_pages(const char * path);
+// Reads bytes [offset, offset + size) of a file into the page cache, in huge pages where its file system has large
+// folios: a mapping of it then finds its pages faster (docs/performance.md). `offset` is a multiple of the page size.
+// Does nothing to what is cached already. Returns 0 or an errno.
+int tsffn_cache_pages(int fd, uint64_t offset, uint64_t size);
 
 // How many bytes of whole pages are in this process's memory now; `unknown` when the kernel does not tell.
 size_t tsffn_resident_bytes(const void * pages, size_t size, size_t unknown);

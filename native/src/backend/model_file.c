@@ -22,7 +22,7 @@ static bool read_dimension(const struct tsffn_gguf * file, const char * key, uin
     return true;
 }
 
-bool tsffn_check_format(const struct tsffn_gguf * file) {
+bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest) {
     const char * architecture;
     if (!tsffn_gguf_string(file, "general.architecture", &architecture)) {
         return false;
@@ -38,12 +38,12 @@ bool tsffn_check_format(const struct tsffn_gguf * file) {
     if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
         return false;
     }
-    if (version < 1 || version > TSFFN_FORMAT_VERSION) {
+    if (version < 1 || version > newest) {
         return tsffn_fail(
             file->error, file->error_size,
-            "%s: unknown format version: expected 1 to %d, found %u; install the tsconv that wrote the file, or "
+            "%s: unknown format version: expected 1 to %u, found %u; install the tsconv that wrote the file, or "
             "convert again",
-            file->path, TSFFN_FORMAT_VERSION, version);
+            file->path, newest, version);
     }
     return true;
 }
@@ -104,23 +104,28 @@ bool tsffn_check_type(const struct tsffn_gguf * file, const char * name, enum gg
     return true;
 }
 
-static bool check_ffn_tensors(const struct tsffn_gguf * file, const struct tsffn_model * model) {
-    static const char * const parts[] = {"gate", "up", "down"};
+static bool check_ffn_tensors(const struct tsffn_gguf * file, struct tsffn_model * model) {
+    static const char * const parts[TSFFN_N_PARTS] = {"gate", "up", "down"};
+    model->ffn_offset = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*model->ffn_offset));
+    if (model->ffn_offset == NULL) {
+        return tsffn_fail(file->error, file->error_size, "out of memory");
+    }
     const char * suffix = model->n_expert > 0 ? "_exps" : "";
     const int64_t n_expert = tsffn_model_ffns_per_layer(model);
     for (int64_t layer = 0; layer < model->n_layer; ++layer) {
         enum ggml_type type_of_gate = GGML_TYPE_COUNT;
-        for (int part = 0; part < 3; ++part) {
+        for (int part = 0; part < TSFFN_N_PARTS; ++part) {
             char name[TSFFN_TENSOR_NAME_SIZE];
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_%s%s.weight", layer, parts[part], suffix);
-            const bool is_down = part == 2;
+            const bool is_down = part == TSFFN_PART_DOWN;
             struct tsffn_gguf_tensor tensor;
             if (!tsffn_gguf_tensor(file, name, is_down ? model->n_ff : model->n_embd,
                                    is_down ? model->n_embd : model->n_ff, n_expert, &tensor) ||
                 !tsffn_check_type(file, name, tensor.type, model->n_embd)) {
                 return false;
             }
-            type_of_gate = part == 0 ? tensor.type : type_of_gate;
+            model->ffn_offset[layer * TSFFN_N_PARTS + part] = tensor.offset;
+            type_of_gate = part == TSFFN_PART_GATE ? tensor.type : type_of_gate;
             if (model->bundled && tensor.type != type_of_gate) {
                 return tsffn_fail(file->error, file->error_size,
                                   "%s: %s: expected type %s, as all of a layer's bundles have, found %s; convert again",
@@ -194,6 +199,34 @@ bool tsffn_copy_string(const struct tsffn_gguf * file, const char * key, char * 
     return true;
 }
 
+bool tsffn_read_pair_id(const struct tsffn_gguf * file, struct tsffn_identity * id) {
+    enum { DIGITS = 32 };
+    static const char key[] = "turbosparse.pair_id";
+    return tsffn_copy_string(file, key, id->pair_id, sizeof(id->pair_id)) &&
+           ((strlen(id->pair_id) == DIGITS && strspn(id->pair_id, "0123456789abcdef") == DIGITS) ||
+            tsffn_fail(file->error, file->error_size,
+                       "%s: key %s: expected %d lower-case hex digits, found '%s'; convert again", file->path, key,
+                       DIGITS, id->pair_id));
+}
+
+static bool read_predictor_kind(const struct tsffn_gguf * file, struct tsffn_identity * id) {
+    static const char key[] = "turbosparse.predictor.kind";
+    if (!tsffn_copy_string(file, key, id->predictor_kind, sizeof(id->predictor_kind))) {
+        return false;
+    }
+    static const char * const kinds[] = {"none", "embedded", "external"};
+    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); ++i) {
+        if (strcmp(id->predictor_kind, kinds[i]) == 0) {
+            return true;
+        }
+    }
+    return tsffn_fail(
+        file->error, file->error_size,
+        "%s: key %s: expected 'none', 'embedded' or 'external', found '%s'; install the tsconv that wrote "
+        "the file, or convert again",
+        file->path, key, id->predictor_kind);
+}
+
 bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * model, struct tsffn_identity * id) {
     const int64_t type = gguf_find_key(file->ctx, "general.type");
     if (type >= 0 && gguf_get_kv_type(file->ctx, type) == GGUF_TYPE_STRING &&
@@ -203,11 +236,11 @@ bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * 
             "%s: is a predictor sidecar: expected the model; name NAME.gguf, its sidecar is found by itself",
             file->path);
     }
-    return tsffn_check_format(file) && tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
-           tsffn_gguf_expect(file, "turbosparse.ffn_down.layout", "neuron_major") &&
-           tsffn_copy_string(file, "turbosparse.pair_id", id->pair_id, sizeof(id->pair_id)) &&
+    return tsffn_check_format(file, TSFFN_MODEL_VERSION) &&
+           tsffn_gguf_expect(file, "turbosparse.activation", "drelu") &&
+           tsffn_gguf_expect(file, "turbosparse.ffn_down.layout", "neuron_major") && tsffn_read_pair_id(file, id) &&
            tsffn_copy_string(file, "turbosparse.neuron_order", id->order, sizeof(id->order)) &&
-           tsffn_copy_string(file, "turbosparse.predictor.kind", id->predictor_kind, sizeof(id->predictor_kind)) &&
+           read_predictor_kind(file, id) &&
            tsffn_read_layout(file, "turbosparse.ffn.layout", "bundles", &model->bundled) &&
            tsffn_read_shape(file, model) && check_neuron_order(file, model, id->order) &&
            check_ffn_tensors(file, model) && tsffn_check_llama_keys(file, model->n_expert);

@@ -18,14 +18,16 @@ struct tsffn_identity {
 
 // Each writes one line to the file's error buffer and returns false when something is not as it must be.
 
-// Architecture of either file, and its version: 1 to TSFFN_FORMAT_VERSION.
-bool tsffn_check_format(const struct tsffn_gguf * file);
+// Architecture of either file, and its version: 1 to `newest`.
+bool tsffn_check_format(const struct tsffn_gguf * file, uint32_t newest);
 // Whether the layout under `key` is `other` instead of 'rows'. Version 1 of either file has no such key and rows.
 bool tsffn_read_layout(const struct tsffn_gguf * file, const char * key, const char * other, bool * is_other);
 // n_layer, n_embd, n_ff and n_expert of either file.
 bool tsffn_read_shape(const struct tsffn_gguf * file, struct tsffn_model * model);
 // A type this library multiplies with, in rows of n_cols weights.
 bool tsffn_check_type(const struct tsffn_gguf * file, const char * name, enum ggml_type type, int64_t n_cols);
+// The 32 lower-case hex digits of turbosparse.pair_id.
+bool tsffn_read_pair_id(const struct tsffn_gguf * file, struct tsffn_identity * id);
 bool tsffn_copy_string(const struct tsffn_gguf * file, const char * key, char * out, size_t size);
 // Everything of the model file: keys, what llama.cpp needs, and the FFN tensors.
 bool tsffn_read_model_file(const struct tsffn_gguf * file, struct tsffn_model * model, struct tsffn_identity * id);

@@ -2,12 +2,12 @@
 #include "residency.h"
 
 #include "gguf_file.h"
+#include "log.h"
 #include "mapping.h"
 #include "row_types.h"
 
 #include <errno.h>
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -71,6 +71,7 @@ bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_w
     }
     const bool ok = buffer->weights != NULL;
     if (ok) {
+        buffer->load = model->load.number;
         buffer->weights[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part] = (struct tsffn_matrix){
             .type = tsffn_row_type_for(tensor->type),
             .data = tensor->data,
@@ -109,16 +110,11 @@ bool tsffn_residency_pieces(const struct tsffn_weight * weight, const tsffn_tens
         all &= pieces[part] != NULL;
     }
     if (!all) {
-        fprintf(stderr,
-                "tsffn: %s: gate, up and down of a layer are in bundles, but not all three are in buffers of this "
-                "backend; load all FFN tensors into TSFFN, or convert with --ffn-layout rows\n",
-                w->name);
+        tsffn_log_error("%s: gate, up and down of a layer are in bundles, but not all three are in buffers of this "
+                        "backend; load all FFN tensors into TSFFN, or convert with --ffn-layout rows",
+                        w->name);
     }
     return all;
-}
-
-static size_t n_bytes(const struct tsffn_matrix * m) {
-    return (size_t)m->n_rows * tsffn_row_bytes(m->type, m->n_cols);
 }
 
 static struct span pages_around(uintptr_t begin, uintptr_t end, uintptr_t page) {
@@ -138,7 +134,8 @@ void tsffn_residency_loaded(void) {
                 // Makes mappings of their own of the FFNs, and is no other change: pages of files are not dumped. A
                 // page fault brings in neighbours (fault-around, large folios), but never those of another mapping:
                 // 60 MB less of the tensors between the FFNs of a 4 GB model came back.
-                const struct span span = pages_around((uintptr_t)m->data, (uintptr_t)m->data + n_bytes(m), page);
+                const struct span span =
+                    pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_matrix_bytes(m), page);
                 madvise((void *)span.begin, span.end - span.begin, MADV_DONTDUMP);
             }
         }
@@ -152,7 +149,7 @@ static void unlock(const struct tsffn_model * model, struct tsffn_buffer * buffe
     for (int64_t i = 0; buffer->locked && i < model->n_layer * TSFFN_N_PARTS; ++i) {
         const struct tsffn_matrix * m = &buffer->weights[i];
         if (m->data != NULL) {
-            const struct span span = pages_around((uintptr_t)m->data, (uintptr_t)m->data + n_bytes(m), page);
+            const struct span span = pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_matrix_bytes(m), page);
             munlock((void *)span.begin, span.end - span.begin);
         }
     }
@@ -223,10 +220,10 @@ static void add_tensor(struct pages * pages, const struct tsffn_model * model, c
         }
     }
     if (is_mapped) {
-        add_cold(pages, cold, (uintptr_t)m->data + n_bytes(m));
+        add_cold(pages, cold, (uintptr_t)m->data + tsffn_matrix_bytes(m));
         pages->mapped = true;
     }
-    pages->n_bytes += n_bytes(m);
+    pages->n_bytes += tsffn_matrix_bytes(m);
 }
 
 static int by_begin(const void * a, const void * b) {
@@ -260,10 +257,12 @@ static bool find_pages(const struct tsffn_model * model, const int32_t * hot, st
     }
     // Neighbours share a page where one ends and the next begins: it is the first's.
     qsort(pages->hot, pages->n_hot, sizeof(struct span), by_begin);
-    for (size_t i = 1; i < pages->n_hot; ++i) {
-        if (pages->hot[i].begin < pages->hot[i - 1].end) {
-            pages->hot[i].begin = pages->hot[i - 1].end;
-        }
+    uintptr_t covered = 0;
+    for (size_t i = 0; i < pages->n_hot; ++i) {
+        struct span * span = &pages->hot[i];
+        span->end = span->end > covered ? span->end : covered;
+        span->begin = span->begin > covered ? span->begin : covered;
+        covered = span->end;
     }
     return true;
 }
@@ -376,6 +375,9 @@ static void place(struct tsffn_model * model, const struct pages * pages, uint32
 bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n_hot, uint32_t flags,
                        struct tsffn_placed * placed, char * error, size_t error_size) {
     *placed = (struct tsffn_placed){0};
+    if (model == NULL || hot == NULL) {
+        return tsffn_fail(error, error_size, "no model, or no numbers of hot neurons");
+    }
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
     if (n_hot != (size_t)(model->n_layer * n_ffns)) {
         return tsffn_fail(error, error_size,

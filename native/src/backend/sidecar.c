@@ -4,9 +4,9 @@
 #include "row_types.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -33,8 +33,8 @@ static bool check_pair(const struct tsffn_gguf * sidecar, const char * model_pat
     struct tsffn_identity own;
     struct tsffn_model shape;
     memset(&shape, 0, sizeof(shape));
-    if (!tsffn_check_format(sidecar) || !check_is_sidecar(sidecar, model_path) ||
-        !tsffn_copy_string(sidecar, "turbosparse.pair_id", own.pair_id, sizeof(own.pair_id)) ||
+    if (!tsffn_check_format(sidecar, TSFFN_SIDECAR_VERSION) || !check_is_sidecar(sidecar, model_path) ||
+        !tsffn_read_pair_id(sidecar, &own) ||
         !tsffn_copy_string(sidecar, "turbosparse.neuron_order", own.order, sizeof(own.order)) ||
         !tsffn_read_shape(sidecar, &shape)) {
         return false;
@@ -87,8 +87,14 @@ static bool read_decision(const struct tsffn_gguf * file, struct tsffn_model * m
                           comparison);
     }
     memcpy(model->threshold, threshold, (size_t)model->n_layer * sizeof(float));
-    for (int64_t layer = 0; *pre_norm && layer < model->n_layer; ++layer) {
-        if (model->threshold[layer] != 0.0f) {
+    for (int64_t layer = 0; layer < model->n_layer; ++layer) {
+        if (!isfinite(model->threshold[layer])) {
+            return tsffn_fail(file->error, file->error_size,
+                              "%s: key turbosparse.predictor.threshold: expected a finite number in every layer, found "
+                              "%g in layer %" PRId64 "; convert again",
+                              file->path, (double)model->threshold[layer], layer);
+        }
+        if (*pre_norm && model->threshold[layer] != 0.0f) {
             return tsffn_fail(
                 file->error, file->error_size,
                 "%s: key turbosparse.predictor.threshold: expected 0 in every layer, because only the sign "
@@ -140,6 +146,15 @@ static bool map_q3_nl(const struct tsffn_gguf * file, const struct tsffn_model *
                           "a multiple of %d, found %s, %" PRId64 ", %" PRId64 "; convert again",
                           file->path, name, TSFFN_BLOCK_SIZE, TSFFN_Q3_NL_MAX_COLUMNS, TSFFN_PANEL_ROWS,
                           layout == TSFFN_LAYOUT_PANELS ? "panels16" : "rows", n_cols, n_rows);
+    }
+    uint32_t version;
+    if (!tsffn_gguf_u32(file, "turbosparse.format_version", &version)) {
+        return false;
+    }
+    if (version < TSFFN_Q3_NL_VERSION) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: %s: q3_nl needs format version %d, found %u; convert again", file->path, name,
+                          TSFFN_Q3_NL_VERSION, version);
     }
     const struct tsffn_row_type * type = tsffn_row_type_q3_nl();
     struct tsffn_gguf_tensor tensor;
@@ -209,14 +224,9 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
 }
 
 static bool map_sidecar(const struct tsffn_gguf * file, struct tsffn_model * model) {
-    const int fd = open(file->path, O_RDONLY | O_CLOEXEC);
-    void * memory = fd >= 0 ? mmap(NULL, file->file_size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
-    const int reason = errno;
-    if (fd >= 0) {
-        close(fd);
-    }
+    void * memory = mmap(NULL, file->file_size, PROT_READ, MAP_SHARED, file->fd, 0);
     if (memory == MAP_FAILED) {
-        return tsffn_fail(file->error, file->error_size, "%s: cannot be mapped: %s", file->path, strerror(reason));
+        return tsffn_fail(file->error, file->error_size, "%s: cannot be mapped: %s", file->path, strerror(errno));
     }
     madvise(memory, file->file_size, MADV_HUGEPAGE); // all of it is read for every token
     model->sidecar = memory;

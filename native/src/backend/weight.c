@@ -35,14 +35,16 @@ static bool parse_name(const char * name, int64_t * layer, enum tsffn_part * par
     return false;
 }
 
-// The model of a weight tensor. While llama.cpp chooses buffer types it asks with a dummy buffer of size 0: then it is
-// the model that is being loaded.
+bool tsffn_is_asked_for(const tsffn_tensor * w) {
+    return w->buffer != NULL && w->buffer->buft == tsffn_buffer_type() && w->buffer->context == NULL;
+}
+
+// The model of a weight tensor; of one that is asked for, the model that is being loaded.
 static struct tsffn_model * model_of(const tsffn_tensor * w) {
     if (w->buffer == NULL || w->buffer->buft != tsffn_buffer_type()) {
         return NULL;
     }
-    const struct tsffn_buffer * buffer = w->buffer->context;
-    return buffer != NULL ? buffer->model : tsffn_model_armed();
+    return tsffn_is_asked_for(w) ? tsffn_model_armed() : ((const struct tsffn_buffer *)w->buffer->context)->model;
 }
 
 bool tsffn_identify(const tsffn_tensor * w, struct tsffn_weight * weight) {

@@ -40,6 +40,11 @@ struct tsffn_matrix {
     struct tsffn_bundles bundles; // of TSFFN_LAYOUT_BUNDLES
 };
 
+// Bytes of all its rows.
+static inline size_t tsffn_matrix_bytes(const struct tsffn_matrix * m) {
+    return (size_t)m->n_rows * tsffn_row_bytes(m->type, m->n_cols);
+}
+
 // Bytes of the activations that the matrix is multiplied with, and those activations from x [n_cols].
 static inline size_t tsffn_matrix_x_bytes(const struct tsffn_matrix * m) {
     return tsffn_x_bytes(m->type, m->n_cols);

@@ -1,0 +1,182 @@
+"""A GPU beside the backend takes FFNs that it would compute as SwiGLU: a context of such a model is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from edited import as_ordinary
+from native_build import ROOT, build
+
+MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}
+KEEP_FFN = b"ffn_(gate|up|down)(_exps)?.weight"
+
+# argv: GPU library, model, layers for the GPU, expression of tensors that stay with the CPU.
+# With a backend in the environment: what a program does that knows nothing of tsconv. Else: tsconv's own way.
+PROGRAM = r"""
+import ctypes, os, sys
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+gpu, model_path, n_gpu_layers, kept, logits_path = sys.argv[1:]
+load = lib._lib.ggml_backend_load
+load.argtypes, load.restype = [ctypes.c_char_p], ctypes.c_void_p
+lib.llama_backend_init()
+assert load(gpu.encode())
+
+
+class Override(ctypes.Structure):
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+cpu = lib._lib.ggml_backend_cpu_buffer_type
+cpu.restype = ctypes.c_void_p
+overrides = (Override * 2)(Override(kept.encode(), cpu()) if kept else Override(), Override())
+
+
+def params():
+    p = original()
+    p.n_gpu_layers = int(n_gpu_layers)
+    p.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    return p
+
+
+original = lib.llama_model_default_params
+if "BACKEND" in os.environ:
+    assert load(os.environ["BACKEND"].encode())
+    p = params()
+    p.load_mode = lib.LLAMA_LOAD_MODE_NONE if "NO_MMAP" in os.environ else lib.LLAMA_LOAD_MODE_MMAP
+    override = (lib.llama_model_kv_override * 2)()
+    override[0].key = b"general.architecture"
+    override[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
+    override[0].value.val_str = b"llama"
+    p.kv_overrides = override
+    c = lib.llama_context_default_params()
+    c.n_ctx, c.n_batch = 64, 64
+    if "MEASURE" in os.environ:  # as llama-server does first, to see what fits: weights that are nowhere
+        p.load_mode, p.no_alloc, p.n_gpu_layers = lib.LLAMA_LOAD_MODE_NONE, True, int(os.environ["MEASURE"])
+        measured = lib.llama_model_load_from_file(model_path.encode(), p)
+        context = lib.llama_init_from_model(measured, c)
+        print("measured" if context else "not measured")
+        lib.llama_free(context) if context else None
+        lib.llama_model_free(measured)
+        p.load_mode, p.no_alloc, p.n_gpu_layers = lib.LLAMA_LOAD_MODE_MMAP, False, int(n_gpu_layers)
+    model = lib.llama_model_load_from_file(model_path.encode(), p)
+    assert model
+    context = lib.llama_init_from_model(model, c)
+    if not context:
+        sys.exit(3)
+    tokens = (ctypes.c_int32 * 4)(1, 20, 300, 7)
+    assert lib.llama_decode(context, lib.llama_batch_get_one(tokens, 4)) == 0
+    n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    np.save(logits_path, np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (n_vocab,)).copy())
+else:
+    import tsconv
+    from tsconv.errors import TsconvError
+
+    lib.llama_model_default_params = params
+    try:
+        model = tsconv.load(model_path, n_threads=1, n_gpu_layers=int(n_gpu_layers))
+    except TsconvError as error:
+        sys.exit(f"refused: {error}")
+    np.save(logits_path, model.token_logits([1, 20, 300, 7])[-1])
+"""
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Path:
+    """The library of a device that looks like a GPU to llama.cpp, and computes."""
+    return build(ROOT / "build" / "tests", "-DTSFFN_TESTS=ON") / "tests" / "libgpu_double.so"
+
+
+def run(gpu: Path, model: Path, n_gpu_layers: int, out: Path, kept: bytes = b"", **env: str):
+    from tsconv.runtime.backend import library_path
+
+    if env.pop("by_environment", None):
+        env |= {"BACKEND": str(library_path()), "TSFFN_MODEL": str(model)} | env
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, gpu, model, str(n_gpu_layers), kept.decode(), out],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=tiny.TIMEOUT_S,
+        check=False,
+    )
+
+
+def refusals(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if "FFN tensors" in line]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("by_environment", ["", "1"], ids=["python", "environment"])
+def test_ffn_on_the_gpu_is_refused(gpu, tmp_path, kind, by_environment):
+    """Whether the GPU takes all layers or the last one only: in one line, and nothing is computed."""
+    model = tiny.converted(MODELS[kind])
+    for n_gpu_layers in (99, 2):  # llama.cpp counts the output as a layer
+        done = run(gpu, model, n_gpu_layers, tmp_path / "logits.npy", by_environment=by_environment)
+        assert done.returncode == (3 if by_environment else 1), done.stderr
+        (line,) = refusals(done.stderr)
+        assert str(model) in line
+        assert "would compute SwiGLU instead of dReLU" in line
+        if not by_environment:
+            assert line.startswith("refused: ") and "n_gpu_layers=0" in line and "Traceback" not in done.stderr
+        assert not (tmp_path / "logits.npy").exists()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("by_environment", ["", "1"], ids=["python", "environment"])
+def test_attention_on_the_gpu_computes(gpu, tmp_path, kind, by_environment):
+    """With the FFN kept back the logits are those without a GPU."""
+    model = tiny.converted(MODELS[kind])
+    logits = []
+    for n_gpu_layers, kept in ((0, b""), (99, KEEP_FFN)):
+        out = tmp_path / f"{n_gpu_layers}.npy"
+        done = run(gpu, model, n_gpu_layers, out, kept, by_environment=by_environment)
+        assert done.returncode == 0, done.stderr
+        assert not refusals(done.stderr)
+        logits.append(np.load(out))
+    assert tiny.nmse(logits[1], logits[0]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_contexts_that_measure(gpu, tmp_path, kind):
+    """A context without weights, which programs make to see what fits, works where the FFN would be ours, and does not
+    open the way for one whose FFN is not."""
+    model = tiny.converted(MODELS[kind])
+    done = run(gpu, model, 0, tmp_path / "logits.npy", by_environment="1", MEASURE="0")
+    assert (done.returncode, done.stdout) == (0, "measured\n"), done.stderr
+    done = run(gpu, model, 99, tmp_path / "none.npy", by_environment="1", MEASURE="0")
+    assert (done.returncode, done.stdout) == (3, "measured\n"), done.stderr
+    assert len(refusals(done.stderr)) == 1
+    done = run(gpu, model, 0, tmp_path / "logits.npy", by_environment="1", MEASURE="99")
+    assert (done.returncode, done.stdout) == (0, "not measured\n"), done.stderr
+    done = run(gpu, model, 99, tmp_path / "logits.npy", KEEP_FFN, by_environment="1", MEASURE="99")
+    assert (done.returncode, done.stdout) == (0, "measured\n"), done.stderr
+
+
+def test_another_model(gpu, tmp_path):
+    """One that is loaded where the environment names another is refused, and not computed as SwiGLU."""
+    model, other = tiny.converted(), tiny.converted("tiny-turbosparse-mixtral")
+    done = run(gpu, other, 0, tmp_path / "none.npy", by_environment="1", TSFFN_MODEL=str(model))
+    assert done.returncode == 3, done.stderr
+    assert f"tsffn: {other} is being loaded, but TSFFN_MODEL names {model}: " in done.stderr
+
+
+def test_another_model_that_is_not_mapped(gpu, tmp_path):
+    """One of the same shapes is told by its weights where no mapping tells which file they are from."""
+    model = tiny.converted()
+    done = run(gpu, model, 0, tmp_path / "logits.npy", by_environment="1", NO_MMAP="1")
+    assert done.returncode == 0, done.stderr
+    name = "blk.2.ffn_up.weight"
+    weights = next(t.data for t in gguf.GGUFReader(model).tensors if t.name == name)
+    other = as_ordinary(model, tmp_path / "other.gguf", {name: weights[::-1].copy()})
+    done = run(gpu, other, 0, tmp_path / "none.npy", by_environment="1", NO_MMAP="1", TSFFN_MODEL=str(model))
+    assert done.returncode == 3, done.stderr
+    assert f"tsffn: {name} is not that of {model}: another model of its shape is being loaded" in done.stderr
