@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import resource
@@ -67,6 +68,17 @@ def cached(path: Path) -> set[int]:
         assert libc.mincore(ctypes.c_void_p(begin), size, ctypes.c_void_p(states.ctypes.data)) == 0
         found |= {offset // PAGE + int(i) for i in np.flatnonzero(states & 1)}
     return found
+
+
+def cached_bytes(path: Path) -> int:
+    """Bytes of the file that are in the page cache (mincore), whoever maps it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        states = np.zeros(-(-len(pages) // PAGE), dtype=np.uint8)
+        view = np.frombuffer(pages, dtype=np.uint8)
+        size = ctypes.c_size_t(len(pages))
+        assert libc.mincore(ctypes.c_void_p(view.ctypes.data), size, ctypes.c_void_p(states.ctypes.data)) == 0
+        del view
+    return int((states & 1).sum()) * PAGE
 
 
 def drop_cache(path: Path) -> None:

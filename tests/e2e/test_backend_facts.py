@@ -269,6 +269,38 @@ def test_ordinary_model_beside_ours(tmp_path):
     assert alone.stdout == beside.stdout
 
 
+IN_ANOTHER_THREAD = """
+import sys, threading, llama_cpp
+from tsconv.runtime.backend import load_backend
+
+ours, plain = sys.argv[1:]
+found = []
+
+
+def logits():
+    model = llama_cpp.Llama(plain, n_ctx=64, n_threads=1, use_mmap=False, verbose=False, logits_all=True)
+    model.eval([1, 20, 300, 7])
+    found.append(model.scores[:4].tobytes())
+
+
+logits()
+native = load_backend().open_model(ours, None, "exact")
+with native.armed():
+    other = threading.Thread(target=logits)
+    other.start()
+    other.join()
+native.close()
+assert found[0] == found[1]
+"""
+
+
+def test_ordinary_model_loaded_in_another_thread(tmp_path):
+    """Ours may be loading meanwhile: what has its shapes, in memory that tells no file, is left to llama.cpp."""
+    plain = edited.as_ordinary(tiny.converted(), tmp_path / "plain.gguf")
+    result = python(IN_ANOTHER_THREAD, tiny.converted(), plain)
+    assert result.returncode == 0, result.stderr
+
+
 # ---- without the Python package: what stock tools do
 
 STOCK = """

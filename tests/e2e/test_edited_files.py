@@ -58,8 +58,8 @@ MODEL_EDITS = {
         "convert again",
     ),
     "format version": (
-        {"keys": {VERSION: 4}},
-        "unknown format version: expected 1 to 3, found 4; install the tsconv that wrote the file",
+        {"keys": {VERSION: 3}},  # there are such sidecars only
+        "unknown format version: expected 1 to 2, found 3; install the tsconv that wrote the file",
     ),
     "FFN layout": (
         {"keys": {FFN_LAYOUT: "columns"}},
@@ -91,6 +91,14 @@ MODEL_EDITS = {
     "pair id": (
         {"keys": {"turbosparse.pair_id": "0" * 100}},
         "key turbosparse.pair_id: expected at most 63 characters, found 100",
+    ),
+    "pair id of other digits": (
+        {"keys": {"turbosparse.pair_id": "A" * 32}},
+        f"key turbosparse.pair_id: expected 32 lower-case hex digits, found '{'A' * 32}'; convert again",
+    ),
+    "predictor kind": (
+        {"keys": {"turbosparse.predictor.kind": "inside"}},
+        "key turbosparse.predictor.kind: expected 'none', 'embedded' or 'external', found 'inside'; ",
     ),
     "pair id type": (
         {"keys": {"turbosparse.pair_id": (7, UINT64)}},
@@ -177,8 +185,7 @@ SIDECAR_EDITS = {
     ),
     "threshold nan": (
         {"keys": {THRESHOLD: [float("nan")] * N_LAYER}},
-        f"key {THRESHOLD}: expected 0 in every layer",
-        "found nan in layer 0",
+        f"key {THRESHOLD}: expected a finite number in every layer, found nan in layer 0; convert again",
     ),
     "threshold length": ({"keys": {THRESHOLD: [0.0] * 5}}, f"key {THRESHOLD}: expected f32[6], found f32[5]; "),
     "threshold type": (
@@ -235,6 +242,35 @@ def test_edited_moe_model(tmp_path, value, message):
     model = put(original, tmp_path)
     edited(original, model, **value)
     assert_in(refusal(model), f"error: {model}: ", message)
+
+
+def test_q3_nl_in_a_sidecar_of_version_2(tmp_path):
+    original = tiny.converted(predictor="q3_nl")
+    model = put(original, tmp_path)
+    edited(sidecar_of(original), sidecar_of(model), keys={VERSION: 2})
+    first = "blk.0.ffn_pred_fc2.weight"
+    expected = f"{first}: q3_nl needs format version 3, found 2; convert again"
+    assert_in(refusal(model), f"error: {sidecar_of(model)}: ", expected)
+
+
+@pytest.mark.parametrize(
+    ("of_sidecar", "edit", "expected"),
+    [
+        (False, {VERSION: 3}, "bad turbosparse.format_version: expected 1 or 2, found 3"),
+        (True, {VERSION: 2}, "bad turbosparse.format_version: expected 3, found 2"),
+        (
+            False,
+            {"turbosparse.predictor.kind": "inside"},
+            "bad turbosparse.predictor.kind: expected 'none' or 'embedded' or 'external', found 'inside'",
+        ),
+    ],
+)
+def test_commands_that_read_headers_refuse_the_same(tmp_path, of_sidecar, edit, expected):
+    original = tiny.converted(predictor="q3_nl")
+    model = put(original, tmp_path)
+    file, source = (sidecar_of(model), sidecar_of(original)) if of_sidecar else (model, original)
+    edited(source, file, keys=edit)
+    assert_in(tiny.error_line(tiny.run("inspect", file)), f"error: {file}: {expected}")
 
 
 def test_every_key_with_wrong_values(tmp_path):

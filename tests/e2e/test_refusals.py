@@ -22,6 +22,7 @@ from refused import assert_in, put, refusal, sidecar_of
 import tsconv
 from tsconv.errors import BackendError, ModelFileError
 from tsconv.export.gguf_header import read_header
+from tsconv.runtime.backend import load_backend
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
 
@@ -259,3 +260,16 @@ def test_damaged_headers(tmp_path, name):
     assert int(counts["opened"]) + int(counts["refused"]) == 800
     assert int(counts["opened"]) > 10
     assert int(counts["refused"]) > 400
+
+
+def test_files_that_are_refused_are_closed(tmp_path):
+    """And so are those of a model that is opened and closed."""
+    damaged = put(tiny.converted(), tmp_path)
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    backend = load_backend()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(ModelFileError):
+            backend.open_model(damaged, None, None)
+        backend.open_model(tiny.converted(), None, None).close()
+    assert len(os.listdir("/proc/self/fd")) == before

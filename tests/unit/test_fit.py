@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from placements import machine, placement_for
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import read_header
 from tsconv.fitting import MARGIN_BYTES, fit
+from tsconv.runtime.backend import load_backend
 from tsconv.runtime.limits import available_memory, usable_cores
 
 
@@ -118,10 +120,19 @@ def write(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text + "\n")
 
 
+def available(proc: Path) -> int:
+    """available_memory, of which the native library has one of its own."""
+    native = ctypes.CDLL(str(load_backend().path)).tsffn_available_memory
+    native.argtypes, native.restype = [ctypes.c_char_p], ctypes.c_uint64
+    found = available_memory(proc)
+    assert native(os.fsencode(proc)) == found
+    return found
+
+
 def test_memory_without_control_groups(tmp_path):
-    assert available_memory(fake_proc(tmp_path, "", "")) == 10_240_000_000
+    assert available(fake_proc(tmp_path, "", "")) == 10_240_000_000
     (tmp_path / "proc" / "self" / "cgroup").unlink()
-    assert available_memory(tmp_path / "proc") == 10_240_000_000
+    assert available(tmp_path / "proc") == 10_240_000_000
 
 
 def test_limits_of_control_groups_v2(tmp_path):
@@ -131,13 +142,13 @@ def test_limits_of_control_groups_v2(tmp_path):
     write(
         tmp_path / "cg" / "a" / "b", memory__max="max", memory__current="7", memory__stat=statistics, cpu__max="max 9"
     )
-    assert available_memory(proc) == 10_240_000_000
+    assert available(proc) == 10_240_000_000
     write(tmp_path / "cg" / "a", memory__max="5000", memory__current="4000", memory__stat=statistics)
-    assert available_memory(proc) == 1500
+    assert available(proc) == 1500
     write(tmp_path / "cg" / "a" / "b", memory__max="6000", memory__current="5900")
-    assert available_memory(proc) == 600
+    assert available(proc) == 600
     write(tmp_path / "cg" / "a" / "b", memory__current="9000")
-    assert available_memory(proc) == 0
+    assert available(proc) == 0
     write(tmp_path / "cg" / "a", cpu__max="100000 100000")
     assert usable_cores(proc) == 1
     write(tmp_path / "cg" / "a", cpu__max="1000 100000")
@@ -157,9 +168,9 @@ def test_limits_of_control_groups_v1(tmp_path):
     statistics = "inactive_file 1\ntotal_inactive_file 30\ntotal_active_file 20"
     files = {"memory__usage_in_bytes": "900", "memory__stat": statistics}
     write(tmp_path / "cg" / "memory", memory__limit_in_bytes="1000", **files)
-    assert available_memory(proc) == 150
+    assert available(proc) == 150
     write(tmp_path / "cg" / "memory", memory__limit_in_bytes=str((1 << 63) - 4096))
-    assert available_memory(proc) == 10_240_000_000
+    assert available(proc) == 10_240_000_000
     write(tmp_path / "cg" / "cpu,cpuacct", cpu__cfs_quota_us="150000", cpu__cfs_period_us="100000")
     assert usable_cores(proc) == 1
     write(tmp_path / "cg" / "cpu,cpuacct", cpu__cfs_quota_us="-1")

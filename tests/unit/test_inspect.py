@@ -163,5 +163,5 @@ def test_format_violations(old: bytes, new: bytes, part: str, model: Path, run: 
 def test_format_version(model: Path, run: Run) -> None:
     data = model.read_bytes()
     at = data.index(b"turbosparse.format_version") + len(b"turbosparse.format_version") + 4
-    model.write_bytes(data[:at] + b"\x04" + data[at + 1 :])
-    refused(run, model, "turbosparse.format_version", "expected 1 or 2 or 3, found 4")
+    model.write_bytes(data[:at] + b"\x03" + data[at + 1 :])
+    refused(run, model, "turbosparse.format_version", "expected 1 or 2, found 3")

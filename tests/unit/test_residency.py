@@ -9,10 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import synthetic
 import tiny
+from edited import edited
 from memory_map import (
     cached,
     drop_cache,
@@ -150,6 +152,25 @@ def test_exactly_the_hot_pages_are_resident(large_rows, kind):
     assert done.sidecar_bytes >= sidecar_of(model).stat().st_size
     assert done.random_bytes == len(ffn - expected) * page
     assert done.locked_bytes == 0
+    llama.close()
+
+
+@pytest.mark.sanitized
+def test_matrices_that_share_pages(tmp_path):
+    """Smaller than a page and in another order than the layers': every page is counted once."""
+    shape = Shape(synthetic.N_VOCAB, 64, 5, 4, 2, 8)
+    checkpoint = synthetic.save(tmp_path / "checkpoint", shape, synthetic.random_tensors(shape))
+    usual = tsconv.convert(checkpoint, tmp_path / "usual.gguf", "f32").model
+    weights = {
+        t.name: t.data.copy() for t in gguf.GGUFReader(usual).tensors if ".ffn_" in t.name and "norm" not in t.name
+    }
+    model = edited(usual, tmp_path / "m.gguf", without=list(weights), extra=dict(reversed(weights.items())))
+    llama = tsconv.load(model, n_threads=1)
+    expected = llama.token_logits(TOKENS)
+    hot = np.full((shape.n_layer, 1), shape.n_ff)
+    done = llama.place_in_memory(hot)
+    assert done.hot_bytes == done.hot_resident_bytes == len(hot_pages(model, hot)) * os.sysconf("SC_PAGESIZE")
+    np.testing.assert_array_equal(llama.token_logits(TOKENS), expected)
     llama.close()
 
 

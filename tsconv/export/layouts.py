@@ -10,7 +10,8 @@ from tsconv.export.gguf_header import Header
 ROWS = "rows"
 # Format versions: without a layout key, with it, and with a matrix of q3_nl (sidecars).
 PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION = 1, 2, 3
-VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION)
+MODEL_VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION)
+SIDECAR_VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class LayoutKey:
     other: str
 
     def of(self, header: Header) -> str:
-        """ROWS or the other one, of a file whose version is one of VERSIONS.
+        """ROWS or the other one, of a file whose version is one of those above.
 
         Raises:
             ModelFileError: the key is unknown, missing from version 2 on, or there in version 1.

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tsconv.errors import ModelFileError
 from tsconv.export import layouts, order
 from tsconv.export.gguf_header import Header, TensorEntry, read_header
-from tsconv.export.keys import ARCHITECTURE, FINGERPRINT
+from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, PredictorKind
 from tsconv.transform import q3_nl
 from tsconv.transform.quantize import type_name
 
@@ -144,9 +144,18 @@ def layout_of(header: Header) -> str:
 
 def check_keys(header: Header) -> None:
     """Refuses a turbosparse file whose keys a reader of these format versions must not accept."""
-    expected: dict[str, tuple[Any, ...]] = {"turbosparse.format_version": layouts.VERSIONS}
-    if not is_sidecar(header):
-        expected |= {"turbosparse.activation": ("drelu",), "turbosparse.ffn_down.layout": ("neuron_major",)}
+    expected: dict[str, tuple[Any, ...]]
+    if is_sidecar(header):
+        has_q3_nl = any(tensor.kind == q3_nl.KIND for tensor in header.tensors)
+        versions = (layouts.Q3_NL_VERSION,) if has_q3_nl else layouts.SIDECAR_VERSIONS
+        expected = {"turbosparse.format_version": versions}
+    else:
+        expected = {
+            "turbosparse.format_version": layouts.MODEL_VERSIONS,
+            "turbosparse.activation": ("drelu",),
+            "turbosparse.ffn_down.layout": ("neuron_major",),
+            "turbosparse.predictor.kind": get_args(PredictorKind),
+        }
     for key, values in expected.items():
         if header.keys.get(key) not in values:
             raise ModelFileError(
