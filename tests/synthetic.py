@@ -86,11 +86,17 @@ def as_float32(tensor: np.ndarray) -> np.ndarray:
     return tensor.astype(np.float32)
 
 
-def save_adapter(path: Path, tensor: str) -> Path:
-    """A LoRA adapter that changes one tensor, as far as its header tells."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for half in "ab":
-        writer.add_tensor(f"{tensor}.lora_{half}", np.zeros((4, 4), np.float32))
+def save_adapter(path: Path, tensor: str, shape: tuple[int, ...], rank: int = 4, **changes: str | float) -> Path:
+    """A LoRA adapter that adds nothing to one tensor of that shape, fastest dimension first; `changes` replace keys, in
+    whose names __ stands for a dot."""
+    n_in, n_out, *experts = shape
+    keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    keys |= {name.replace("__", "."): value for name, value in changes.items()}
+    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"))
+    for key, value in keys.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
+    for half, dims in (("a", (*experts, rank, n_in)), ("b", (*experts, n_out, rank))):
+        writer.add_tensor(f"{tensor}.lora_{half}", np.zeros(dims, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -72,8 +72,11 @@ def test_an_override_of_nothing(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_adapter_of_a_part(checkpoint: Path, tmp_path: Path, part: str) -> None:
-    adapter = read_header(save_adapter(tmp_path / "lora.gguf", f"blk.1.attn_{part}.weight"))
-    refuse_adapter(read_header(convert(checkpoint, tmp_path / "apart.gguf", "q8_0", fuse_qkv=False).model), adapter)
+    apart = read_header(convert(checkpoint, tmp_path / "apart.gguf", "q8_0", fuse_qkv=False).model)
+    name = f"blk.1.attn_{part}.weight"
+    (shape,) = (tensor.shape for tensor in apart.tensors if tensor.name == name)
+    adapter = read_header(save_adapter(tmp_path / "lora.gguf", name, shape))
+    refuse_adapter(apart, adapter)
     model = convert(checkpoint, tmp_path / "m.gguf", "q8_0").model
     with pytest.raises(ModelFileError) as caught:
         refuse_adapter(read_header(model), adapter)

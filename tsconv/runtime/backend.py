@@ -13,12 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import tsconv
 from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.runtime.guard import CLOSED, FORKED, use_threads
+from tsconv.transform import q3_nl
 
 Ints = npt.NDArray[np.int64]
 
@@ -135,6 +138,10 @@ class Backend:
         if registered is None:
             raise BackendError("llama.cpp refused the backend", where=path, found="; ".join(errors))
 
+    def after_fork(self) -> None:
+        """In the child: see `_after_fork`."""
+        self._load_lock = threading.Lock()
+
     def _declare(self) -> None:
         handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
         double_out = ctypes.POINTER(ctypes.c_double)
@@ -201,6 +208,7 @@ class Backend:
         Raises:
             BackendError: memory or sizes that are not a multiple of 8 bytes, or fewer threads than asked for.
         """
+        use_threads(n_threads)
         seconds, total = ctypes.c_double(), ctypes.c_uint64()
         measure = self._lib.tsffn_measure_rows
         if not measure(address, n_rows, row_bytes, every, nth, n_threads, seconds, total):
@@ -212,6 +220,7 @@ class Backend:
     def measure_compute(self, n_threads: int, seconds: float) -> float | None:
         """Q4_0 rows of 4096 weights that n_threads threads multiply per second out of the caches, measured for some
         seconds (at most 60); None when OpenMP grants fewer threads."""
+        use_threads(n_threads)
         rate = ctypes.c_double()
         return rate.value if self._lib.tsffn_measure_compute(n_threads, seconds, rate) else None
 
@@ -234,8 +243,10 @@ class Backend:
         """
         arrays = (rows, importance, units, out)
         dtypes = (np.float32, np.float32, np.float16, np.uint8)
-        assert all(a.dtype == dtype and a.flags.c_contiguous for a, dtype in zip(arrays, dtypes, strict=True))
-        assert importance.shape == rows.shape[1:] and len(units) == len(out) == len(rows)
+        n, r = rows.shape
+        shapes = ((n, r), (r,), (n,), (n, q3_nl.row_bytes(r)))
+        for array, dtype, shape in zip(arrays, dtypes, shapes, strict=True):
+            _check_array(array, dtype, shape)
         quantize = self._lib.tsffn_quantize_q3_nl
         if not quantize(rows.ctypes.data, *rows.shape, importance.ctypes.data, units.ctypes.data, out.ctypes.data):
             raise BackendError("no memory to quantize a row")
@@ -279,6 +290,8 @@ class NativeModel:
         self.path = path
         self._handle: int | None = handle
         self._load_lock = load_lock
+        self._gone = CLOSED
+        self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
         self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
         self.n_layer = lib.tsffn_model_n_layer(handle)
         self.file_bytes = lib.tsffn_model_file_bytes(handle)
@@ -291,55 +304,89 @@ class NativeModel:
 
         Raises:
             ModelFileError: it cannot be read.
+            BackendError: the model is closed.
         """
         for start in range(0, self.file_bytes, CACHE_PIECE):
-            failure = self._lib.tsffn_model_cache(self._handle, start, CACHE_PIECE)
+            with self._opened() as handle:
+                failure = self._lib.tsffn_model_cache(handle, start, CACHE_PIECE)
             if failure:
                 raise ModelFileError(f"cannot be read: {os.strerror(failure)}", where=self.path)
             if progress is not None:
                 progress(min(start + CACHE_PIECE, self.file_bytes), self.file_bytes)
 
     @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The handle, which stays open while this holds.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self.lock:
+            if self._handle is None:
+                raise BackendError(self._gone)
+            yield self._handle
+
+    @contextmanager
     def armed(self) -> Iterator[None]:
-        """While this holds, the backend claims the FFN weights that llama.cpp loads for this model."""
+        """While this holds, the backend claims the FFN weights that llama.cpp loads for this model.
+
+        Raises:
+            BackendError: the model is closed.
+        """
         with self._load_lock:
-            self._lib.tsffn_model_arm(self._handle)
+            with self._opened() as handle:
+                self._lib.tsffn_model_arm(handle)
             try:
                 yield
             finally:
                 self._lib.tsffn_model_arm(None)
 
     def stats(self, layer: int) -> LayerStats:
-        """The counters of one layer."""
+        """The counters of one layer.
+
+        Raises:
+            BackendError: no such layer, or the model is closed.
+        """
         stats = LayerStats()
-        self._lib.tsffn_model_stats(self._handle, layer, ctypes.byref(stats))
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_stats(handle, layer, ctypes.byref(stats)):
+                raise BackendError("layer", expected=f"0 to {self.n_layer - 1}", found=layer)
         return stats
 
     def reset_stats(self) -> None:
-        """Sets all counters to 0."""
-        self._lib.tsffn_model_reset_stats(self._handle)
+        """Sets all counters to 0.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self._opened() as handle:
+            self._lib.tsffn_model_reset_stats(handle)
 
     def profile(self, on: bool) -> None:
         """Begins counting activations from 0, or stops and drops the counts. Not while the model computes.
 
         Raises:
-            BackendError: no memory for the counters.
+            BackendError: no memory for the counters, or the model is closed.
         """
-        if not self._lib.tsffn_model_profile(self._handle, on):
-            raise BackendError("no memory for the activation counters")
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_profile(handle, on):
+                raise BackendError("no memory for the activation counters")
 
     def read_profile(self, layer: int, tokens: Ints, neurons: Ints, histograms: Ints) -> None:
         """Copies one layer's counts into contiguous int64 arrays: tokens [n_ffn], neurons [6, n_ffn, n_ff] in the order
         of the file, histograms [3, 130]; tsconv.profile.stats says of what.
 
         Raises:
-            BackendError: counting is off.
+            BackendError: counting is off, other arrays than these, or the model is closed.
         """
-        arrays = (tokens, neurons, histograms)
-        assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays)
-        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in arrays)
-        if not self._lib.tsffn_model_read_profile(self._handle, layer, *pointers):
-            raise BackendError("activations are not being counted")
+        n_ffn, n_ff = neurons.shape[-2:] if neurons.ndim == 3 else (-1, -1)
+        arrays = ((tokens, (n_ffn,)), (neurons, (6, n_ffn, n_ff)), (histograms, (3, 130)))
+        for array, shape in arrays:
+            _check_array(array, np.int64, shape)
+        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array, _ in arrays)
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_read_profile(handle, layer, *pointers):
+                raise BackendError("activations are not being counted")
 
     def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
         """Decides which weights are in RAM; tsconv.runtime.residency says what that means.
@@ -349,26 +396,54 @@ class NativeModel:
             flags: PLACE_PREFAULT | PLACE_LOCK | PLACE_RANDOM_REST, as wanted.
 
         Raises:
-            BackendError: counts that do not fit the model, or llama.cpp has not loaded it, or no memory.
+            BackendError: counts that do not fit the model, or llama.cpp has not loaded it, or no memory, or the model
+                is closed.
         """
-        if self._handle is None:
-            raise BackendError("the model is closed")
         hot = np.ascontiguousarray(hot, dtype=np.int32)
         place = self._lib.tsffn_model_place
         placed, message = Placed(), ctypes.create_string_buffer(ERROR_SIZE)
-        if not place(self._handle, hot.ctypes.data, hot.size, flags, ctypes.byref(placed), message, ERROR_SIZE):
-            raise BackendError(message.value.decode(errors="replace"))
+        with self._opened() as handle:
+            if not place(handle, hot.ctypes.data, hot.size, flags, ctypes.byref(placed), message, ERROR_SIZE):
+                raise BackendError(message.value.decode(errors="replace"))
         return placed
 
     def close(self) -> None:
         """Drops this reference; llama.cpp's weight buffers hold their own."""
+        with self.lock:
+            if self._handle is not None:
+                self._lib.tsffn_model_close(self._handle)
+                self._handle = None
+
+    def after_fork(self) -> None:
+        """In the child: leaves the parent's model alone, of which the child has a copy nobody may compute with."""
+        self.lock = threading.RLock()
         if self._handle is not None:
-            self._lib.tsffn_model_close(self._handle)
-            self._handle = None
+            self._handle, self._gone = None, FORKED
+
+
+def _check_array(array: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    """Raises BackendError unless C may take the array's address for contiguous memory of that type and shape."""
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else ", not contiguous"
+        raise BackendError(
+            "an array for the native library",
+            expected=f"{np.dtype(dtype)} {list(shape)}",
+            found=f"{array.dtype} {list(array.shape)}{order}",
+        )
 
 
 _loaded: list[Backend] = []  # at most one
 _backend_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: other threads may have held the locks, and are not there to give them back."""
+    globals()["_backend_lock"] = threading.Lock()
+    for backend in _loaded:
+        backend.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def load_backend() -> Backend:

@@ -32,7 +32,7 @@ class LayersContext:
     """
 
     def __init__(self, llama: SparseLlama, n_ctx: int) -> None:
-        self.n_ctx, self._where = n_ctx, llama.model_path
+        self.n_ctx, self._where, self._guard = n_ctx, llama.model_path, llama._guard
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, MAX_BATCH)
@@ -42,7 +42,7 @@ class LayersContext:
         params.cb_eval = load_backend().stop_before_output
         self._n_batch = params.n_batch
         try:
-            with quiet_unless(False) as errors:
+            with llama._guard.alone(changes=False), quiet_unless(False) as errors:
                 self._context = LlamaContext(model=llama._model, params=params, verbose=False)
         except ValueError:
             found = "; ".join(errors)
@@ -54,8 +54,12 @@ class LayersContext:
 
         Raises:
             TsconvError: no tokens, or more than `n_ctx`.
-            BackendError: llama.cpp could not compute them.
+            BackendError: llama.cpp could not compute them, or `llama` is closed.
         """
+        with self._guard.alone(changes=False):
+            self._compute(tokens)
+
+    def _compute(self, tokens: Sequence[int]) -> None:
         if not 0 < len(tokens) <= self.n_ctx:
             raise TsconvError("tokens to compute", expected=f"1 to {self.n_ctx} (n_ctx)", found=len(tokens))
         self._context.kv_cache_clear()

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from tsconv.checkpoint.config import MAX_CONTEXT
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
 from tsconv.export.kv_cache import padded
 from tsconv.runtime.backend import NativeModel, load_backend
-from tsconv.runtime.cpu import physical_cores
-from tsconv.runtime.limits import fits_in_memory
+from tsconv.runtime.guard import CLOSED, Gone, Guard, use_threads
+from tsconv.runtime.limits import fits_in_memory, usable_cores
 from tsconv.runtime.log import quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
 
 OWN_MESSAGE = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
+TEMPLATE_KEY = "tokenizer.chat_template"
+DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
+WINDOW_KEY = "turbosparse.source.sliding_window"
+MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
+
+_models: weakref.WeakSet[SparseLlama] = weakref.WeakSet()  # of this process, for `_after_fork`
+
+
+def _alone(function: Callable[..., Any], changes: bool = True) -> Callable[..., Any]:
+    """The method, called with the model for itself; `changes` as for `Guard.alone`."""
+
+    @wraps(function)
+    def method(self: SparseLlama, *args: Any, **kwargs: Any) -> Any:
+        with self._guard.alone(changes=changes):
+            return function(self, *args, **kwargs)
+
+    return method
 
 
 class SparseLlama(llama_cpp.Llama):
     """A converted model. Everything `llama_cpp.Llama` does works; the FFNs run in the sparse backend.
+
+    One call at a time: threads that share a model wait for each other. A text that comes in pieces (`generate`,
+    `create_completion(stream=True)`) keeps nobody waiting between them, but raises BackendError where it would go on
+    after another call has changed the context. After `close()`, and in processes that were forked from the one that
+    loaded it, every use of the model raises BackendError. A copy (pickle, copy.deepcopy) loads the model again with the
+    same arguments; its context is empty.
 
     Args:
         model_path: `NAME.gguf` written by `tsconv convert`.
@@ -35,7 +62,7 @@ class SparseLlama(llama_cpp.Llama):
             computes, every weight read and multiplied: a baseline to measure against), or None: predictor when the
             model has one.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
-        n_threads: None for the physical cores this process may use.
+        n_threads: None for the physical cores this process may use, and no more than control groups grant it.
         n_ctx: tokens of context, 0 for the model's own; rounded up to a multiple of 256 as llama.cpp does, so that the
             buffers that `llama_cpp.Llama` keeps beside the context are as long as the context.
         flash_attn: llama.cpp's fused attention, which prefill and decoding are faster with. None: on, but for keys or
@@ -47,8 +74,10 @@ class SparseLlama(llama_cpp.Llama):
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
-        ModelFileError: model or sidecar missing, damaged, or not a pair.
-        BackendError: the native library does not fit this llama.cpp.
+        ModelFileError: model or sidecar missing, damaged, or not a pair; an adapter (lora_path) that does not fit.
+        BackendError: the native library does not fit this llama.cpp, or there is no memory for the context, or this
+            process was forked from one that computed with several threads.
+        TsconvError: a context or a number of threads that llama.cpp does not have.
     """
 
     def __init__(
@@ -69,13 +98,36 @@ class SparseLlama(llama_cpp.Llama):
     ) -> None:
         # llama_cpp.Llama's destructor closes this, also when loading fails before its own constructor runs.
         self._stack = ExitStack()
+        self._guard = Guard()
         path = Path(model_path)
-        if kwargs.get("lora_path"):
-            refuse_adapter(read_header(path), read_header(Path(kwargs["lora_path"])))
+        if not 0 <= n_ctx <= MAX_CONTEXT:
+            raise TsconvError("context", expected=f"0 to {MAX_CONTEXT} tokens", found=n_ctx)
+        for n in (n_threads, n_threads_batch):
+            if n is not None and not 1 <= n <= MAX_THREADS:
+                raise TsconvError("threads", expected=f"1 to {MAX_THREADS}", found=n)
+        lora_path = kwargs.pop("lora_path", None)
+        if lora_path:
+            refuse_adapter(read_header(path), read_header(Path(lora_path)))
+            kwargs["use_mmap"] = False
+        threads = n_threads or usable_cores(), n_threads_batch or n_threads or usable_cores()
+        use_threads(max(threads))
         native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
         self._native = native
         self.sparsity: str = native.sparsity
-        n_threads = n_threads or physical_cores()
+        self._arguments = {
+            "model_path": model_path,
+            "sparsity": native.sparsity,
+            "predictor_path": predictor_path,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads_batch,
+            "n_ctx": n_ctx,
+            "flash_attn": flash_attn,
+            "preload": preload,
+            "kv_overrides": kv_overrides,
+            "verbose": verbose,
+            "lora_path": lora_path,
+            **kwargs,
+        }
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
         undo = ExitStack()
@@ -88,8 +140,8 @@ class SparseLlama(llama_cpp.Llama):
                     native.cache_file(progress)
                 super().__init__(
                     str(path),
-                    n_threads=n_threads,
-                    n_threads_batch=n_threads_batch or n_threads,
+                    n_threads=threads[0],
+                    n_threads_batch=threads[1],
                     n_ctx=padded(n_ctx),
                     flash_attn=flash_attn,
                     kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
@@ -97,23 +149,189 @@ class SparseLlama(llama_cpp.Llama):
                     **kwargs,
                 )
                 undo.pop_all()
-        except ValueError as error:
-            reason = next((line for line in errors if line), str(error))
+        except (ValueError, MemoryError) as error:
+            self.close()
+            reason = next((line for line in errors if line), str(error) or "no memory")
             if reason.startswith(OWN_MESSAGE):
                 raise BackendError(reason.removeprefix(OWN_MESSAGE)) from None
+            if isinstance(error, MemoryError) or "llama_context" in str(error):
+                raise BackendError(
+                    f"llama.cpp cannot make a context of {padded(n_ctx) or 'as many tokens as the model has'}",
+                    where=path,
+                    found=reason,
+                    fix="lower the context with -c (n_ctx), or run with -v for llama.cpp's log",
+                ) from None
             raise ModelFileError(
                 "llama.cpp cannot load the model",
                 where=path,
                 found=reason,
                 fix="convert again, or run with -v for its log",
             ) from None
-        except jinja2.TemplateError as error:
-            raise ModelFileError(
-                "key tokenizer.chat_template cannot be used", where=path, found=error, fix="convert again"
-            ) from None
         # Runs after llama.cpp has freed context and weights.
         self._model._exit_stack.callback(native.close)
+        _models.add(self)
+        self._metadata |= self._unusable_templates
+        if TEMPLATE_KEY in self._template_errors and kwargs.get("chat_format") is kwargs.get("chat_handler") is None:
+            self.chat_format = DEFAULT_TEMPLATE  # not the one that llama_cpp.Llama takes for models without a template
+        if lora_path:
+            with quiet_unless(verbose) as errors:
+                self._use_adapter(Path(lora_path), errors)
 
+    def _use_adapter(self, path: Path, errors: list[str]) -> None:
+        """What llama_cpp.Llama does for lora_path, but that it does not see when llama.cpp refuses the adapter.
+
+        Args:
+            errors: where llama.cpp's error lines go.
+
+        Raises:
+            ModelFileError: it does; the model is closed then.
+        """
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
+        if adapter:
+            self._lora_adapter, self.lora_path = adapter, str(path)
+            self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+            if llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)) == 0:
+                return
+        self.close()
+        raise ModelFileError("llama.cpp cannot use the adapter", where=path, found="; ".join(errors) or None)
+
+    # ---- a model that is gone
+
+    def close(self) -> None:
+        """Frees the model. Every use of it raises BackendError from now on.
+
+        Raises:
+            BackendError: the model is working for the caller, who is in the middle of it.
+        """
+        guard = getattr(self, "_guard", None)  # none when the constructor was called with wrong arguments
+        with ExitStack() if guard is None else guard.lock:
+            if guard is None or guard.gone is not None:
+                return
+            if guard.is_working:
+                raise BackendError("the model is working", fix="close it when the call that it works for has ended")
+            with self._native.lock if hasattr(self, "_native") else ExitStack():
+                raw = self._leave(CLOSED)
+                self._stack.close()
+            _disconnect(raw, CLOSED)
+
+    def _leave(self, why: str) -> list[Any]:
+        """From now on every use of the model says `why` it cannot be used.
+
+        Returns:
+            llama_cpp's objects around the pointers of llama.cpp.
+        """
+        self._guard.gone = why
+        names = [name for name in ("_model", "_ctx", "_batch") if name in vars(self)]
+        raw = [vars(self)[name] for name in names]
+        vars(self).update(dict.fromkeys(names, Gone(why)))
+        if "tokenizer_" in vars(self):
+            self.tokenizer_ = Gone(why)
+        return raw
+
+    def _after_fork(self) -> None:
+        """In the child: leaves the parent's model alone; nothing is freed, since other threads may have held locks."""
+        self._guard.after_fork()
+        self._native.after_fork()
+        self._stack.pop_all()
+        raw = self._leave(self._guard.gone)
+        for one in raw:
+            one._exit_stack.pop_all()
+        _disconnect(raw, self._guard.gone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._guard.alone(changes=False):
+            return self._arguments | {"seed": self._seed}
+
+    # ---- one call at a time
+
+    eval, reset, embed, load_state = map(
+        _alone, (llama_cpp.Llama.eval, llama_cpp.Llama.reset, llama_cpp.Llama.embed, llama_cpp.Llama.load_state)
+    )
+    save_state = _alone(llama_cpp.Llama.save_state, changes=False)
+    sample = _alone(llama_cpp.Llama.sample, changes=False)
+    tokenize = _alone(llama_cpp.Llama.tokenize, changes=False)
+    detokenize = _alone(llama_cpp.Llama.detokenize, changes=False)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As llama_cpp.Llama.generate.
+
+        Raises:
+            BackendError: another call has changed the context since the last token.
+        """
+        return self._in_steps(super().generate(tokens, *args, **kwargs))
+
+    def create_completion(self, *args: Any, stream: bool = False, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.create_completion.
+
+        Raises:
+            BackendError: another call has changed the context since the last piece of a stream.
+        """
+        if stream:
+            return self._in_steps(super().create_completion(*args, stream=True, **kwargs))
+        with self._guard.alone():
+            return super().create_completion(*args, stream=False, **kwargs)
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.create_chat_completion.
+
+        Raises:
+            ModelFileError: the model's chat template is not a template.
+            BackendError: another call has changed the context since the last piece of a stream.
+        """
+        with self._guard.alone(changes=False):
+            error = self._template_errors.get(TEMPLATE_KEY)
+            if error is not None and self.chat_handler is None and self.chat_format == DEFAULT_TEMPLATE:
+                raise ModelFileError("the chat template cannot be used", where=self.model_path, found=error)
+            return super().create_chat_completion(*args, **kwargs)
+
+    def _in_steps(self, stream: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+        """`stream`, having the model for itself during each step, and its context unchanged between them."""
+        user, value, resumed = object(), None, False
+        while True:
+            with self._guard.alone(user, resumed=resumed):
+                try:
+                    item = stream.send(value)
+                except StopIteration:
+                    return
+            value, resumed = (yield item), True
+
+    # ---- chat templates
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The model's keys that are no arrays, as text."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, keys: dict[str, str]) -> None:
+        """Called by llama_cpp.Llama's constructor, which goes on to compile the templates among them, and would fail
+        for a model that is to continue texts only: it does not get to see those that are none."""
+        self._template_errors = {}
+        for key in (key for key in keys if key == TEMPLATE_KEY or key.startswith(f"{TEMPLATE_KEY}.")):
+            try:
+                Jinja2ChatFormatter(template=keys[key], eos_token="", bos_token="")
+            except Exception as error:  # Jinja raises what it likes for a template that is wrong
+                self._template_errors[key] = error
+        self._metadata = {key: value for key, value in keys.items() if key not in self._template_errors}
+        self._unusable_templates = {key: keys[key] for key in self._template_errors}
+
+    def context_warning(self, n_tokens: int) -> str | None:
+        """One line when `n_tokens` tokens are more than the checkpoint was made for; None otherwise."""
+        window = int(self.metadata.get(WINDOW_KEY, 0))
+        if window and n_tokens > window:
+            return (
+                f"{n_tokens} tokens are more than the checkpoint's attention window of {window}: it would not look "
+                "further back, but llama.cpp does, and the text may get worse"
+            )
+        trained = self._model.n_ctx_train()
+        if n_tokens > trained:
+            return (
+                f"{n_tokens} tokens are more than the {trained} the checkpoint was trained with: the text may get worse"
+            )
+        return None
+
+    @_alone
     def token_logits(self, tokens: Sequence[int], n_batch: int | None = None) -> npt.NDArray[np.float32]:
         """Logits of every position of one sequence, computed from a cleared context.
 
@@ -126,6 +344,7 @@ class SparseLlama(llama_cpp.Llama):
 
         Raises:
             TsconvError: no tokens, or more than the context holds.
+            BackendError: llama.cpp could not compute them.
         """
         n_batch = n_batch or self.n_batch
         if not 0 < len(tokens) <= self.n_ctx():
@@ -205,6 +424,7 @@ class SparseLlama(llama_cpp.Llama):
         """Brings the first `hot` [n_layer, n_ffn] neurons of each FFN into RAM; see `tsconv.runtime.residency`."""
         return place_in_memory(self._native, hot, prefault=prefault, lock=lock, read_ahead=read_ahead)
 
+    @_alone
     def warm_up(self) -> None:
         """Computes one token, which touches what every token reads: attention, router, norms, output, predictors.
 
@@ -212,6 +432,22 @@ class SparseLlama(llama_cpp.Llama):
         """
         self.token_logits([max(0, self.token_bos())])
         self.reset_ffn_stats()
+
+
+def _disconnect(objects: list[Any], why: str) -> None:
+    """Takes the pointers from llama_cpp's objects, for whoever else holds those."""
+    for one in objects:
+        for name in ("model", "vocab", "ctx", "memory", "batch"):
+            if name in vars(one):
+                vars(one)[name] = Gone(why)
+
+
+def _after_fork() -> None:
+    for model in list(_models):
+        model._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(model_path: str | os.PathLike[str], **kwargs: Any) -> SparseLlama:

@@ -1,0 +1,386 @@
+"""Models used where llama.cpp would crash, hang or mix two texts up: closed, in forked processes, by several callers at
+once, copied. What could do so runs in a process of its own, with a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tiny
+
+import tsconv
+from tsconv.errors import BackendError
+from tsconv.runtime.generate import Generation, Sampling, prompt_tokens
+
+PROMPT = "In the beginning"
+TOKENS = [1, 20, 300, 7]
+
+START = """
+import json, os, sys, threading
+import numpy as np
+import tsconv
+from tsconv.errors import BackendError
+model = sys.argv[1]
+def error(function, *arguments, **keywords):
+    try:
+        function(*arguments, **keywords)
+    except BaseException as e:
+        return f"{type(e).__name__}: {e}"
+    return "no error"
+"""
+
+
+def python(script: str, *arguments: object, env: dict[str, str] | None = None, options: tuple[str, ...] = ()) -> object:
+    """What the script prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", START + script, str(tiny.converted()), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"} | (env or {}),
+        timeout=tiny.TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+# ---- closed
+
+USES = {
+    "token_logits": "m.token_logits([1])",
+    "warm_up": "m.warm_up()",
+    "ffn_stats": "m.ffn_stats()",
+    "reset_ffn_stats": "m.reset_ffn_stats()",
+    "profiling": "m.profiling().__enter__()",
+    "place_in_memory": "m.place_in_memory([[1]] * 6)",
+    "tokenize": "m.tokenize(b'x')",
+    "detokenize": "m.detokenize([5])",
+    "eval": "m.eval([1])",
+    "sample": "m.sample()",
+    "reset": "m.reset()",
+    "generate": "next(m.generate([1]))",
+    "create_completion": "m.create_completion('x', max_tokens=1)",
+    "stream": "next(m.create_completion('x', max_tokens=1, stream=True))",
+    "call": "m('x')",
+    "chat": "m.create_chat_completion([{'role': 'user', 'content': 'x'}])",
+    "embed": "m.embed('x')",
+    "create_embedding": "m.create_embedding('x')",
+    "save_state": "m.save_state()",
+    "load_state": "m.load_state(state)",
+    "n_ctx": "m.n_ctx()",
+    "n_embd": "m.n_embd()",
+    "n_vocab": "m.n_vocab()",
+    "token_bos": "m.token_bos()",
+    "token_eos": "m.token_eos()",
+    "token_nl": "m.token_nl()",
+    "tokenizer": "m.tokenizer().tokenize(b'x')",
+    "pooling_type": "m.pooling_type()",
+    "ctx": "m.ctx",
+    "model": "m.model",
+    "context_warning": "m.context_warning(9)",
+    "pickle": "pickle.dumps(m)",
+    "deepcopy": "copy.deepcopy(m)",
+    "native stats": "native.stats(0)",
+    "native armed": "native.armed().__enter__()",
+    "native profile": "native.profile(True)",
+    "native read_profile": "native.read_profile(0, *arrays)",
+    "layers": "layers.compute([1])",
+    "generation": "next(iter(Generation(m, [1])))",
+    "begun generation": "next(begun)",
+    "begun stream": "next(stream)",
+    "measure": "measure(m, [[1, 2]])",
+}
+PREPARED = """
+import copy, pickle
+from tsconv.eval.perplexity import measure
+from tsconv.runtime.generate import Generation
+from tsconv.runtime.layers import LayersContext
+m = tsconv.load(model, n_threads=1)
+native, layers, tokenizer = m._native, LayersContext(m, 8), m.tokenizer()
+arrays = np.zeros(1, np.int64), np.zeros((6, 1, 512), np.int64), np.zeros((3, 130), np.int64)
+m.eval([1, 5])
+state = m.save_state()
+begun = m.generate([1, 5, 9])
+next(begun)
+stream = m.create_completion("x", stream=True, max_tokens=4)
+"""
+
+
+def test_closed():
+    uses = ", ".join(f"{name!r}: lambda: {use}" for name, use in USES.items())
+    script = (
+        f"{PREPARED}\nm.close()\nm.close()\nprint(json.dumps({{name: error(use) for name, use in {{{uses}}}.items()}}))"
+    )
+    assert python(script) == dict.fromkeys(USES, "BackendError: the model is closed")
+
+
+def test_what_was_taken_from_a_model_that_is_closed():
+    """llama_cpp's own objects: an error, whatever it is called."""
+    script = f"""{PREPARED}
+vocab, context = m._model, m._ctx
+m.close()
+uses = [lambda: tokenizer.tokenize(b"x"), lambda: vocab.n_vocab(), lambda: context.n_ctx(), context.kv_cache_clear]
+print(json.dumps([error(use) for use in uses]))"""
+    for line in python(script):
+        assert "the model is closed" in line
+
+
+def test_closed_while_it_works():
+    script = """
+m = tsconv.load(model, n_threads=1)
+def close(tokens, logits):
+    errors.append(error(m.close))
+    return logits
+errors = []
+m.create_completion("x", max_tokens=1, logits_processor=[close])
+m.close()
+print(json.dumps(errors))"""
+    assert python(script) == ["BackendError: the model is working; close it when the call that it works for has ended"]
+
+
+def test_closed_by_another_thread():
+    """It waits for the token that is being computed, and the next one is refused."""
+    script = """
+m = tsconv.load(model, n_threads=1)
+began, ended = threading.Event(), []
+def use():
+    for _ in range(10**6):
+        m.token_logits([1, 5] * 50)
+        m.tokenize(b"In the beginning")
+        m.ffn_stats()
+        began.set()
+thread = threading.Thread(target=lambda: ended.append(error(use)))
+thread.start()
+began.wait()
+m.close()
+thread.join()
+print(json.dumps(ended))"""
+    assert python(script) == ["BackendError: the model is closed"]
+
+
+def test_a_model_alive_when_the_interpreter_ends():
+    assert python("m = tsconv.load(model, n_threads=1)\nm.token_logits([1])\nm.me = m\nprint(1)") == 1
+
+
+def test_wrong_arguments_leave_no_noise():
+    assert "model_path" in python("print(json.dumps(error(tsconv.SparseLlama)))")
+
+
+# ---- forked
+
+FORK = """
+def forked(function):
+    read, write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        with os.fdopen(read) as stream:
+            text = stream.read()
+        assert os.waitpid(pid, 0)[1] == 0
+        return text
+    os.write(write, str(function()).encode())
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_model_from_before_a_fork(n_threads):
+    uses = ", ".join(f"lambda: {use}" for name, use in USES.items() if name != "load_state")
+    script = f"""{FORK}{PREPARED.replace("n_threads=1", f"n_threads={n_threads}")}
+answer = forked(lambda: json.dumps([error(use) for use in [{uses}]]))
+m.token_logits([1])
+m.close()
+print(answer)"""
+    expected = "BackendError: the model was loaded before this process was forked, and llama.cpp's threads are not"
+    for line in python(script):
+        assert line.startswith(expected), line
+
+
+def test_model_loaded_in_a_forked_process():
+    """With one thread it works; OpenMP's other threads are those of the parent."""
+    script = f"""{FORK}
+m = tsconv.load(model, n_threads=2)
+expected = m.token_logits([1, 5]).argmax()
+def in_child(n):
+    child = tsconv.load(model, n_threads=n)
+    found = child.token_logits([1, 5]).argmax()
+    child.close()
+    return int(found == expected)
+print(json.dumps([forked(lambda: in_child(1)), forked(lambda: error(in_child, 2))]))"""
+    one, two = python(script)
+    assert one == "1"
+    assert "forked from one that had computed with several threads, which are not in it: expected 1 thread" in two
+
+
+def test_forked_before_anything_was_computed():
+    script = f"""{FORK}
+from tsconv.runtime.backend import load_backend
+load_backend()
+print(json.dumps(forked(lambda: tsconv.load(model, n_threads=2).token_logits([1]).shape[0])))"""
+    assert python(script) == "1"
+
+
+def test_forked_while_another_thread_holds_the_locks():
+    script = f"""{FORK}
+m = tsconv.load(model, n_threads=1)
+held, done = threading.Event(), threading.Event()
+def hold():
+    with m._native.armed(), m._guard.lock, m._native.lock:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+answer = forked(lambda: [error(m.token_logits, [1]), error(m.ffn_stats), tsconv.load(model, n_threads=1).n_vocab()])
+done.set()
+thread.join()
+print(json.dumps(answer))"""
+    assert python(script).count("the model was loaded before this process was forked") == 2
+
+
+def test_multiprocessing():
+    """A forked worker is refused, a spawned one gets a copy."""
+    script = """
+import multiprocessing
+m = tsconv.load(model, n_threads=1, sparsity="exact")
+def token():
+    return int(m.token_logits([1, 5]).argmax())
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    answers = [error(pool.apply, token)]
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    answers += [int(pool.apply(tsconv.SparseLlama.token_logits, (m, [1, 5])).argmax()), token()]
+print(json.dumps(answers))"""
+    forked, spawned, expected = python(script)
+    assert forked.startswith("BackendError: the model was loaded before this process was forked")
+    assert spawned == expected
+
+
+# ---- several at once
+
+
+@pytest.fixture(scope="module")
+def llama() -> tsconv.SparseLlama:
+    llama = tsconv.load(tiny.converted(), n_threads=1)
+    yield llama
+    llama.close()
+
+
+def in_threads(*functions) -> list[object]:
+    results: list[object] = [None] * len(functions)
+
+    def call(i):
+        try:
+            results[i] = functions[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(tiny.TIMEOUT_S)
+        assert not thread.is_alive()
+    return results
+
+
+def test_threads_wait_for_each_other(llama):
+    """What each of them gets is what it gets alone."""
+    sequences = [[1, *range(10 * i, 10 * i + 60)] for i in range(1, 4)]
+    expected = [llama.token_logits(sequence) for sequence in sequences]
+    prompts = ["In the beginning", "And it came to pass", "The words of"]
+    texts = [llama.create_completion(p, max_tokens=12, temperature=0)["choices"][0]["text"] for p in prompts]
+
+    def logits(i):
+        return lambda: [llama.token_logits(sequences[i]) for _ in range(8)]
+
+    def text(i):
+        return lambda: [
+            llama.create_completion(prompts[i], max_tokens=12, temperature=0)["choices"][0]["text"] for _ in range(4)
+        ]
+
+    found = in_threads(*map(logits, range(3)), *map(text, range(3)))
+    for i in range(3):
+        for one in found[i]:
+            np.testing.assert_array_equal(one, expected[i])
+        assert found[3 + i] == [texts[i]] * 4
+
+
+@pytest.mark.parametrize("kind", ["generate", "stream", "chat", "generation"])
+def test_a_text_cannot_go_on_after_another(llama, kind):
+    def begin():
+        if kind == "generate":
+            return llama.generate(TOKENS, temp=0)
+        if kind == "stream":
+            return llama.create_completion(PROMPT, max_tokens=20, temperature=0, stream=True)
+        if kind == "chat":
+            messages = [{"role": "user", "content": PROMPT}]
+            return llama.create_chat_completion(messages, max_tokens=20, temperature=0, stream=True)
+        return iter(Generation(llama, prompt_tokens(llama, PROMPT), 20, Sampling(temperature=0)))
+
+    text = begin()
+    for _ in range(3):
+        next(text)
+    llama.tokenize(b"does not matter")
+    llama.ffn_stats()
+    next(text)
+    llama.token_logits(TOKENS)
+    with pytest.raises(BackendError, match="another call has used the model since: this text cannot be continued; end"):
+        next(text)
+    # The newcomer is not disturbed, and neither is who comes after an abandoned text.
+    first, second = begin(), begin()
+    whole = [str(part) for _, part in zip(range(4), begin(), strict=False)]
+    next(first)
+    assert len([part for _, part in zip(range(4), second, strict=False)]) == len(whole)
+
+
+def test_steps_of_a_text_in_several_threads(llama):
+    """As a server's pool of threads takes them."""
+    expected = [part for _, part in zip(range(8), llama.generate(TOKENS, temp=0), strict=False)]
+    text = llama.generate(TOKENS, temp=0)
+    assert [in_threads(lambda: next(text))[0] for _ in range(8)] == expected
+
+
+def test_loading_in_several_threads():
+    models = in_threads(*[lambda: tsconv.load(tiny.converted(), n_threads=1)] * 4)
+    for model in models:
+        assert model.n_vocab() > 0
+        model.close()
+
+
+# ---- copies
+
+COPIES = """
+import copy, pickle, shutil
+from pathlib import Path
+sidecar = Path(sys.argv[2])
+shutil.copy(model, moved := sidecar.with_name("m.gguf"))
+"""
+
+
+@pytest.mark.parametrize("way", ["copy.copy(m)", "copy.deepcopy(m)", "pickle.loads(pickle.dumps(m))"])
+def test_copies(tmp_path, way):
+    """A copy is loaded with the arguments of its original."""
+    sidecar = tmp_path / "elsewhere.gguf"
+    sidecar.write_bytes(tiny.converted().with_suffix(".predictor.gguf").read_bytes())
+    script = f"""{COPIES}
+answers = []
+for arguments in (dict(sparsity="exact", n_ctx=300), dict(predictor_path=sidecar, flash_attn=False, use_mmap=False)):
+    m = tsconv.load(moved, n_threads=1, **arguments)
+    m.set_seed(9)
+    other = {way}
+    same = [
+        (x.sparsity, x.n_ctx(), x.n_threads, x._seed, x.context_params.flash_attn_type, x.verbose,
+         x.model_params.load_mode, x.token_logits([1, 5, 9]).tobytes().hex())
+        for x in (m, other)
+    ]
+    answers.append([same[0] == same[1], other.sparsity])
+    m.close()
+    other.token_logits([1])
+    other.close()
+print(json.dumps(answers))"""
+    assert python(script, sidecar) == [[True, "exact"], [True, "predictor"]]
