@@ -95,7 +95,9 @@ def save_adapter(path: Path, tensor: str, shape: tuple[int, ...], rank: int = 4,
     writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"))
     for key, value in keys.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
-    for half, dims in (("a", (*experts, rank, n_in)), ("b", (*experts, n_out, rank))):
+    dims_a = (n_out, rank) if tensor == "token_embd.weight" else (*experts, rank, n_in)  # looked up, not multiplied
+    dims_b = (n_in, rank) if tensor == "token_embd.weight" else (*experts, n_out, rank)
+    for half, dims in (("a", dims_a), ("b", dims_b)):
         writer.add_tensor(f"{tensor}.lora_{half}", np.zeros(dims, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -166,6 +166,7 @@ def load_on_machine(
     machine: str | Machine,
     *,
     placement_path: str | os.PathLike[str] | None = None,
+    predictor_path: str | os.PathLike[str] | None = None,
     sparsity: str | None = None,
     n_ctx: int = 512,
     n_threads: int | None = None,
@@ -178,6 +179,7 @@ def load_on_machine(
     Args:
         machine: a profile, its name or path, or "auto" for this machine (`this_machine`).
         placement_path: made by `tsconv place` for this model.
+        predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         available_bytes: as for `fit`.
         progress: called with one line when something takes a while.
         **kwargs: as `SparseLlama`.
@@ -191,7 +193,9 @@ def load_on_machine(
     from tsconv.runtime.model import load
 
     path = Path(model_path)
-    native = load_backend().open_model(path, None, sparsity)  # checks both files before anything is decided
+    named = None if predictor_path is None else Path(predictor_path)
+    sidecar = named or sidecar_path(path)
+    native = load_backend().open_model(path, named, sparsity)  # checks both files before anything is decided
     native.close()
     header = read_header(path)
     if machine == AUTO:
@@ -203,14 +207,16 @@ def load_on_machine(
     chosen = fit(
         header,
         machine,
-        sidecar_bytes=sidecar_path(path).stat().st_size if native.sparsity == "predictor" else 0,
+        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
         sparsity=native.sparsity,
         n_ctx=padded(n_ctx),
         n_threads=n_threads,
         placement=None if placement_path is None else Placement.load(placement_path),
         available_bytes=available_bytes,
     )
-    llama = load(path, sparsity=sparsity, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs)
+    llama = load(
+        path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
+    )
     try:
         residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
         llama.warm_up()

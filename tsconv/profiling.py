@@ -52,6 +52,7 @@ def profile(
     merge_with: Iterable[str | Path] = (),
     report: str | Path | None = None,
     sparsity: str | None = None,
+    predictor_path: str | Path | None = None,
     n_threads: int | None = None,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -71,7 +72,8 @@ def profile(
         report: directory for figures and a page of them.
         sparsity: "predictor", "exact", or None for the model's own: the function whose activations are counted. Gate
             and up are computed for all neurons either way.
-        n_threads: None for the physical cores.
+        predictor_path: the model's sidecar, when it is not beside it.
+        n_threads: as for tsconv.load.
         force: replace an existing output.
         progress: called with the number of tokens counted so far.
         should_stop: asked after every chunk; what was counted until then is written.
@@ -93,11 +95,14 @@ def profile(
     header = read_header(path)
     _check_chunk(header, chunk)
     corpus = open_corpus(calib, seed, text_field)
-    llama = load(path, sparsity=sparsity, n_threads=n_threads, n_ctx=1, n_batch=1)  # it counts in another context
+    llama = load(  # it counts in another context
+        path, sparsity=sparsity, predictor_path=predictor_path, n_threads=n_threads, n_ctx=1, n_batch=1
+    )
     try:
         subject = statistics.common_subject([subject_of(header, llama.sparsity), *(stats.subject for stats in merged)])
         n_parts = 1 + sum(len(stats.parts) for stats in merged)
         _check_outputs(output, report, subject, n_parts, force)
+        warning = llama.context_warning(chunk)
         bos = llama.token_bos() if llama.token_bos() >= 0 else None
         started = time.perf_counter()
         run = collect(
@@ -118,7 +123,7 @@ def profile(
     finally:
         llama.close()
     total = statistics.merge([run.stats, *merged])
-    notes = list(corpus.notes)
+    notes = [*corpus.notes, *([warning] if warning else [])]
     if run.stopped is None and run.stats.n_tokens < n_tokens:
         notes.append(f"the text has {run.stats.n_tokens:,} tokens in whole chunks, {n_tokens:,} were asked for")
     return ProfileResult(

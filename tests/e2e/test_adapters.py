@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from edited import edited
 from random_stats import random_stats, save_stats
 from reference import Reference
+from synthetic import save_adapter
 from tiny import nmse
 
 import tsconv
 from tsconv.errors import BackendError, ModelFileError
+from tsconv.export.gguf_header import read_header
+from tsconv.runtime.log import quiet_unless
 
 TOKENS = list(range(10, 60))
 RANK = 4
@@ -97,3 +101,100 @@ def test_neurons_in_another_order(tmp_path, reference, part):
     model = tsconv.reorder(tiny.converted(), stats, tmp_path / "hot.gguf").model
     with pytest.raises(ModelFileError, match=f"the adapter changes blk.0.ffn_{part}.weight, whose neurons are in"):
         tsconv.load(model, lora_path=str(adapter))
+
+
+KIND = "the adapter is of another shape"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape", "changes", "message"),
+    [
+        (
+            "blk.0.attn_output.weight",
+            (64, 128),
+            {},
+            KIND + r": expected \[128, 4\] and \[4, 128\], found \[64, 4\]",
+        ),
+        ("blk.0.attn_output.weight", (128, 64), {}, KIND),
+        ("blk.0.attn_output.weight", (128, 128, 2), {}, KIND),
+        ("token_embd.weight", (128, 512), {}, KIND),
+        (
+            "blk.99.attn_output.weight",
+            (128, 128),
+            {},
+            "changes blk.99.attn_output.weight, which .* not have",
+        ),
+        ("output_norm.weight", (128, 1), {}, "llama.cpp has adapters for matrices only"),
+        ("blk.0.attn_output.weight", (128, 128), {"general__architecture": "qwen2"}, "expected 'llama', found 'qwen2'"),
+        ("blk.0.attn_output.weight", (128, 128), {"general__type": "model"}, "expected 'adapter', found 'model'"),
+        ("blk.0.attn_output.weight", (128, 128), {"general__type": 1.0}, "expected 'adapter', found 1.0"),
+        (
+            "blk.0.attn_output.weight",
+            (128, 128),
+            {"adapter__type": "control_vector"},
+            "key adapter.type: expected 'lora'",
+        ),
+        ("blk.0.attn_output.weight", (128, 128), {"adapter__lora__alpha": "4"}, "bad key adapter.lora.alpha: expected"),
+    ],
+)
+def test_adapters_that_do_not_fit(tmp_path, tensor, shape, changes, message):
+    """llama.cpp ends the process for some of these, now or at the first token."""
+    adapter = save_adapter(tmp_path / "lora.gguf", tensor, shape, **changes)
+    with pytest.raises(ModelFileError, match=message) as caught:
+        tsconv.load(tiny.converted(), n_threads=1, lora_path=adapter)
+    assert str(caught.value).startswith(str(adapter))
+
+
+def test_halves_and_other_tensors(tmp_path):
+    whole = save_adapter(tmp_path / "lora.gguf", "blk.0.attn_output.weight", (128, 128))
+    for name, changes, message in (
+        ("half", {"without": ["blk.0.attn_output.weight.lora_b"]}, "half of the adapter's matrix is missing"),
+        ("more", {"extra": {"blk.0.attn_output.bias": np.zeros(4, np.float32)}}, "ends in .lora_a or .lora_b"),
+        ("none", {"without": [f"blk.0.attn_output.weight.lora_{half}" for half in "ab"]}, "the adapter has no tensors"),
+    ):
+        adapter = edited(whole, tmp_path / f"{name}.gguf", **changes)
+        with pytest.raises(ModelFileError, match=message) as caught:
+            tsconv.load(tiny.converted(), n_threads=1, lora_path=adapter)
+        assert str(caught.value).startswith(str(adapter))
+
+
+@pytest.mark.parametrize("what", ["model", "text", "nothing"])
+def test_files_that_are_no_adapters(tmp_path, what):
+    path = tmp_path / "lora.gguf"
+    if what == "model":
+        path = tiny.converted()
+    elif what == "text":
+        path.write_text("no adapter")
+    with pytest.raises(ModelFileError) as caught:
+        tsconv.load(tiny.converted(), n_threads=1, lora_path=str(path))
+    assert str(caught.value).startswith(str(path))
+
+
+def test_what_llama_cpp_refuses(tmp_path):
+    """What the header does not show: llama.cpp's reason, no crash, and the process goes on."""
+    adapter = save_adapter(tmp_path / "lora.gguf", "blk.0.attn_output.weight", (128, 128))
+    model = tsconv.load(tiny.converted(), n_threads=1)
+    with (
+        quiet_unless(False) as errors,
+        pytest.raises(ModelFileError, match=r"cannot use the adapter.* failed"),
+    ):
+        adapter.write_bytes(adapter.read_bytes()[:100])
+        model._use_adapter(adapter, errors)
+    with pytest.raises(BackendError, match="the model is closed"):
+        model.token_logits(TOKENS)
+    other = tsconv.load(tiny.converted(), n_threads=1)
+    assert np.isfinite(other.token_logits(TOKENS)).all()
+    other.close()
+
+
+def test_an_adapter_of_zeros_changes_nothing(tmp_path):
+    shapes = {tensor.name: tensor.shape for tensor in read_header(tiny.converted()).tensors}
+    plain = tsconv.load(tiny.converted(), n_threads=1, use_mmap=False)
+    expected = plain.token_logits(TOKENS)
+    plain.close()
+    for name in ("token_embd.weight", "blk.0.attn_output.weight", "output.weight"):
+        adapter = save_adapter(tmp_path / name, name, shapes[name])
+        model = tsconv.load(tiny.converted(), n_threads=1, lora_path=adapter)
+        np.testing.assert_allclose(model.token_logits(TOKENS), expected, atol=1e-5)
+        assert model.lora_path == str(tmp_path / name)
+        model.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,19 +36,23 @@ def error(function, *arguments, **keywords):
 """
 
 
-def python(script: str, *arguments: object, env: dict[str, str] | None = None, options: tuple[str, ...] = ()) -> object:
+def python(script: str, *arguments: object) -> object:
     """What the script prints, as JSON."""
-    done = subprocess.run(
-        [sys.executable, *options, "-c", START + script, str(tiny.converted()), *map(str, arguments)],
-        capture_output=True,
+    process = subprocess.Popen(
+        [sys.executable, "-c", START + script, str(tiny.converted()), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"} | (env or {}),
-        timeout=tiny.TIMEOUT_S,
-        check=False,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        start_new_session=True,
     )
-    assert done.returncode == 0, (done.returncode, done.stderr)
-    assert done.stderr == ""
-    return json.loads(done.stdout)
+    try:
+        stdout, stderr = process.communicate(timeout=tiny.TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # children of a fork that hang, too
+        raise
+    assert (process.returncode, stderr) == (0, "")
+    return json.loads(stdout)
 
 
 # ---- closed

@@ -25,7 +25,8 @@ from tsconv.export.gguf_header import Header
 from tsconv.export.pair import read_pair
 from tsconv.profile.hardware.measure import measure_memory
 from tsconv.runtime.backend import load_backend
-from tsconv.runtime.cpu import cpu_model, physical_cores
+from tsconv.runtime.cpu import cpu_model
+from tsconv.runtime.limits import usable_cores
 from tsconv.transform.plan import PREDICTOR
 from tsconv.transform.quantize import type_name
 
@@ -160,7 +161,7 @@ def compare(
     Args:
         path: a converted model; the stock engine reads its FFNs as SwiGLU of the same shape and types.
         baselines: of ENGINES.
-        n_threads: each number in turn; None for the physical cores.
+        n_threads: each number in turn; None for the physical cores, as far as the CPU quota goes.
         seconds: no further turn is begun that would end later than this after the call; one is always run.
 
     Returns:
@@ -171,7 +172,7 @@ def compare(
         BackendError: an engine could not run it.
     """
     started = time.monotonic()
-    counts = tuple(n_threads or (physical_cores(),))
+    counts = tuple(n_threads or (usable_cores(),))
     headers = read_pair(path)
     backend = load_backend()
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)

@@ -53,7 +53,12 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tes
     " llama.cpp-norepack: instead, both without the weights that llama.cpp rearranges for its AMX and other kernels;"
     " TSFFN_ISA limits this backend's.",
 )
-@click.option("-t", "--threads", metavar="N[,N...]", help="Each number in turn.  [default: physical cores]")
+@click.option(
+    "-t",
+    "--threads",
+    metavar="N[,N...]",
+    help="Each number in turn.  [default: physical cores, as far as the CPU quota goes]",
+)
 @click.option("-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Format.")
 @click.option("--save", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there too, as JSON.")
 @click.option("--compare", metavar="OLD.json", type=click.Path(path_type=Path), help="Print the change since OLD.json.")

@@ -47,6 +47,7 @@ def load_model(
     n_ctx: int,
     n_threads: int | None,
     sparsity: str | None,
+    predictor_path: str | None,
     verbose: bool,
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
@@ -64,7 +65,15 @@ def load_model(
             raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
         from tsconv.runtime.model import load
 
-        return load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, verbose=verbose), None
+        llama = load(
+            model,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            sparsity=sparsity,
+            predictor_path=predictor_path,
+            verbose=verbose,
+        )
+        return llama, None
 
     from tsconv.fitting import AUTO, load_on_machine, machine_file
 
@@ -75,6 +84,7 @@ def load_model(
         n_ctx=n_ctx,
         n_threads=n_threads,
         sparsity=sparsity,
+        predictor_path=predictor_path,
         verbose=verbose,
         progress=lambda line: click.echo(line, err=True),
     )

@@ -5,15 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from tsconv.runtime.model import SparseLlama
 
 DEFAULT_CONTEXT = 4096
 
 model_option = click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
 threads_option = click.option(
-    "-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]"
+    "-t",
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    help="Threads.  [default: physical cores, as far as the CPU quota goes]",
+)
+predictor_option = click.option(
+    "--predictor",
+    "predictor_path",
+    metavar="FILE",
+    help="Predictor sidecar of the model.  [default: NAME.predictor.gguf beside it]",
 )
 profile_option = click.option(
     "--profile",
@@ -30,7 +43,8 @@ sparsity_option = click.option(
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that loads a model, passed on as model, n_ctx, n_threads, sparsity, verbose."""
+    """The options of every command that loads a model, passed on as model, n_ctx, n_threads, sparsity, predictor_path,
+    verbose."""
     for option in reversed(
         (
             model_option,
@@ -45,6 +59,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             threads_option,
             sparsity_option,
+            predictor_option,
             click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
         )
     ):
@@ -57,3 +72,11 @@ def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) 
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a number to calculate with.", ctx, parameter)
     return value
+
+
+def warn_of_long_context(llama: SparseLlama, n_tokens: int) -> bool:
+    """Warns on stderr when `n_tokens` tokens are more than the checkpoint was made for; returns whether it did."""
+    warning = llama.context_warning(n_tokens)
+    if warning is not None:
+        click.echo(f"warning: {warning}", err=True)
+    return warning is not None

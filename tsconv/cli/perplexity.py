@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from tsconv.cli.options import model_option, sparsity_option, threads_option
+from tsconv.cli.options import model_option, predictor_option, sparsity_option, threads_option, warn_of_long_context
 
 
 @click.command("perplexity")
@@ -27,6 +27,7 @@ from tsconv.cli.options import model_option, sparsity_option, threads_option
 @click.option("--chunks", type=click.IntRange(min=1), help="At most so many pieces of the text.  [default: all]")
 @threads_option
 @sparsity_option
+@predictor_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     *,
@@ -37,17 +38,22 @@ def command(
     chunks: int | None,
     n_threads: int | None,
     sparsity: str | None,
+    predictor_path: str | None,
     as_json: bool,
 ) -> None:
     """Measure perplexity on a text, and the KL divergence from another conversion."""
     from tqdm import tqdm
 
-    from tsconv.eval.perplexity import measure, pieces
+    from tsconv.eval.perplexity import check_baseline, measure, pieces
+    from tsconv.export.pair import read_model
     from tsconv.runtime.model import load
 
-    found = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity)
+    if baseline:
+        check_baseline(read_model(Path(model)), read_model(Path(baseline)))
+    found = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, predictor_path=predictor_path)
     other = load(baseline, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity) if baseline else None
     sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]
+    warn_of_long_context(found, n_ctx)
     with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:
         quality = measure(found, sequences, other, lambda done, _: bar.update(done - bar.n))
     if as_json:

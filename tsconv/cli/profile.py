@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsconv.cli.interrupt import interruptible
-from tsconv.cli.options import sparsity_option, threads_option
+from tsconv.cli.options import predictor_option, sparsity_option, threads_option
 from tsconv.cli.text import table
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--machine", metavar="FILE.toml", help="Measure this machine instead, and write its profile.")
 @threads_option
 @sparsity_option
+@predictor_option
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

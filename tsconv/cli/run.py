@@ -14,7 +14,7 @@ import click
 
 from tsconv.cli.interrupt import interruptible
 from tsconv.cli.machine import load_model, machine_options
-from tsconv.cli.options import finite, model_options
+from tsconv.cli.options import finite, model_options, warn_of_long_context
 from tsconv.errors import TsconvError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def command(
             _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)
             return
         tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
+        warned = warn_of_long_context(llama, len(tokens))
         limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
         with interruptible() as interrupted:
             generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
@@ -95,6 +96,8 @@ def command(
             click.echo(json.dumps(answer if chosen is None else answer | {"machine": chosen}))
         else:
             click.echo("" if text.endswith("\n") else "\n", nl=False)
+        if not warned:
+            warn_of_long_context(llama, summary.n_prompt + summary.n_generated)
         click.echo(_line(summary), err=True)
     if summary.finish_reason == "interrupted":
         raise click.exceptions.Exit(INTERRUPTED)
@@ -138,6 +141,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
     click.echo(CHAT_HELP, err=True)
     messages: list[dict[str, str]] = []
     summaries: list[Summary] = []
+    warned = False
     while True:
         try:
             line = input("> ").strip()
@@ -165,6 +169,8 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
         click.echo("" if answer.endswith("\n") else "\n", nl=False)
         messages.append({"role": "assistant", "content": answer})
         summaries.append(generation.summary)
+        if not warned:
+            warned = warn_of_long_context(llama, summaries[-1].n_prompt + summaries[-1].n_generated)
     if summaries:
         click.echo(_line(combined(summaries)), err=True)
 

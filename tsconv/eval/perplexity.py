@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import TsconvError
+from tsconv.errors import ModelFileError, TsconvError
+from tsconv.export.gguf_header import Header, read_header
+from tsconv.export.keys import FINGERPRINT
 from tsconv.runtime.model import SparseLlama
+
+# What all conversions of a checkpoint have alike, whatever their types, order and layout. The fingerprint tells
+# checkpoints apart; models of older converters have none, and the others tell of another family, size or vocabulary.
+CHECKPOINT_KEYS = (
+    FINGERPRINT,
+    "turbosparse.source.repo",
+    "llama.block_count",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "llama.expert_count",
+    "llama.expert_used_count",
+    "llama.attention.head_count",
+    "llama.attention.head_count_kv",
+    "tokenizer.ggml.tokens",
+)
+MAY_LACK = (FINGERPRINT, "turbosparse.source.repo")
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,28 @@ def pieces(model: SparseLlama, text: bytes, n_ctx: int) -> list[list[int]]:
     return whole
 
 
+def check_baseline(model: Header, baseline: Header) -> None:
+    """Refuses a baseline that is a conversion of another checkpoint.
+
+    Raises:
+        ModelFileError: it is.
+    """
+    for key in CHECKPOINT_KEYS:
+        expected, found = model.keys.get(key), baseline.keys.get(key)
+        if expected == found or (key in MAY_LACK and None in (expected, found)):
+            if key == FINGERPRINT and expected is not None and expected == found:
+                return  # a checkpoint in a folder has no repository
+            continue
+        shown = isinstance(expected, (str, int)) and isinstance(found, (str, int))
+        raise ModelFileError(
+            f"the baseline is of another checkpoint than {model.path}: key {key}",
+            where=baseline.path,
+            expected=repr(expected) if shown else None,
+            found=repr(found) if shown else None,
+            fix="convert one checkpoint in two types",
+        )
+
+
 def measure(
     model: SparseLlama,
     sequences: Sequence[Sequence[int]],
@@ -65,16 +106,14 @@ def measure(
 
     Args:
         sequences: tokens, each at most the models' context; from `pieces`.
-        baseline: the model to diverge from, of the same vocabulary.
+        baseline: the model to diverge from, a conversion of the same checkpoint.
         progress: called with (sequences done, sequences in all).
 
     Raises:
-        TsconvError: the vocabularies differ.
+        ModelFileError: the baseline is of another checkpoint.
     """
-    if baseline is not None and baseline.n_vocab() != model.n_vocab():
-        raise TsconvError(
-            "another vocabulary", where=baseline.model_path, expected=model.n_vocab(), found=baseline.n_vocab()
-        )
+    if baseline is not None:
+        check_baseline(*(read_header(Path(llama.model_path)) for llama in (model, baseline)))
     model.reset_ffn_stats()
     n_tokens, likelihood, kl, same_top = 0, 0.0, 0.0, 0
     for i, sequence in enumerate(sequences):

@@ -184,7 +184,7 @@ def _cpu() -> Iterator[Check]:
             "CPU",
             f"{value}, limited to {quota:g} CPUs of time",
             "warning",
-            f"use -t {max(1, int(quota))}, or raise the limit",
+            f"models use {limits.usable_cores()} threads unless -t says otherwise; raise the limit for more",
         )
     else:
         yield Check("CPU", value)

@@ -11,15 +11,17 @@ from tsconv.runtime.cpu import physical_cores
 PROC = Path("/proc")
 
 
-def usable_cores(proc: Path = PROC) -> int:
+def usable_cores(proc: Path | None = None) -> int:
     """Physical cores in the CPU affinity, and no more than the CPU time that control groups grant; at least 1."""
     quota = cpu_quota(proc)
     return max(1, physical_cores() if quota is None else min(physical_cores(), int(quota)))
 
 
-def cpu_quota(proc: Path = PROC) -> float | None:
+def cpu_quota(proc: Path | None = None) -> float | None:
     """CPUs' worth of time that this process's control groups grant; None without a limit."""
-    return min((quota for _, folder in _groups("cpu", proc) if (quota := _quota(folder)) is not None), default=None)
+    return min(
+        (quota for _, folder in _groups("cpu", proc or PROC) if (quota := _quota(folder)) is not None), default=None
+    )
 
 
 def total_memory(proc: Path = PROC) -> int:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from tsconv.checkpoint.config import MAX_CONTEXT
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
@@ -31,6 +30,7 @@ OWN_MESSAGE = "tsffn: "  # begins every message of the native backend (native/sr
 TEMPLATE_KEY = "tokenizer.chat_template"
 DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
 WINDOW_KEY = "turbosparse.source.sliding_window"
+MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT (docs/format.md); llama.cpp's book-keeping alone takes 50 bytes per token
 MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
 
 _models: weakref.WeakSet[SparseLlama] = weakref.WeakSet()  # of this process, for `_after_fork`
@@ -151,22 +151,7 @@ class SparseLlama(llama_cpp.Llama):
                 undo.pop_all()
         except (ValueError, MemoryError) as error:
             self.close()
-            reason = next((line for line in errors if line), str(error) or "no memory")
-            if reason.startswith(OWN_MESSAGE):
-                raise BackendError(reason.removeprefix(OWN_MESSAGE)) from None
-            if isinstance(error, MemoryError) or "llama_context" in str(error):
-                raise BackendError(
-                    f"llama.cpp cannot make a context of {padded(n_ctx) or 'as many tokens as the model has'}",
-                    where=path,
-                    found=reason,
-                    fix="lower the context with -c (n_ctx), or run with -v for llama.cpp's log",
-                ) from None
-            raise ModelFileError(
-                "llama.cpp cannot load the model",
-                where=path,
-                found=reason,
-                fix="convert again, or run with -v for its log",
-            ) from None
+            raise _load_error(error, errors, path, padded(n_ctx)) from None
         # Runs after llama.cpp has freed context and weights.
         self._model._exit_stack.callback(native.close)
         _models.add(self)
@@ -245,40 +230,27 @@ class SparseLlama(llama_cpp.Llama):
 
     # ---- one call at a time
 
-    eval, reset, embed, load_state = map(
-        _alone, (llama_cpp.Llama.eval, llama_cpp.Llama.reset, llama_cpp.Llama.embed, llama_cpp.Llama.load_state)
-    )
+    eval = _alone(llama_cpp.Llama.eval)
+    reset = _alone(llama_cpp.Llama.reset)
+    embed = _alone(llama_cpp.Llama.embed)
+    load_state = _alone(llama_cpp.Llama.load_state)
     save_state = _alone(llama_cpp.Llama.save_state, changes=False)
     sample = _alone(llama_cpp.Llama.sample, changes=False)
     tokenize = _alone(llama_cpp.Llama.tokenize, changes=False)
     detokenize = _alone(llama_cpp.Llama.detokenize, changes=False)
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp.Llama.generate.
+    @wraps(llama_cpp.Llama.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        return self._in_steps(super().generate(*args, **kwargs))
 
-        Raises:
-            BackendError: another call has changed the context since the last token.
-        """
-        return self._in_steps(super().generate(tokens, *args, **kwargs))
-
-    def create_completion(self, *args: Any, stream: bool = False, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.create_completion.
-
-        Raises:
-            BackendError: another call has changed the context since the last piece of a stream.
-        """
-        if stream:
-            return self._in_steps(super().create_completion(*args, stream=True, **kwargs))
+    @wraps(llama_cpp.Llama.create_completion)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         with self._guard.alone():
-            return super().create_completion(*args, stream=False, **kwargs)
+            answer = super().create_completion(*args, **kwargs)
+        return answer if isinstance(answer, dict) else self._in_steps(answer)  # stream=True: nothing is computed yet
 
+    @wraps(llama_cpp.Llama.create_chat_completion)
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.create_chat_completion.
-
-        Raises:
-            ModelFileError: the model's chat template is not a template.
-            BackendError: another call has changed the context since the last piece of a stream.
-        """
         with self._guard.alone(changes=False):
             error = self._template_errors.get(TEMPLATE_KEY)
             if error is not None and self.chat_handler is None and self.chat_format == DEFAULT_TEMPLATE:
@@ -318,11 +290,11 @@ class SparseLlama(llama_cpp.Llama):
 
     def context_warning(self, n_tokens: int) -> str | None:
         """One line when `n_tokens` tokens are more than the checkpoint was made for; None otherwise."""
-        window = int(self.metadata.get(WINDOW_KEY, 0))
-        if window and n_tokens > window:
+        window = self.metadata.get(WINDOW_KEY, "")
+        if window.isdecimal() and n_tokens > int(window):
             return (
-                f"{n_tokens} tokens are more than the checkpoint's attention window of {window}: it would not look "
-                "further back, but llama.cpp does, and the text may get worse"
+                f"{n_tokens} tokens are more than the checkpoint's attention window of {window}; llama.cpp attends to "
+                "all of them, which the checkpoint has not learned: the text may get worse"
             )
         trained = self._model.n_ctx_train()
         if n_tokens > trained:
@@ -432,6 +404,31 @@ class SparseLlama(llama_cpp.Llama):
         """
         self.token_logits([max(0, self.token_bos())])
         self.reset_ffn_stats()
+
+
+def _load_error(error: Exception, errors: list[str], path: Path, n_ctx: int) -> TsconvError:
+    """What llama_cpp.Llama's constructor says, and llama.cpp's error lines, in one line."""
+    reason = next((line for line in errors if line), str(error) or "no memory")
+    if reason.startswith(OWN_MESSAGE):
+        return BackendError(reason.removeprefix(OWN_MESSAGE))
+    if isinstance(error, MemoryError) or "llama_context" in str(error) or "llama_batch" in str(error):
+        return BackendError(
+            f"llama.cpp cannot make a context of {f'{n_ctx} tokens' if n_ctx else 'the length that the model has'}",
+            where=path,
+            found=reason,
+            fix="lower it with -c (n_ctx)",
+        )
+    if "Failed to" not in str(error):  # an argument that llama_cpp.Llama does not take
+        return TsconvError(str(error), where=path)
+    if "alloc" in reason:
+        return BackendError(
+            "no memory for the model",
+            where=path,
+            found=reason,
+            fix="close other programs, or convert with a smaller --outtype",
+        )
+    fix = "convert again, or run with -v for its log"
+    return ModelFileError("llama.cpp cannot load the model", where=path, found=reason, fix=fix)
 
 
 def _disconnect(objects: list[Any], why: str) -> None:
