@@ -36,10 +36,10 @@ def error(function, *arguments, **keywords):
 """
 
 
-def python(script: str, *arguments: object) -> object:
+def python(script: str, *arguments: object, options: tuple[str, ...] = ()) -> object:
     """What the script prints, as JSON."""
     process = subprocess.Popen(
-        [sys.executable, "-c", START + script, str(tiny.converted()), *map(str, arguments)],
+        [sys.executable, *options, "-c", START + script, str(tiny.converted()), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -389,3 +389,40 @@ for arguments in (dict(sparsity="exact", n_ctx=300), dict(predictor_path=sidecar
     other.close()
 print(json.dumps(answers))"""
     assert python(script, sidecar) == [[True, "exact"], [True, "predictor"]]
+
+
+# ---- memory that C is given
+
+ARRAYS = """
+from tsconv.runtime.backend import load_backend
+backend = load_backend()
+m = tsconv.load(model, n_threads=1)
+f = lambda *shape: np.zeros(shape, np.float32)
+i = lambda *shape: np.zeros(shape, np.int64)
+u, out = np.zeros(4, np.float16), np.zeros((4, 2 + 13), np.uint8)
+calls = [
+    lambda: backend.quantize_q3_nl(f(4, 32).astype(float), f(32), u, out),
+    lambda: backend.quantize_q3_nl(f(32, 4).T, f(32), u, out),
+    lambda: backend.quantize_q3_nl(f(4, 32), f(31), u, out),
+    lambda: backend.quantize_q3_nl(f(4, 32), f(32), u[:3], out),
+    lambda: backend.quantize_q3_nl(f(4, 32), f(32), u, out[:, :14]),
+    lambda: m._native.read_profile(0, i(1).astype(np.int32), i(6, 1, 512), i(3, 130)),
+    lambda: m._native.read_profile(0, i(2), i(6, 1, 512), i(3, 130)),
+    lambda: m._native.read_profile(0, i(1), i(5, 1, 512), i(3, 130)),
+    lambda: m._native.read_profile(0, i(1), i(512), i(3, 130)),
+    lambda: m._native.read_profile(0, i(1), i(6, 1, 512), i(3, 129)),
+    lambda: m._native.read_profile(0, i(1), i(6, 1, 8), i(3, 130)),
+    lambda: m._native.read_profile(0, i(1), i(6, 1, 1024)[:, :, ::2], i(3, 130)),
+]
+answers = [error(call) for call in calls]
+answers += [error(m._native.stats, 6), error(m._native.stats, -1)]
+m.close()
+print(json.dumps(answers))"""
+
+
+def test_arrays_that_do_not_fit():
+    """Also where assert does nothing."""
+    *arrays, above, below = python(ARRAYS, options=("-O",))
+    for line in arrays:
+        assert line.startswith("BackendError: an array for the native library: expected "), line
+    assert [above, below] == [f"BackendError: layer: expected 0 to 5, found {n}" for n in (6, -1)]

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from edited import edited
+from random_stats import random_stats, save_stats
 from reference import Reference
 
 import tsconv
-from tsconv.eval.perplexity import log_softmax, measure, pieces
+from tsconv.errors import ModelFileError
+from tsconv.eval.perplexity import check_baseline, log_softmax, measure, pieces
+from tsconv.export.gguf_header import read_header
+from tsconv.export.keys import FINGERPRINT
 
 NAME = "tiny-turbosparse-mistral"
+REPO = "turbosparse.source.repo"
 HELDOUT = tiny.CHECKPOINTS / "heldout.txt"
 
 
@@ -75,6 +83,83 @@ def test_command():
     text = tiny.run(*arguments).stdout.decode()
     assert f"perplexity  {answer['perplexity']:.4f} over 1020 tokens" in text
     assert f"KL          {answer['kl']:.6f} nats" in text
+
+
+# ---- baselines
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, Path]:
+    """Models by name that are, and are not, conversions of the checkpoint."""
+    folder, source = tmp_path_factory.mktemp("baselines"), tiny.converted(NAME, "f32")
+    checkpoint = tiny.CHECKPOINTS / NAME
+    shutil.copytree(checkpoint, changed := folder / "changed")
+    flip_a_bit(changed, "model.layers.0.mlp.gate_proj.weight")
+    stats = save_stats(random_stats(source), folder / "stats.gguf")
+    unsigned = {"without": [FINGERPRINT]}
+    vocabulary = read_header(source).keys["tokenizer.ggml.tokens"]
+    return {
+        "another type": tiny.converted(NAME, "q4_0"),
+        "another layout": tsconv.convert(checkpoint, folder / "rows.gguf", "q8_0", ffn_layout="rows").model,
+        "another order": tsconv.reorder(source, stats, folder / "hot.gguf").model,
+        "an older converter": edited(source, folder / "old.gguf", **unsigned),
+        "another family": tiny.converted("tiny-turbosparse-mixtral"),
+        "another training": tsconv.convert(changed, folder / "changed.gguf", "f32").model,
+        "another repository, unsigned": edited(source, folder / "repo.gguf", keys={REPO: "a/b"}, **unsigned),
+        "another vocabulary, unsigned": edited(
+            source, folder / "vocabulary.gguf", keys={"tokenizer.ggml.tokens": [*vocabulary[:-1], "other"]}, **unsigned
+        ),
+    }
+
+
+def flip_a_bit(checkpoint: Path, tensor: str) -> None:
+    """In the first weight of `tensor`."""
+    for shard in checkpoint.glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        n = int.from_bytes(data[:8], "little")
+        if (entry := json.loads(data[8 : 8 + n]).get(tensor)) is not None:
+            data[8 + n + entry["data_offsets"][0]] ^= 1
+            shard.write_bytes(data)
+            return
+    raise AssertionError(tensor)
+
+
+@pytest.mark.parametrize("kind", ["another type", "another layout", "another order", "an older converter"])
+def test_baselines_of_the_same_checkpoint(others, kind):
+    check_baseline(read_header(tiny.converted(NAME, "f32")), read_header(others[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("another family", FINGERPRINT),
+        ("another training", FINGERPRINT),
+        ("another vocabulary, unsigned", "tokenizer.ggml.tokens"),
+    ],
+)
+def test_baselines_of_another_checkpoint(others, kind, key):
+    arguments = ("-f", HELDOUT, "-c", 64, "--chunks", 1, "-t", 1)
+    result = tiny.run("perplexity", "-m", tiny.converted(NAME, "f32"), "--baseline", others[kind], *arguments)
+    line = tiny.error_line(result)
+    assert result.returncode == ModelFileError.exit_code
+    assert line.startswith(f"error: {others[kind]}: the baseline is of another checkpoint than ")
+    assert f": key {key}" in line
+    assert len(line) < 600
+
+
+def test_repositories_differ(others, tmp_path):
+    """Of two models without a fingerprint."""
+    mine = edited(others["an older converter"], tmp_path / "m.gguf", keys={REPO: "a/a"})
+    with pytest.raises(ModelFileError, match=f"key {REPO}: expected 'a/a', found 'a/b'"):
+        check_baseline(read_header(mine), read_header(others["another repository, unsigned"]))
+    check_baseline(read_header(others["an older converter"]), read_header(mine))
+
+
+def test_measuring_checks_too(model, sequences):
+    other = tsconv.load(tiny.converted("tiny-turbosparse-mixtral"), n_ctx=256, n_threads=1)
+    with pytest.raises(ModelFileError, match="the baseline is of another checkpoint"):
+        measure(model, sequences, other)
+    other.close()
 
 
 def test_text_too_short(tmp_path):

@@ -275,3 +275,20 @@ def test_serve(hot_first, profile, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(tiny.TIMEOUT_S) == 0
         process.stderr.close()
+
+
+def test_a_named_sidecar(profile, tmp_path):
+    """It, and not the one beside the model, is checked, counted and used."""
+    source = tiny.converted()
+    (model := tmp_path / "m.gguf").symlink_to(source)
+    (sidecar := tmp_path / "other.gguf").symlink_to(source.with_suffix(".predictor.gguf"))
+    for beside in (None, "no sidecar"):
+        if beside is not None:
+            model.with_suffix(".predictor.gguf").write_text(beside)
+        llama, chosen, residency = load_on_machine(model, str(profile), predictor_path=sidecar, n_threads=1)
+        assert llama.sparsity == "predictor"
+        assert chosen.sidecar_bytes == sidecar.stat().st_size
+        assert residency.sidecar_bytes > 0
+        llama.close()
+    answer = json.loads(run(model, "--json", "--machine", profile, "--predictor", sidecar).stdout)
+    assert answer["machine"]["sidecar_bytes"] == sidecar.stat().st_size

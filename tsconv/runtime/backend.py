@@ -7,6 +7,7 @@ with. (`llama_cpp._ggml.libggml` is a second copy of that registry in wheel inst
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sysconfig
 import threading
@@ -290,6 +291,7 @@ class NativeModel:
         self.path = path
         self._handle: int | None = handle
         self._load_lock = load_lock
+        self._path = path
         self._gone = CLOSED
         self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
         self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
@@ -379,7 +381,7 @@ class NativeModel:
         Raises:
             BackendError: counting is off, other arrays than these, or the model is closed.
         """
-        n_ffn, n_ff = neurons.shape[-2:] if neurons.ndim == 3 else (-1, -1)
+        _, n_ffn, n_ff = self._shape
         arrays = ((tokens, (n_ffn,)), (neurons, (6, n_ffn, n_ff)), (histograms, (3, 130)))
         for array, shape in arrays:
             _check_array(array, np.int64, shape)
@@ -387,6 +389,14 @@ class NativeModel:
         with self._opened() as handle:
             if not self._lib.tsffn_model_read_profile(handle, layer, *pointers):
                 raise BackendError("activations are not being counted")
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        """n_layer, n_ffn, n_ff."""
+        from tsconv.export.gguf_header import read_header
+        from tsconv.export.order import shape_of
+
+        return shape_of(read_header(self._path))
 
     def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
         """Decides which weights are in RAM; tsconv.runtime.residency says what that means.
