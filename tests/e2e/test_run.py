@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from edited import edited
 
 import tsconv
 from tsconv.runtime.generate import Generation, Sampling, chat_tokens, combined, prompt_tokens
@@ -341,3 +342,17 @@ def test_a_terminal_without_prompt_needs_a_chat(model, option):
     status, stderr = terminal.end()
     assert status != 0
     assert "A prompt is needed" in stderr
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}", "{{ raise_exception('no users') }}"])
+def test_a_model_that_cannot_chat_says_so_at_once(tmp_path, template):
+    """And not after every line that the user types."""
+    keys = {"tokenizer.chat_template": template} if template else {}
+    without = () if template else ("tokenizer.chat_template",)
+    target = edited(tiny.converted(), tmp_path / "m.gguf", keys=keys, without=without)
+    terminal = Terminal("-m", target, "--sparsity", "exact")
+    status, stderr = terminal.end()
+    assert status == 4
+    assert stderr.startswith(f"error: {target}: the ")
+    assert stderr.endswith("; continue a text instead: -p, without --chat\n")
+    assert stderr.count("\n") == 1

@@ -138,6 +138,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
 
     from tsconv.runtime.generate import Generation, chat_tokens, combined
 
+    chat_tokens(llama, [{"role": "user", "content": "Hello."}])  # a model that cannot chat says so at once
     click.echo(CHAT_HELP, err=True)
     messages: list[dict[str, str]] = []
     summaries: list[Summary] = []

@@ -15,9 +15,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
-from tsconv.runtime.model import SparseLlama
-
-TEMPLATE_KEY = "tokenizer.chat_template"
+from tsconv.runtime.model import TEMPLATE_KEY, WITHOUT_CHAT, SparseLlama
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def chat_tokens(llama: SparseLlama, messages: Sequence[dict[str, str]]) -> list[
     """
     template = llama.metadata.get(TEMPLATE_KEY)
     if template is None:
-        raise ModelFileError("the model has no chat template", where=llama.model_path, fix="use --no-chat")
+        raise ModelFileError("the model has no chat template", where=llama.model_path, fix=WITHOUT_CHAT)
     vocab = llama_cpp.llama_model_get_vocab(llama.model)
     bos, eos = (
         llama_cpp.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
@@ -119,7 +117,9 @@ def chat_tokens(llama: SparseLlama, messages: Sequence[dict[str, str]]) -> list[
     try:
         text = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)(messages=list(messages)).prompt
     except Exception as error:  # Jinja raises what it likes for a template that is wrong
-        raise ModelFileError("the chat template cannot be used", where=llama.model_path, found=error) from None
+        raise ModelFileError(
+            "the chat template cannot be used", where=llama.model_path, found=error, fix=WITHOUT_CHAT
+        ) from None
     return llama.tokenize(text.encode("utf-8", errors="surrogateescape"), add_bos=False, special=True)
 
 

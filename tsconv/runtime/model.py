@@ -28,6 +28,7 @@ from tsconv.runtime.residency import Residency, place_in_memory
 
 OWN_MESSAGE = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
 TEMPLATE_KEY = "tokenizer.chat_template"
+WITHOUT_CHAT = "continue a text instead: -p, without --chat"
 DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
 WINDOW_KEY = "turbosparse.source.sliding_window"
 MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT (docs/format.md); llama.cpp's book-keeping alone takes 50 bytes per token
@@ -254,7 +255,12 @@ class SparseLlama(llama_cpp.Llama):
         with self._guard.alone(changes=False):
             error = self._template_errors.get(TEMPLATE_KEY)
             if error is not None and self.chat_handler is None and self.chat_format == DEFAULT_TEMPLATE:
-                raise ModelFileError("the chat template cannot be used", where=self.model_path, found=error)
+                raise ModelFileError(
+                    "the chat template cannot be used",
+                    where=self.model_path,
+                    found=error,
+                    fix="name another chat_format, or continue a text instead",
+                )
             return super().create_chat_completion(*args, **kwargs)
 
     def _in_steps(self, stream: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
@@ -427,7 +433,7 @@ def _load_error(error: Exception, errors: list[str], path: Path, n_ctx: int) -> 
             found=reason,
             fix="close other programs, or convert with a smaller --outtype",
         )
-    fix = "convert again, or run with -v for its log"
+    fix = "convert again, or look at llama.cpp's log: tsconv run -v, or verbose=True"
     return ModelFileError("llama.cpp cannot load the model", where=path, found=reason, fix=fix)
 
 
