@@ -415,6 +415,7 @@ calls = [
     lambda: m._native.read_profile(0, i(1), i(6, 1, 1024)[:, :, ::2], i(3, 130)),
 ]
 answers = [error(call) for call in calls]
+answers += [error(backend.quantize_q3_nl, f(4, 33), f(33), u, out)]
 answers += [error(m._native.stats, 6), error(m._native.stats, -1)]
 m.close()
 print(json.dumps(answers))"""
@@ -422,7 +423,8 @@ print(json.dumps(answers))"""
 
 def test_arrays_that_do_not_fit():
     """Also where assert does nothing."""
-    *arrays, above, below = python(ARRAYS, options=("-O",))
+    *arrays, columns, above, below = python(ARRAYS, options=("-O",))
     for line in arrays:
         assert line.startswith("BackendError: an array for the native library: expected "), line
+    assert columns == "BackendError: columns of rows for q3_nl: expected a multiple of 32, found 33"
     assert [above, below] == [f"BackendError: layer: expected 0 to 5, found {n}" for n in (6, -1)]

@@ -240,12 +240,14 @@ class Backend:
             out: [n, bytes of a row], written.
 
         Raises:
-            BackendError: out of memory.
+            BackendError: out of memory, or arrays that do not fit each other.
         """
         arrays = (rows, importance, units, out)
         dtypes = (np.float32, np.float32, np.float16, np.uint8)
         n, r = rows.shape
         shapes = ((n, r), (r,), (n,), (n, q3_nl.row_bytes(r)))
+        if r % q3_nl.BLOCK:
+            raise BackendError("columns of rows for q3_nl", expected=f"a multiple of {q3_nl.BLOCK}", found=r)
         for array, dtype, shape in zip(arrays, dtypes, shapes, strict=True):
             _check_array(array, dtype, shape)
         quantize = self._lib.tsffn_quantize_q3_nl
@@ -291,7 +293,6 @@ class NativeModel:
         self.path = path
         self._handle: int | None = handle
         self._load_lock = load_lock
-        self._path = path
         self._gone = CLOSED
         self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
         self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
@@ -396,7 +397,7 @@ class NativeModel:
         from tsconv.export.gguf_header import read_header
         from tsconv.export.order import shape_of
 
-        return shape_of(read_header(self._path))
+        return shape_of(read_header(self.path))
 
     def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
         """Decides which weights are in RAM; tsconv.runtime.residency says what that means.
