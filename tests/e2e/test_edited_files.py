@@ -18,6 +18,7 @@ from panels import FFN_LAYOUT, LAYOUT, VERSION, stored_rows, write_rows
 from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
+from tsconv.export.gguf_header import read_header
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
 FC2 = "blk.1.ffn_pred_fc2.weight"
@@ -211,6 +212,17 @@ def test_bundles_of_two_types(tmp_path):
     model = edited(pair, put(pair, tmp_path), shapes={name: (N_FF, N_EMBD)})
     expected = f"{name}: expected type q4_0, as all of a layer's bundles have, found f32; convert again"
     assert_in(refusal(model), f"error: {model}: ", expected)
+
+
+@pytest.mark.parametrize("matrix", ["fc1", "fc2"])
+def test_experts_of_two_types(tmp_path, matrix):
+    pair = tiny.converted("tiny-turbosparse-mixtral", "q4_0", "q8_0")
+    model = put(pair, tmp_path)
+    name = f"blk.1.ffn_pred_{matrix}.2.weight"
+    shape = next(tensor.shape for tensor in read_header(sidecar_of(pair)).tensors if tensor.name == name)
+    edited(sidecar_of(pair), sidecar_of(model), shapes={name: shape[::-1]})
+    expected = f"{name}: expected type q8_0, as the layer's first expert has, found f32; convert again"
+    assert_in(refusal(model), f"error: {sidecar_of(model)}: ", expected)
 
 
 @pytest.mark.parametrize("edit", MODEL_EDITS)

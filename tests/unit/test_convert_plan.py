@@ -120,6 +120,37 @@ def test_bad_override(override: str, message: str) -> None:
         parse_override(override)
 
 
+EXPERTS = [
+    output(f"blk.{layer}.ffn_pred_{kind}.{expert}.weight", *dims)
+    for layer in (0, 1)
+    for expert in (0, 1, 2)
+    for kind, dims in (("fc1", (64, 256)), ("fc2", (512, 64)))
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "first", "other", "found"),
+    [
+        (r"ffn_pred_fc1\.1\.=f16", "blk.0.ffn_pred_fc1.0.weight", "blk.0.ffn_pred_fc1.1.weight", "q4_0 and f16"),
+        (r"blk.1.*fc2\.0\.=q8_0", "blk.1.ffn_pred_fc2.0.weight", "blk.1.ffn_pred_fc2.1.weight", "q8_0 and q3_nl"),
+    ],
+)
+def test_override_of_one_expert(override: str, first: str, other: str, found: str) -> None:
+    with pytest.raises(TsconvError) as caught:
+        types(EXPERTS, "q4_0", None, (override,))
+    of_all = first.replace(".0.weight", ".weight")
+    assert str(caught.value) == (
+        f"{first} and {other} cannot have different types: expected one type for {of_all} of all experts, "
+        f"found {found}; let --tensor-type {override} match all experts of a layer"
+    )
+
+
+@pytest.mark.parametrize("override", [r"ffn_pred_fc1=f16", r"blk\.1\.ffn_pred_fc1=f16", r"fc2\.[012]\.=q8_0"])
+def test_override_of_all_experts(override: str) -> None:
+    kind = override.rpartition("=")[2]
+    assert types(EXPERTS, "q4_0", None, (override,)).count(kind) in (3, 6)
+
+
 @pytest.mark.parametrize("override", ["attn_nothing=q8_0", "ffn_norm=q8_0", "ffn_gate_inp=q8_0"])
 def test_override_that_matches_nothing(override: str) -> None:
     with pytest.raises(TsconvError, match=f"--tensor-type {override} matches no tensor"):

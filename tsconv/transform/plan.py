@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
@@ -40,6 +40,7 @@ DEFAULTS = {
 ROUTER = re.compile(r"\.ffn_gate_inp\.weight$")
 PREDICTOR = re.compile(r"\.ffn_pred_fc[12]\.")
 FC1, FC2 = ".ffn_pred_fc1.", ".ffn_pred_fc2."  # in the names of the two matrices
+OF_EXPERT = re.compile(r"(\.ffn_pred_fc[12])\.\d+(?=\.weight$)")
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,14 @@ def choose_types(
     """The type of every output, in order. Of several overrides that match, the first wins, as in llama-quantize.
 
     Raises:
-        TsconvError: an override matches no tensor whose type may be chosen.
+        TsconvError: an override matches no tensor whose type may be chosen, or not all experts of a layer.
     """
     overrides = list(overrides)
     unused = {override.text for override in overrides}
     output_type, predictor_type = DEFAULTS[outtype]
     tied = all(output.name != "output.weight" for output in outputs)
     choices = []
+    texts: dict[str, str] = {}  # tensor -> the override that chose its type
     for output in outputs:
         if is_fixed(output):
             choices.append(Choice(T.F32, T.F32))
@@ -156,6 +158,7 @@ def choose_types(
         default = None
         if matching:
             wanted = matching[0].kind
+            texts[output.name] = matching[0].text
         elif PREDICTOR.search(output.name):
             # Not `or`: F32 is 0.
             of_all = predictor_outtype if predictor_outtype is not None else (default := predictor_type)
@@ -172,7 +175,26 @@ def choose_types(
             f"--tensor-type {text} matches no tensor whose type can be chosen",
             fix="list the names with tsconv convert --dry-run; vectors and the router are always f32",
         )
+    _refuse_different_experts(outputs, choices, texts)
     return choices
+
+
+def _refuse_different_experts(outputs: Sequence[Output], choices: Sequence[Choice], texts: Mapping[str, str]) -> None:
+    """The predictors of a layer's experts have one type (docs/format.md). `texts`: overrides by tensor."""
+    first: dict[str, tuple[str, Choice]] = {}
+    for output, choice in zip(outputs, choices, strict=True):
+        of_all = OF_EXPERT.sub(r"\1", output.name)
+        if of_all == output.name:
+            continue
+        other, of_other = first.setdefault(of_all, (output.name, choice))
+        if choice.kind != of_other.kind:
+            text = texts.get(output.name) or texts[other]
+            raise TsconvError(
+                f"{other} and {output.name} cannot have different types",
+                expected=f"one type for {of_all} of all experts",
+                found=f"{type_name(of_other.kind)} and {type_name(choice.kind)}",
+                fix=f"let --tensor-type {text} match all experts of a layer",
+            )
 
 
 def fallback_note(output: Output, choice: Choice) -> str | None:

@@ -165,6 +165,17 @@ static bool map_q3_nl(const struct tsffn_gguf * file, const struct tsffn_model *
     return true;
 }
 
+// The activations of a layer are converted once for all of its experts.
+static bool check_expert_type(const struct tsffn_gguf * file, const char * name, const struct tsffn_matrix * matrix,
+                              const struct tsffn_matrix * of_first) {
+    if (matrix->type != of_first->type) {
+        return tsffn_fail(file->error, file->error_size,
+                          "%s: %s: expected type %s, as the layer's first expert has, found %s; convert again",
+                          file->path, name, of_first->type->name, matrix->type->name);
+    }
+    return true;
+}
+
 static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     bool pre_norm;
     const void * ranks;
@@ -205,17 +216,20 @@ static bool read_predictors(const struct tsffn_gguf * file, struct tsffn_model *
         }
         for (int64_t e = 0; e < n_ffns; ++e) {
             struct tsffn_predictor * predictor = &model->predictors[layer * n_ffns + e];
+            const struct tsffn_predictor * first = &model->predictors[layer * n_ffns];
             char expert[24] = "";
             if (model->n_expert > 0) {
                 snprintf(expert, sizeof(expert), ".%" PRId64, e);
             }
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc1%s.weight", layer, expert);
-            if (!map_matrix(file, model, name, model->n_embd, rank, layout, &predictor->fc1)) {
+            if (!map_matrix(file, model, name, model->n_embd, rank, layout, &predictor->fc1) ||
+                !check_expert_type(file, name, &predictor->fc1, &first->fc1)) {
                 return false;
             }
             snprintf(name, sizeof(name), "blk.%" PRId64 ".ffn_pred_fc2%s.weight", layer, expert);
             if (!(is_q3_nl(file, name) ? map_q3_nl : map_matrix)(file, model, name, rank, model->n_ff, layout,
-                                                                 &predictor->fc2)) {
+                                                                 &predictor->fc2) ||
+                !check_expert_type(file, name, &predictor->fc2, &first->fc2)) {
                 return false;
             }
         }
