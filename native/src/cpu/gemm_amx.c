@@ -182,32 +182,32 @@ static inline void multiply_tiles(int64_t steps, const uint16_t * a, const uint1
                                   float * s) {
     enum { STRIDE = TSFFN_GEMM_MAX_X * sizeof(float) };
     float * s1 = s + TILE * TSFFN_GEMM_MAX_X;
-    _tile_loadd(0, s, STRIDE);
-    _tile_loadd(2, s1, STRIDE);
+    TSFFN_TILE_LOAD(0, s, STRIDE);
+    TSFFN_TILE_LOAD(2, s1, STRIDE);
     if (!one) {
-        _tile_loadd(1, s + TILE, STRIDE);
-        _tile_loadd(3, s1 + TILE, STRIDE);
+        TSFFN_TILE_LOAD(1, s + TILE, STRIDE);
+        TSFFN_TILE_LOAD(3, s1 + TILE, STRIDE);
     }
     for (int64_t k = 0; k < steps; ++k, a += 4 * TILE_VALUES, b += b_step) {
-        _tile_loadd(4, a + TILE_VALUES, TILE_BYTES);     // w_lo
-        _tile_loadd(5, a + 3 * TILE_VALUES, TILE_BYTES); //
-        _tile_loadd(6, b, TILE_BYTES);                   // x_hi
+        TSFFN_TILE_LOAD(4, a + TILE_VALUES, TILE_BYTES);     // w_lo
+        TSFFN_TILE_LOAD(5, a + 3 * TILE_VALUES, TILE_BYTES); //
+        TSFFN_TILE_LOAD(6, b, TILE_BYTES);                   // x_hi
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
         if (!one) {
-            _tile_loadd(7, b + 2 * TILE_VALUES, TILE_BYTES);
+            TSFFN_TILE_LOAD(7, b + 2 * TILE_VALUES, TILE_BYTES);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_loadd(4, a, TILE_BYTES); // w_hi
-        _tile_loadd(5, a + 2 * TILE_VALUES, TILE_BYTES);
+        TSFFN_TILE_LOAD(4, a, TILE_BYTES); // w_hi
+        TSFFN_TILE_LOAD(5, a + 2 * TILE_VALUES, TILE_BYTES);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(6, b + TILE_VALUES, TILE_BYTES); // x_lo
+        TSFFN_TILE_LOAD(6, b + TILE_VALUES, TILE_BYTES); // x_lo
         if (!one) {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
-            _tile_loadd(7, b + 3 * TILE_VALUES, TILE_BYTES);
+            TSFFN_TILE_LOAD(7, b + 3 * TILE_VALUES, TILE_BYTES);
         }
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
@@ -216,11 +216,11 @@ static inline void multiply_tiles(int64_t steps, const uint16_t * a, const uint1
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, s, STRIDE);
-    _tile_stored(2, s1, STRIDE);
+    TSFFN_TILE_STORE(0, s, STRIDE);
+    TSFFN_TILE_STORE(2, s1, STRIDE);
     if (!one) {
-        _tile_stored(1, s + TILE, STRIDE);
-        _tile_stored(3, s1 + TILE, STRIDE);
+        TSFFN_TILE_STORE(1, s + TILE, STRIDE);
+        TSFFN_TILE_STORE(3, s1 + TILE, STRIDE);
     }
 }
 

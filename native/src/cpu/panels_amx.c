@@ -60,9 +60,9 @@ static void configure(int n_x) {
 }
 
 static inline void multiply(const int8_t * w, struct vectors x, int64_t j) {
-    _tile_loadd(W, w, TSFFN_TILE_ROW_BYTES);
-    _tile_loadd(X_HI, x.hi + j, x.distance);
-    _tile_loadd(X_LO, x.lo + j, x.distance);
+    TSFFN_TILE_LOAD(W, w, TSFFN_TILE_ROW_BYTES);
+    TSFFN_TILE_LOAD(X_HI, x.hi + j, x.distance);
+    TSFFN_TILE_LOAD(X_LO, x.lo + j, x.distance);
     _tile_zero(HI);
     _tile_zero(LO);
     _tile_dpbssd(HI, X_HI, W);
@@ -70,8 +70,8 @@ static inline void multiply(const int8_t * w, struct vectors x, int64_t j) {
 }
 
 static inline void store(products c) {
-    _tile_stored(HI, c[0], TSFFN_TILE_ROW_BYTES);
-    _tile_stored(LO, c[1], TSFFN_TILE_ROW_BYTES);
+    TSFFN_TILE_STORE(HI, c[0], TSFFN_TILE_ROW_BYTES);
+    TSFFN_TILE_STORE(LO, c[1], TSFFN_TILE_ROW_BYTES);
 }
 
 // s += d * (256 hi + lo), block by block; while the products of one are added, those of the next are made and
@@ -188,12 +188,12 @@ static inline void expand_q3_nl(const uint8_t * block, int8_t * w) {
 
 // c += products of up to 16 vectors with n_blocks blocks of columns, from column j on.
 static inline void add_products_q3_nl(products c, const int8_t * w, int n_blocks, struct vectors x, int64_t j) {
-    _tile_loadd(HI, c[0], TSFFN_TILE_ROW_BYTES);
-    _tile_loadd(LO, c[1], TSFFN_TILE_ROW_BYTES);
+    TSFFN_TILE_LOAD(HI, c[0], TSFFN_TILE_ROW_BYTES);
+    TSFFN_TILE_LOAD(LO, c[1], TSFFN_TILE_ROW_BYTES);
     for (int b = 0; b < n_blocks; ++b, w += TILE_BYTES, j += TSFFN_BLOCK_SIZE) {
-        _tile_loadd(W, w, TSFFN_TILE_ROW_BYTES);
-        _tile_loadd(X_HI, x.hi + j, x.distance);
-        _tile_loadd(X_LO, x.lo + j, x.distance);
+        TSFFN_TILE_LOAD(W, w, TSFFN_TILE_ROW_BYTES);
+        TSFFN_TILE_LOAD(X_HI, x.hi + j, x.distance);
+        TSFFN_TILE_LOAD(X_LO, x.lo + j, x.distance);
         _tile_dpbusd(HI, X_HI, W);
         _tile_dpbusd(LO, X_LO, W);
     }
