@@ -3,6 +3,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "ffn/ffn.h"
+#include "small_stack.h"
 
 #include <math.h>
 #include <string.h>
@@ -57,6 +58,7 @@ static void make_types(const struct tsffn_kernels * kernels) {
         .x_block_bytes = 4,
         .own_dots = kernels->dots[TSFFN_FORMAT_F32],
         .own_axpys = kernels->axpys[TSFFN_FORMAT_F32],
+        .own_add_rows = kernels->add_rows[TSFFN_FORMAT_F32],
     };
     host_type = (struct tsffn_row_type){
         .name = "host",
@@ -293,6 +295,20 @@ static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn 
     }
 }
 
+// Everything a thread keeps while it computes is in the workspace. More than one thread: tests/native says how large
+// the stacks of the others are.
+static void * test_small_stack(void * argument) {
+    const struct tsffn_ffn * ffns = argument;
+    struct tsffn_workspace * ws = tsffn_workspace_new();
+    CHECK(ws != NULL, "out of memory");
+    for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
+        test_call(ws, ffns, false, 1, n_threads);
+        test_call(ws, ffns, true, MAX_TOKENS, n_threads);
+    }
+    tsffn_workspace_free(ws);
+    return NULL;
+}
+
 int main(void) {
     float * all = (float *)experts;
     for (size_t i = 0; i < sizeof(experts) / (sizeof(float)); ++i) {
@@ -325,6 +341,7 @@ int main(void) {
                 }
             }
             test_overlap(ws, ffns);
+            on_small_stack(test_small_stack, ffns);
         }
         test_comparison(ws, ffns);
         for (int variant = 0; variant < 16; variant += 5) {

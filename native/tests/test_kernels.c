@@ -152,6 +152,7 @@ static void test_add_rows(const struct tsffn_kernels * kernels, enum tsffn_forma
             kernels->axpys[format](ADD_WIDTH, 1, &terms[i].a, &one, whole[t], NULL);
         }
     }
+    static struct tsffn_unpacked unpacked;
     memcpy(found, expected, sizeof(found));
     for (int t = 0; t < SUMS; ++t) {
         memcpy(expected[t] + ADD_C0, whole[t] + ADD_C0, TSFFN_ADD_COLUMNS * sizeof(float));
@@ -164,6 +165,7 @@ static void test_add_rows(const struct tsffn_kernels * kernels, enum tsffn_forma
         .first = first,
         .y = found[0],
         .stride = ADD_WIDTH + 1,
+        .unpacked = &unpacked,
     };
     kernels->add_rows[format](&additions, ADD_C0);
     CHECK(memcmp(found, expected, sizeof(expected)) == 0, "%s %s: add_rows differs from axpys", kernels->name,

@@ -4,6 +4,7 @@
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "ffn/ffn.h"
+#include "small_stack.h"
 
 #include <math.h>
 #include <string.h>
@@ -39,6 +40,7 @@ static struct tsffn_row_type row_type(const struct tsffn_kernels * kernels, enum
         .x_block_bytes = 4,
         .own_dots = kernels->dots[format],
         .own_axpys = kernels->axpys[format],
+        .own_add_rows = kernels->add_rows[format],
         .gemm = format == TSFFN_FORMAT_F32 ? NULL : kernels->gemm,
         .gemm_format = format,
     };
@@ -228,6 +230,17 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
     }
 }
 
+static void * test_small_stack(void * argument) {
+    const struct tsffn_ffn * ffns = argument;
+    struct tsffn_workspace * ws = tsffn_workspace_new();
+    CHECK(ws != NULL, "out of memory");
+    for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
+        test_call(ws, ffns, true, MAX_TOKENS, n_threads, false);
+    }
+    tsffn_workspace_free(ws);
+    return NULL;
+}
+
 int main(void) {
     for (int e = 0; e < N_EXPERT; ++e) {
         uint16_t * half = (uint16_t *)&halves[e];
@@ -276,6 +289,7 @@ int main(void) {
                     test_call(ws, ffns, true, batches[b], n_threads, type.gemm == NULL);
                 }
             }
+            on_small_stack(test_small_stack, ffns);
         }
         printf("%s: ok\n", kernels->name);
     }

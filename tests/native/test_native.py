@@ -22,8 +22,8 @@ def native_tests() -> Path:
 
 @pytest.mark.parametrize("name", ["test_kernels", "test_panels", "test_ffn", "test_profile"])
 def test_program(native_tests, name):
-    # Several threads on few cores: waiting threads must sleep, or the test takes minutes.
-    env = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    # Several threads on few cores: waiting threads must sleep, or the test takes minutes. Their stacks can be small.
+    env = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_STACKSIZE": "64k"}
     done = subprocess.run([native_tests / name], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ref: ok" in done.stdout

@@ -12,12 +12,6 @@
 
 enum { ADD_BLOCKS = TSFFN_ADD_COLUMNS / TSFFN_BLOCK_SIZE };
 
-// The columns of all rows: weights before their scale, and the scales, if any.
-struct unpacked {
-    _Alignas(64) float w[TSFFN_ADD_ROWS][TSFFN_ADD_COLUMNS];
-    float scales[TSFFN_ADD_ROWS][ADD_BLOCKS];
-};
-
 #define DEFINE_UNPACK_FLOATS(SUFFIX, TYPE)                                                                             \
     static inline void unpack_##SUFFIX(const uint8_t * row, int64_t c0, float * w, float * scales) {                   \
         for (int j = 0; j < TSFFN_ADD_COLUMNS; j += VEC_LANES) {                                                       \
@@ -43,7 +37,7 @@ DEFINE_UNPACK_BLOCKS(q4_0, TSFFN_Q4_0_BYTES)
 // y += sum of a * row over n terms. FACTOR(b): what the weights of block b are multiplied with, as the axpy of the
 // format does it.
 #define DEFINE_ADD_TERMS(NAME, FACTOR)                                                                                 \
-    static inline void NAME(int n, const struct tsffn_term * terms, const struct unpacked * u, float * y) {            \
+    static inline void NAME(int n, const struct tsffn_term * terms, const struct tsffn_unpacked * u, float * y) {      \
         enum { PER_BLOCK = TSFFN_BLOCK_SIZE / VEC_LANES };                                                             \
         vec sums[ADD_BLOCKS * PER_BLOCK];                                                                              \
         for (int k = 0; k < ADD_BLOCKS * PER_BLOCK; ++k) {                                                             \
@@ -72,14 +66,14 @@ DEFINE_ADD_TERMS(add_terms_of_blocks, FACTOR_OF_BLOCKS)
 
 #define DEFINE_ADD_ROWS(SUFFIX, KIND)                                                                                  \
     static void add_rows_##SUFFIX(const struct tsffn_additions * additions, int64_t c0) {                              \
-        struct unpacked u;                                                                                             \
+        struct tsffn_unpacked * u = additions->unpacked;                                                               \
         for (int i = 0; i < additions->n_rows; ++i) {                                                                  \
-            unpack_##SUFFIX(additions->rows[i], c0, u.w[i], u.scales[i]);                                              \
+            unpack_##SUFFIX(additions->rows[i], c0, u->w[i], u->scales[i]);                                            \
         }                                                                                                              \
         const int * first = additions->first;                                                                          \
         float * y = additions->y + c0;                                                                                 \
         for (int t = 0; t < additions->n_sums; ++t, y += additions->stride) {                                          \
-            add_terms_of_##KIND(first[t + 1] - first[t], additions->terms + first[t], &u, y);                          \
+            add_terms_of_##KIND(first[t + 1] - first[t], additions->terms + first[t], u, y);                           \
         }                                                                                                              \
     }
 DEFINE_ADD_ROWS(f32, floats)

@@ -197,6 +197,11 @@ struct tsffn_term {
     float a;
     int32_t row;
 };
+// Columns of all rows: weights before their scale, and the scales of their blocks, if any.
+struct tsffn_unpacked {
+    _Alignas(64) float w[TSFFN_ADD_ROWS][TSFFN_ADD_COLUMNS];
+    float scales[TSFFN_ADD_ROWS][TSFFN_ADD_COLUMNS / TSFFN_BLOCK_SIZE];
+};
 struct tsffn_additions {
     int n_rows, n_sums; // n_rows <= TSFFN_ADD_ROWS
     const uint8_t * const * rows;
@@ -204,6 +209,7 @@ struct tsffn_additions {
     const int * first; // [n_sums + 1]; sum t takes the terms first[t] .. first[t + 1] - 1
     float * y;         // sum t is y + t * stride
     int64_t stride;
+    struct tsffn_unpacked * unpacked; // scratch
 };
 // TSFFN_ADD_COLUMNS columns from c0 on, a multiple of 32: every row is unpacked once.
 typedef void (*tsffn_add_rows_fn)(const struct tsffn_additions * additions, int64_t c0);

@@ -15,6 +15,7 @@ enum {
     CHUNK_NEURONS = 128,
     // What threads share begins at whole blocks of so many neurons: whole panels of fc2.
     BLOCK_NEURONS = 32,
+    STEPS = 4, // of phase C that a chunk is on its way for
 };
 
 // The neurons that some row of a segment needs, in ascending order: thread t lists those of its part of fc2 from place
@@ -51,6 +52,7 @@ struct shared {
     struct tsffn_counts * counts; // [n_threads], each on cache lines of its own
     size_t counts_stride;
     struct tsffn_barrier * barrier;
+    struct step_memory * step;      // [n_threads]
     struct histograms * histograms; // [n_threads] when profiling
 
     // Dense products of gate and up on a matrix unit (cpu/gemm.h), when profiling and there is one; else NULL.
@@ -70,6 +72,32 @@ _Static_assert((int)TSFFN_GEMM_MAX_X == (int)TILE_ROWS, "a product takes a whole
 enum { LANES = 4 };
 struct histograms {
     uint32_t bins[TSFFN_PROFILE_HISTOGRAMS][LANES][TSFFN_PROFILE_BINS];
+};
+
+// Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
+struct worklist {
+    int n;
+    int64_t neuron[CHUNK_NEURONS];
+    uint64_t rows[CHUNK_NEURONS];
+    float h[CHUNK_NEURONS][TILE_ROWS];
+};
+
+// The listed neurons of each row, in ascending order: row r's are terms[first[r]] to terms[first[r + 1] - 1].
+struct row_terms {
+    int first[TILE_ROWS + 1];
+    struct tsffn_term terms[CHUNK_NEURONS * TILE_ROWS]; // h, place in the list
+};
+
+// Values of up to TSFFN_GEMM_ROWS neurons: of the k-th row of a segment in column k.
+typedef float values[TSFFN_GEMM_ROWS][TILE_ROWS];
+
+// What one thread needs for a step of phase C: too much for the stacks that some hosts give their threads.
+struct step_memory {
+    struct worklist lists[STEPS]; // of chunk c at c mod STEPS; outside the sparse FFN there is only the first
+    struct tsffn_ask_queue queue;
+    struct row_terms terms;
+    struct tsffn_unpacked unpacked;
+    values gate, up; // when profiling
 };
 
 static inline bool needs_predictor(const struct tsffn_call * call) {
@@ -98,8 +126,9 @@ struct segment {
     const struct tsffn_row * rows; // of the tile
     const struct tsffn_ffn * ffn;
     int64_t r0, r1;
-    float * acc;     // [TILE_ROWS][n_embd], of this thread
-    float * scratch; // [n_embd], of this thread
+    float * acc;               // [TILE_ROWS][n_embd], of this thread
+    float * scratch;           // [n_embd], of this thread
+    struct step_memory * step; // of this thread
     struct tsffn_counts * counts;
     struct histograms * histograms; // of this thread, when profiling
     const char * packed;            // the rows' x for dense products, NULL when row kernels serve them better
@@ -130,14 +159,6 @@ static inline void ask_stream_begin(const struct shared * s, const uint8_t * beg
         .n_stream = begin < end ? tsffn_cache_lines((size_t)min_i64(s->stream_ahead, end - begin)) : 0,
     });
 }
-
-// Neurons of a chunk that some row still needs: their numbers, and for each the rows and the rows' h so far.
-struct worklist {
-    int n;
-    int64_t neuron[CHUNK_NEURONS];
-    uint64_t rows[CHUNK_NEURONS];
-    float h[CHUNK_NEURONS][TILE_ROWS];
-};
 
 // predictor.c. Phase A for the rows [r0, r1) of the tile that starts at row `tile`; they share one FFN.
 void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,

@@ -177,6 +177,7 @@ static void each_segment(const struct shared * s, int64_t tile, int64_t n_rows, 
             .r1 = r1,
             .acc = s->acc + (int64_t)ith * TILE_ROWS * s->n_embd,
             .scratch = scratch_of(s, ith),
+            .step = &s->step[ith],
             .counts = counts,
             .histograms = s->histograms != NULL ? &s->histograms[ith] : NULL,
             .packed = s->gemm != NULL && groups_of(r0, r1) > 0 ? s->x_packed + (size_t)group * s->x_group_bytes : NULL,
@@ -295,6 +296,7 @@ static size_t lay_out(struct shared * s, char * base) {
     s->counts_stride = (sizeof(struct tsffn_counts) + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE * TSFFN_CACHE_LINE;
     s->counts = (struct tsffn_counts *)carve(base, &used, nth * s->counts_stride);
     s->barrier = (struct tsffn_barrier *)carve(base, &used, sizeof(*s->barrier));
+    s->step = (struct step_memory *)carve(base, &used, nth * sizeof(*s->step));
     if (call->profile != NULL) {
         s->histograms = (struct histograms *)carve(base, &used, nth * sizeof(*s->histograms));
     }

@@ -21,7 +21,6 @@ enum {
     GATE_AHEAD = 1, // steps from asking for a chunk's gates to computing them,
     UP_ASK = 1,     // from there to asking for its ups and downs,
     UP_DELAY = 2,   // and to computing those
-    STEPS = GATE_AHEAD + UP_DELAY + 1,
     // Neurons of a chunk: FEW, and fewer where their gates are more than FEW_BYTES; more where there are many rows,
     // whose sums are read and written for every chunk.
     FEW_NEURONS = 10,
@@ -35,6 +34,7 @@ enum {
     UNPACK_NEURONS = 4, // and each of those rows adds so many
 };
 _Static_assert((int)CHUNK_NEURONS <= (int)TSFFN_ADD_ROWS, "a chunk is added at once");
+_Static_assert((int)STEPS == (int)GATE_AHEAD + (int)UP_DELAY + 1, "a list for each chunk that is on its way");
 
 // Work is counted in blocks of weights that are multiplied.
 static int64_t row_work(const struct tsffn_matrix * m, uint64_t rows) {
@@ -134,12 +134,6 @@ static void add_down(const struct segment * g, const struct worklist * list, str
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
 
-// The listed neurons of each row, in ascending order: row r's are terms[first[r]] to terms[first[r + 1] - 1].
-struct row_terms {
-    int first[TILE_ROWS + 1];
-    struct tsffn_term terms[CHUNK_NEURONS * TILE_ROWS]; // h, place in the list
-};
-
 static void sort_by_rows(const struct segment * g, const struct worklist * list, struct row_terms * t) {
     int end[TILE_ROWS + 1] = {0};
     for (int k = 0; k < list->n; ++k) {
@@ -190,10 +184,10 @@ static void add_columns(const struct segment * g, const struct worklist * list, 
 static void add_downs(const struct segment * g, const struct worklist * list, struct tsffn_ask_queue * asked) {
     const struct tsffn_matrix * down = &g->ffn->down;
     const int64_t n_embd = g->s->n_embd;
-    struct row_terms t;
-    sort_by_rows(g, list, &t);
+    struct row_terms * t = &g->step->terms;
+    sort_by_rows(g, list, t);
     int64_t c0 = 0;
-    const int n_terms = t.first[TILE_ROWS];
+    const int n_terms = t->first[TILE_ROWS];
     if (down->type->own_add_rows != NULL && n_terms >= UNPACK_ROWS * list->n &&
         n_terms >= UNPACK_NEURONS * (g->r1 - g->r0)) {
         const uint8_t * rows[CHUNK_NEURONS];
@@ -204,22 +198,23 @@ static void add_downs(const struct segment * g, const struct worklist * list, st
             .n_rows = list->n,
             .n_sums = (int)(g->r1 - g->r0),
             .rows = rows,
-            .terms = t.terms,
-            .first = t.first + g->r0,
+            .terms = t->terms,
+            .first = t->first + g->r0,
             .y = g->acc + g->r0 * n_embd,
             .stride = n_embd,
+            .unpacked = &g->step->unpacked,
         };
         for (; c0 + TSFFN_ADD_COLUMNS <= n_embd; c0 += TSFFN_ADD_COLUMNS) {
-            const struct tsffn_asks asks = take_for_downs(&t, TSFFN_ADD_COLUMNS, asked);
+            const struct tsffn_asks asks = take_for_downs(t, TSFFN_ADD_COLUMNS, asked);
             tsffn_ask_all(&asks);
             down->type->own_add_rows(&additions, c0);
         }
     }
     for (; c0 < n_embd; c0 += DOWN_COLUMNS) {
         const int64_t n = min_i64(DOWN_COLUMNS, n_embd - c0);
-        const struct tsffn_asks asks = take_for_downs(&t, n, asked);
+        const struct tsffn_asks asks = take_for_downs(t, n, asked);
         tsffn_ask_all(&asks);
-        add_columns(g, list, &t, c0, n);
+        add_columns(g, list, t, c0, n);
     }
     g->counts->bytes_ffn += (uint64_t)list->n * tsffn_row_bytes(down->type, down->n_cols);
 }
@@ -296,23 +291,23 @@ static void clear_hidden(const struct segment * g, int64_t i0, int64_t i1) {
 }
 
 // One chunk of whatever is not the sparse FFN: single operations, and activation statistics.
-static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask,
-                          struct worklist * list) {
-    struct tsffn_ask_queue nothing;
-    tsffn_queue_clear(&nothing);
-    tsffn_queue_close(&nothing, 0);
+static void compute_chunk(const struct segment * g, int64_t i0, int64_t i1, const uint64_t * mask) {
     if (g->s->call->op != TSFFN_OP_FUSED) {
         for (int64_t i = i0; i < i1; ++i) {
             single_neuron(g, i, mask[i - i0]);
         }
         return;
     }
+    struct tsffn_ask_queue * nothing = &g->step->queue;
+    tsffn_queue_clear(nothing);
+    tsffn_queue_close(nothing, 0);
+    struct worklist * list = &g->step->lists[0];
     clear_hidden(g, i0, i1);
     tsffn_profile_neurons(g, i0, i1, mask, list);
     if (is_batch(g)) {
-        add_downs(g, list, &nothing);
+        add_downs(g, list, nothing);
     } else {
-        add_down(g, list, &nothing);
+        add_down(g, list, nothing);
     }
     count_chunk(g, i1 - i0);
 }
@@ -522,11 +517,11 @@ void tsffn_compute_neurons(const struct segment * g) {
     const int n_most = chunk_neurons(g);
     struct walk walk;
     begin_walk(g, &walk);
-    struct worklist lists[STEPS]; // of chunk c at c mod STEPS
+    struct worklist * lists = g->step->lists;
+    struct tsffn_ask_queue * queue = &g->step->queue;
     for (int k = 0; k < STEPS; ++k) {
         lists[k].n = 0;
     }
-    struct tsffn_ask_queue queue;
     int64_t last = INT64_MAX; // the step of the last chunk's ups and downs
     for (int64_t c = 0; c <= last; ++c) {
         // Steps are counted from the one that asks for the first gates.
@@ -538,18 +533,18 @@ void tsffn_compute_neurons(const struct segment * g) {
         if (asked->n == 0 && last == INT64_MAX) {
             last = c + GATE_AHEAD + UP_DELAY - 1;
         }
-        tsffn_queue_clear(&queue);
+        tsffn_queue_clear(queue);
         for (int k = 0; k < asked->n; ++k) {
-            tsffn_queue_row(&queue, &ffn->gate, asked->neuron[k]);
+            tsffn_queue_row(queue, &ffn->gate, asked->neuron[k]);
         }
         for (int k = 0; k < kept->n; ++k) {
-            tsffn_queue_row(&queue, &ffn->up, kept->neuron[k]);
-            tsffn_queue_row(&queue, &ffn->down, kept->neuron[k]);
+            tsffn_queue_row(queue, &ffn->up, kept->neuron[k]);
+            tsffn_queue_row(queue, &ffn->down, kept->neuron[k]);
         }
-        tsffn_queue_close(&queue, list_work(&ffn->gate, gate_list) + 2 * list_work(&ffn->up, up_list));
-        gates(g, &queue, gate_list);
-        ups_and_downs(g, &queue, up_list);
-        const struct tsffn_asks left = tsffn_queue_take(&queue, queue.work);
+        tsffn_queue_close(queue, list_work(&ffn->gate, gate_list) + 2 * list_work(&ffn->up, up_list));
+        gates(g, queue, gate_list);
+        ups_and_downs(g, queue, up_list);
+        const struct tsffn_asks left = tsffn_queue_take(queue, queue->work);
         tsffn_ask_all(&left);
     }
 }
@@ -557,7 +552,6 @@ void tsffn_compute_neurons(const struct segment * g) {
 void tsffn_compute_chunks(const struct segment * g) {
     const struct shared * s = g->s;
     uint64_t mask[CHUNK_NEURONS];
-    struct worklist list;
     for (int64_t i0 = (int64_t)g->ith * CHUNK_NEURONS; i0 < s->n_ff; i0 += (int64_t)g->nth * CHUNK_NEURONS) {
         const int64_t i1 = min_i64(i0 + CHUNK_NEURONS, s->n_ff);
         const uint64_t t0 = now_ns();
@@ -565,6 +559,6 @@ void tsffn_compute_chunks(const struct segment * g) {
         const uint64_t ns = now_ns() - t0;
         g->counts->ns_predictor += ns;
         g->counts->ns_ffn -= ns; // the caller counts all of this
-        compute_chunk(g, i0, i1, mask, &list);
+        compute_chunk(g, i0, i1, mask);
     }
 }

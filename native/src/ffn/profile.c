@@ -83,9 +83,6 @@ static uint64_t count_neuron(const struct segment * g, int64_t i, int n, const f
     return on & active;
 }
 
-// Values of up to TSFFN_GEMM_ROWS neurons: of row r0 + k in column k.
-typedef float values[TSFFN_GEMM_ROWS][TILE_ROWS];
-
 // v[i - i0][k] = row i of m times the x of the segment's row r0 + k.
 static void multiply_rows(const struct segment * g, const struct tsffn_matrix * m, int64_t i0, int64_t i1,
                           const char * x, size_t x_bytes, values v) {
@@ -110,7 +107,7 @@ static void profile_panel(const struct segment * g, int64_t i0, int64_t i1, cons
                           struct worklist * list) {
     const struct shared * s = g->s;
     const int n = (int)(g->r1 - g->r0);
-    values gate, up;
+    float (*gate)[TILE_ROWS] = g->step->gate, (*up)[TILE_ROWS] = g->step->up;
     multiply_rows(g, &g->ffn->gate, i0, i1, s->x_gate, s->x_gate_bytes, gate);
     multiply_rows(g, &g->ffn->up, i0, i1, s->x_up, s->x_up_bytes, up);
     for (int64_t i = i0; i < i1; ++i) {
