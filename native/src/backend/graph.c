@@ -51,18 +51,33 @@ bool tsffn_supports_op(const tsffn_tensor * op) {
     if (is_swiglu(op)) {
         return comes_from_gate(op->src[0], &weight) && op->type == GGML_TYPE_F32;
     }
+    // Whatever its activations are: no other backend knows how the weights lie. What cannot be computed is refused
+    // then.
     if (!is_matmul(op) || !tsffn_identify(op->src[0], &weight)) {
         return false;
     }
-    const tsffn_tensor * x = op->src[1];
-    const bool is_moe = op->op == GGML_OP_MUL_MAT_ID;
-    const bool supported = is_moe == (weight.model->n_expert > 0) && x->type == GGML_TYPE_F32 &&
-                           x->nb[0] == sizeof(float) && x->ne[3] == 1 && (is_moe || x->ne[2] == 1);
     // Activations that nothing computes: llama.cpp looks for a place for the weight.
-    if (supported && tsffn_is_asked_for(op->src[0]) && x->op == GGML_OP_NONE) {
+    if (tsffn_is_asked_for(op->src[0]) && op->src[1]->op == GGML_OP_NONE) {
         tsffn_claim(&weight);
     }
-    return supported;
+    return true;
+}
+
+// Refuses a product whose activations or expert ids are not laid out as list_rows and compute read them. ggml itself
+// sees to it that a token has as many rows of activations as it has experts, or one part of them.
+static bool check_operands(const tsffn_tensor * op, const struct tsffn_weight * weight) {
+    const tsffn_tensor * x = op->src[1];
+    const tsffn_tensor * ids = op->op == GGML_OP_MUL_MAT_ID ? op->src[2] : NULL;
+    const bool row_per_slot = ids != NULL && x->ne[1] != 1;
+    if ((ids != NULL) == (weight->model->n_expert > 0) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+        x->ne[3] == 1 && (ids != NULL || x->ne[2] == 1) && (ids == NULL || ids->type == GGML_TYPE_I32) &&
+        (!row_per_slot || x->nb[2] == (size_t)x->ne[1] * x->nb[1])) {
+        return true;
+    }
+    fprintf(stderr, "tsffn: %s: expected contiguous f32 activations of %s, found %s [%lld, %lld, %lld, %lld]\n",
+            op->name, weight->model->n_expert > 0 ? "tokens and their experts" : "tokens", ggml_type_name(x->type),
+            (long long)x->ne[0], (long long)x->ne[1], (long long)x->ne[2], (long long)x->ne[3]);
+    return false;
 }
 
 static bool reserve(void ** memory, int64_t * capacity, int64_t n, size_t element) {
@@ -151,7 +166,8 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
         }
         return GGML_STATUS_SUCCESS;
     }
-    // Counting sort, stable in (token, slot). x has one row per token, or (down) one per token and slot.
+    // Counting sort, stable in (token, slot). x has one row per token, or (down) one per token and slot; in general the
+    // slots of a token take its rows in turn.
     int64_t start[TSFFN_MAX_EXPERTS + 1] = {0};
     for (int pass = 0; pass < 2; ++pass) {
         for (int64_t t = 0; t < n_tokens; ++t) {
@@ -167,7 +183,7 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
                     start[e + 1] += 1;
                     continue;
                 }
-                const int64_t token = x->ne[1] == 1 ? t : t * n_used + slot;
+                const int64_t token = x->ne[1] == 1 ? t : t * x->ne[1] + slot % x->ne[1];
                 char * y = (char *)out->data + (size_t)t * out->nb[2] + (size_t)slot * out->nb[1];
                 char * hidden = h != NULL ? (char *)h->data + (size_t)t * h->nb[2] + (size_t)slot * h->nb[1] : NULL;
                 stream->rows[start[e]++] = (struct tsffn_row){
@@ -198,10 +214,6 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
     }
     // A token's activations: dense x is [n, n_tokens], MoE x is [n, 1 or n_used, n_tokens].
     const bool row_per_slot = ids == NULL || x->ne[1] != 1;
-    if (ids != NULL && row_per_slot && x->nb[2] != (size_t)x->ne[1] * x->nb[1]) {
-        fprintf(stderr, "tsffn: %s: activations are not contiguous\n", out->name);
-        return GGML_STATUS_FAILED;
-    }
     struct tsffn_profile profile;
     const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
     const struct tsffn_call call = {
@@ -242,6 +254,9 @@ static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn
     struct tsffn_weight weight;
     if (!tsffn_identify(op->src[0], &weight)) {
         fprintf(stderr, "tsffn: %s: not an FFN weight of an opened model\n", op->src[0]->name);
+        return GGML_STATUS_FAILED;
+    }
+    if (!check_operands(op, &weight)) {
         return GGML_STATUS_FAILED;
     }
     const tsffn_tensor * w = op->src[0];
@@ -347,7 +362,8 @@ enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_c
         if (n_ops == 4 && is_ffn(op, &weight)) {
             const tsffn_tensor * gate = op[2]->src[0];
             const tsffn_tensor * up = op[2]->src[1];
-            status = describe_ffns(stream, &weight, gate->src[0], up->src[0], op[3]->src[0])
+            status = !check_operands(gate, &weight) ? GGML_STATUS_FAILED
+                     : describe_ffns(stream, &weight, gate->src[0], up->src[0], op[3]->src[0])
                          ? compute(stream, TSFFN_OP_FUSED, &weight, gate->src[1], gate->src[2], op[2], op[3])
                          : GGML_STATUS_ALLOC_FAILED;
             i = after[3];
