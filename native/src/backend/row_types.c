@@ -107,12 +107,10 @@ static void describe_q3_nl(const struct tsffn_kernels * kernels) {
     };
 }
 
-static bool initialized;
-
-static void build_table(void) {
+static bool build_table(void) {
     const traits_cpu_fn traits_cpu = find_traits_cpu();
     if (traits_cpu == NULL) {
-        return;
+        return false;
     }
     const struct tsffn_kernels * kernels = tsffn_kernels_best();
     for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
@@ -121,13 +119,17 @@ static void build_table(void) {
         }
     }
     describe_q3_nl(kernels);
-    initialized = true;
+    return true;
 }
 
 bool tsffn_row_types_init(void) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, build_table);
-    return initialized;
+    static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    static bool built;
+    pthread_mutex_lock(&mutex);
+    built = built || build_table();
+    const bool result = built;
+    pthread_mutex_unlock(&mutex);
+    return result;
 }
 
 const struct tsffn_row_type * tsffn_row_type_for(enum ggml_type type) {

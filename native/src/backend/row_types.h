@@ -9,7 +9,7 @@
 #include <stdbool.h>
 
 // Builds the table, once. Needs the CPU backend of the running ggml, whose kernels it borrows; returns false without
-// it.
+// it, and a later call tries again. Any thread may call it.
 bool tsffn_row_types_init(void);
 
 // NULL for types that ggml-cpu cannot multiply with.
