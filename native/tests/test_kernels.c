@@ -336,11 +336,10 @@ static bool is_built(enum tsffn_isa isa) {
 #endif
 }
 
-// TSFFN_ISA lowers the tier to the best one up to the tier named, and never raises it. A tier that this library was
-// built without limits nothing.
+// A limit lowers the tier to the best one up to the tier named, and never raises it. One that this library was built
+// without is none.
 static void test_dispatch(void) {
-    unsetenv("TSFFN_ISA");
-    const enum tsffn_isa best = tsffn_kernels_best()->isa;
+    const enum tsffn_isa best = tsffn_kernels_up_to(NULL)->isa;
     enum tsffn_isa up_to_here = TSFFN_ISA_REF;
     for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
         const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
@@ -349,13 +348,20 @@ static void test_dispatch(void) {
             CHECK(strcmp(kernels->name, isa_names[isa]) == 0, "%s: named %s", isa_names[isa], kernels->name);
             up_to_here = (enum tsffn_isa)isa;
         }
-        setenv("TSFFN_ISA", isa_names[isa], 1);
-        const enum tsffn_isa expected = is_built((enum tsffn_isa)isa) ? up_to_here : best;
-        CHECK(tsffn_kernels_best()->isa == expected, "asked for %s, got %s", isa_names[isa],
-              tsffn_kernels_best()->name);
+        const struct tsffn_kernels * limited = tsffn_kernels_up_to(isa_names[isa]);
+        CHECK((limited != NULL) == is_built((enum tsffn_isa)isa), "%s is known, or not", isa_names[isa]);
+        CHECK(limited == NULL || limited->isa == up_to_here, "asked for %s, got %s", isa_names[isa], limited->name);
     }
-    unsetenv("TSFFN_ISA");
     CHECK(best == up_to_here, "%s is not the best", isa_names[best]);
+    CHECK(tsffn_kernels_up_to("avx-2") == NULL && tsffn_kernels_up_to("") == NULL, "names that there are not");
+}
+
+// The environment is asked once.
+static void test_choice(void) {
+    setenv("TSFFN_ISA", "ref", 1);
+    CHECK(tsffn_kernels_best()->isa == TSFFN_ISA_REF, "TSFFN_ISA limits nothing");
+    unsetenv("TSFFN_ISA");
+    CHECK(tsffn_kernels_best()->isa == TSFFN_ISA_REF, "the choice changes");
 }
 
 int main(void) {
@@ -363,6 +369,7 @@ int main(void) {
                                     33, 63, 64, 65, 66, 96, 127, 128, 130, 1088, 4096};
     test_half();
     test_dispatch();
+    test_choice();
     int n_tiers = 0;
     for (int isa = 0; isa < TSFFN_ISA_COUNT; ++isa) {
         const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE // syscall
 #include "kernels.h"
 
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -88,8 +90,7 @@ const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa) {
     return (unsigned)isa < TSFFN_ISA_COUNT && tiers[isa] != NULL && machine_has(isa) ? tiers[isa] : NULL;
 }
 
-const struct tsffn_kernels * tsffn_kernels_best(void) {
-    const char * limit = getenv("TSFFN_ISA");
+const struct tsffn_kernels * tsffn_kernels_up_to(const char * limit) {
     const struct tsffn_kernels * best = &tsffn_kernels_ref;
     for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
         if (tiers[isa] == NULL) {
@@ -99,10 +100,43 @@ const struct tsffn_kernels * tsffn_kernels_best(void) {
             best = tiers[isa];
         }
         if (limit != NULL && strcmp(limit, tiers[isa]->name) == 0) {
-            break;
+            return best;
         }
     }
-    return best;
+    return limit == NULL ? best : NULL;
+}
+
+static void warn_of_unknown(const char * limit) {
+    char names[128] = "";
+    size_t used = 0;
+    for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
+        if (tiers[isa] != NULL) {
+            used +=
+                (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", used > 0 ? ", " : "", tiers[isa]->name);
+        }
+    }
+    fprintf(stderr, "tsffn: TSFFN_ISA: expected one of %s, found '%s'; it is ignored\n", names, limit);
+}
+
+const struct tsffn_kernels * tsffn_kernels_best(void) {
+    static _Atomic(const struct tsffn_kernels *) chosen;
+    const struct tsffn_kernels * best = atomic_load(&chosen);
+    if (best != NULL) {
+        return best;
+    }
+    const char * limit = getenv("TSFFN_ISA");
+    if (limit != NULL && limit[0] == '\0') {
+        limit = NULL;
+    }
+    const struct tsffn_kernels * limited = tsffn_kernels_up_to(limit);
+    const struct tsffn_kernels * choice = limited != NULL ? limited : tsffn_kernels_up_to(NULL);
+    if (!atomic_compare_exchange_strong(&chosen, &best, choice)) {
+        return best; // another thread was first
+    }
+    if (limited == NULL) {
+        warn_of_unknown(limit);
+    }
+    return choice;
 }
 
 // Without asking a predictor takes 30 % longer (Sapphire Rapids), 10 % (Zen 5). On Sapphire Rapids 4096 bytes took 4 %

@@ -310,7 +310,12 @@ const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
 // Weights that are read in the order of addresses are best asked for so many bytes ahead on this machine.
 int64_t tsffn_stream_ahead(void);
 
-// The best tier of this machine. The environment variable TSFFN_ISA (a name of dispatch.c) can only lower it.
+// The best tier of this machine up to the one named `limit`, which the machine may lack; NULL: of all. Returns NULL
+// when this library was built without a tier of that name.
+const struct tsffn_kernels * tsffn_kernels_up_to(const char * limit);
+
+// The tier in use: the best one up to the environment variable TSFFN_ISA, if it is set. Chosen by the first call, for
+// as long as the process lives; that call warns, on stderr, of a name that is unknown, and ignores it.
 const struct tsffn_kernels * tsffn_kernels_best(void);
 
 extern const struct tsffn_kernels tsffn_kernels_ref;
