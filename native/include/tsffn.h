@@ -39,6 +39,8 @@ enum tsffn_sparsity {
     TSFFN_SPARSITY_DENSE = 3,     // what EXACT computes, every weight read and multiplied: a baseline
 };
 
+// Functions that take a model accept NULL: they do nothing then, and return false, 0 or TSFFN_SPARSITY_DEFAULT. So they
+// do for NULL instead of an array or struct that they fill.
 struct tsffn_model;
 
 // Checks that the running ggml is the one this library was built for: version, tensor size, operation numbers.
@@ -96,7 +98,8 @@ TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);
 #define TSFFN_N_COUNTS 6     // gate > 0, up > 0, both (active), predicted, predicted and gate > 0, predicted and active
 #define TSFFN_N_HISTOGRAMS 3 // |gate . x|, |up . x|, relu(gate . x) * relu(up . x), over all neurons
 #define TSFFN_N_BINS 130     // below 2^-20 (and 0); four to an octave up to 2^12, linear within it; the rest
-// Begins counting from 0, or stops and drops the counts. Call it while nothing computes. False: out of memory.
+// Begins counting from 0, or stops and drops the counts. Call it while nothing computes. False: out of memory, no
+// model.
 TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
 // Copies the counts of one layer: tokens [n_ffn] that each FFN (expert) saw, neurons [TSFFN_N_COUNTS][n_ffn][n_ff],
 // histograms [TSFFN_N_HISTOGRAMS][TSFFN_N_BINS]. False when counting is off or there is no such layer.
@@ -155,14 +158,16 @@ TSFFN_API bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot
 // `tensor` is a struct ggml_tensor.
 TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data);
 
-// Rounds a predictor's second matrix to q3_nl (docs/format.md): w [n_rows][n_cols], n_cols a multiple of 32, to n_rows
-// plain rows, one behind the other. importance[k] >= 0 is the mean of activation k, up to a common factor; d[i], as
-// f16, the unit of row i, of which its weights can be at most 7 * 15; a row with d = 0 becomes zeros. False: out of
-// memory.
+// Rounds a predictor's second matrix to q3_nl (docs/format.md): w [n_rows][n_cols], n_cols a multiple of 32 of at most
+// 2^17, to n_rows plain rows, one behind the other. importance[k] >= 0 is the mean of activation k, up to a common
+// factor; d[i], as f16, the unit of row i, of which its weights can be at most 7 * 15; a row with d = 0 becomes zeros.
+// False: out of memory, or arguments that make no sense.
 TSFFN_API bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance,
                                     const uint16_t * d, uint8_t * rows);
 
-// The ISA tier in use: "ref", "avx2", "avx512", "amx".
+// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"; "neon", "neondot". It is the best one
+// of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the same as long as
+// the process lives.
 TSFFN_API const char * tsffn_isa_name(void);
 
 // The ggml version this library was built for.

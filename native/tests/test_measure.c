@@ -26,7 +26,9 @@ static void test_arguments(void) {
     CHECK(!tsffn_measure_rows(memory, N_ROWS, ROW_BYTES, 1, 0, 0, &seconds, &sum), "no threads");
     CHECK(!tsffn_measure_rows(memory, N_ROWS, ROW_BYTES, 1, 0, 1, NULL, &sum), "no result");
     CHECK(!tsffn_measure_rows(memory, N_ROWS, ROW_BYTES, 1, 0, 1, &seconds, NULL), "no sum");
+    CHECK(!tsffn_measure_rows(memory, N_ROWS, ROW_BYTES, 1, 0, 1 << 20, &seconds, &sum), "a million threads");
     CHECK(!tsffn_measure_compute(0, 0.01, &rate), "no threads");
+    CHECK(!tsffn_measure_compute(1 << 20, 0.01, &rate), "a million threads");
     CHECK(!tsffn_measure_compute(1, 0.0, &rate), "no time");
     CHECK(!tsffn_measure_compute(1, (double)NAN, &rate), "nan");
     CHECK(!tsffn_measure_compute(1, 61.0, &rate), "too long");

@@ -16,6 +16,9 @@ static size_t neuron_values(const struct tsffn_model * model) {
 }
 
 bool tsffn_model_profile(struct tsffn_model * model, bool on) {
+    if (model == NULL) {
+        return false;
+    }
     const size_t n_ffns = (size_t)tsffn_model_ffns_per_layer(model);
     const size_t per_layer = n_ffns + neuron_values(model) + HISTOGRAM_VALUES;
     uint64_t * values = on ? calloc((size_t)model->n_layer * per_layer, sizeof(*values)) : NULL;
@@ -51,7 +54,8 @@ bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, u
                               uint64_t * histograms) {
     struct tsffn_profile profile;
     struct tsffn_model * locked = (struct tsffn_model *)model;
-    if (layer < 0 || layer >= model->n_layer || !tsffn_model_lock_profile(locked, layer, &profile)) {
+    if (model == NULL || tokens == NULL || neurons == NULL || histograms == NULL || layer < 0 ||
+        layer >= model->n_layer || !tsffn_model_lock_profile(locked, layer, &profile)) {
         return false;
     }
     memcpy(tokens, profile.tokens, (size_t)tsffn_model_ffns_per_layer(model) * sizeof(*tokens));

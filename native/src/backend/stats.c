@@ -29,7 +29,7 @@ void tsffn_model_count_single(struct tsffn_model * model, int64_t layer) {
 }
 
 bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats) {
-    if (layer < 0 || layer >= model->n_layer) {
+    if (model == NULL || stats == NULL || layer < 0 || layer >= model->n_layer) {
         return false;
     }
     pthread_mutex_t * mutex = (pthread_mutex_t *)&model->stats_mutex;
@@ -40,6 +40,9 @@ bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct t
 }
 
 void tsffn_model_reset_stats(struct tsffn_model * model) {
+    if (model == NULL) {
+        return;
+    }
     pthread_mutex_lock(&model->stats_mutex);
     memset(model->stats, 0, (size_t)model->n_layer * sizeof(*model->stats));
     pthread_mutex_unlock(&model->stats_mutex);

@@ -19,6 +19,7 @@ enum {
     COMPUTE_ROWS = 64,   // 144 KB of rows: inside a second-level cache
     PHASE_ROWS = 4096,   // under 1 ms for one thread, as the phases of a 7B layer
     READ_AHEAD_BYTES = 4096,
+    MAX_THREADS = 4096, // libgomp keeps a list of the threads to start on the stack
 };
 
 static double now(void) {
@@ -60,7 +61,7 @@ bool tsffn_measure_rows(const void * memory, size_t n_rows, size_t row_bytes, si
                         int n_threads, double * seconds, uint64_t * sum) {
     if (memory == NULL || (uintptr_t)memory % sizeof(uint64_t) != 0 || row_bytes == 0 ||
         row_bytes % sizeof(uint64_t) != 0 || every == 0 || every > UINT32_MAX || pass >= every || n_rows < every ||
-        n_rows > SIZE_MAX / row_bytes || n_threads < 1 || seconds == NULL || sum == NULL) {
+        n_rows > SIZE_MAX / row_bytes || n_threads < 1 || n_threads > MAX_THREADS || seconds == NULL || sum == NULL) {
         return false;
     }
     const uint64_t * words = memory;
@@ -92,7 +93,8 @@ bool tsffn_measure_rows(const void * memory, size_t n_rows, size_t row_bytes, si
 }
 
 bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_second) {
-    if (n_threads < 1 || !(min_seconds > 0.0 && min_seconds <= 60.0) || rows_per_second == NULL) {
+    if (n_threads < 1 || n_threads > MAX_THREADS || !(min_seconds > 0.0 && min_seconds <= 60.0) ||
+        rows_per_second == NULL) {
         return false;
     }
     const size_t row_bytes = COMPUTE_EMBD / TSFFN_BLOCK_SIZE * TSFFN_Q4_0_BYTES;

@@ -104,6 +104,10 @@ static void pack(int64_t n_cols, float (*scales)[LANES], float (*level)[LANES], 
 
 bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance, const uint16_t * d,
                           uint8_t * rows) {
+    if (w == NULL || importance == NULL || d == NULL || rows == NULL || n_rows < 0 || n_cols < TSFFN_BLOCK_SIZE ||
+        n_cols > TSFFN_Q3_NL_MAX_COLUMNS || n_cols % TSFFN_BLOCK_SIZE != 0) {
+        return false;
+    }
     float (*lanes)[LANES] = malloc((size_t)n_cols * sizeof(*lanes));
     float (*level)[LANES] = malloc((size_t)n_cols * sizeof(*level));
     float (*scales)[LANES] = malloc((size_t)(n_cols / GROUP) * sizeof(*scales));
