@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from gguf import TokenType
 
 from tsconv.checkpoint.tokenizer import load_tokenizer
 from tsconv.checkpoint.tokenizer_json import read_tokenizer_json
@@ -108,6 +109,168 @@ def test_two_texts_for_one_id(from_json):
     refused(from_json, "added_tokens.json: token 1024 has two texts")
 
 
+FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+
+
+def test_two_ids_for_one_text(from_json):
+    edit(from_json / "added_tokens.json", lambda added: added.update({"<|im_end|>": 1026}))
+    refused(
+        from_json, r"added_tokens.json: added token '<\|im_end\|>' has two ids: expected 1024, as in tokenizer.json"
+    )
+
+
+def add_to_config(directory: Path, token_id: int, content: str, **flags: bool) -> None:
+    entry = {"content": content, "special": False} | FLAGS | flags
+    edit(
+        directory / "tokenizer_config.json",
+        lambda config: config["added_tokens_decoder"].update({str(token_id): entry}),
+    )
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_token_that_only_tokenizer_config_adds(from_json, special):
+    """transformers adds it to what tokenizer.json holds."""
+    add_to_config(from_json, 1026, "<think>", special=special)
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.n_real, tokenizer.tokens[1026]) == (1027, "<think>")
+    assert tokenizer.types[1026] == (TokenType.CONTROL if special else TokenType.USER_DEFINED)
+
+
+def test_token_that_is_special_in_one_file(from_json):
+    edit(from_json / "tokenizer.json", lambda root: root["added_tokens"][-1].update(special=False))
+    edit(from_json / "tokenizer_config.json", lambda config: config.pop("additional_special_tokens"))
+    edit(from_json / "special_tokens_map.json", lambda named: named.pop("additional_special_tokens"))
+    assert load_tokenizer(from_json, N_VOCAB).types[1025] == TokenType.CONTROL
+    add_to_config(from_json, 1025, "<|im_start|>")
+    assert load_tokenizer(from_json, N_VOCAB).types[1025] == TokenType.USER_DEFINED
+
+
+@pytest.mark.parametrize(
+    ("token_id", "content", "flags", "message"),
+    [
+        (1024, "<think>", {}, "token 1024 has two texts: .* as in tokenizer.json, found '<think>'"),
+        (300, "<think>", {}, "token 300 has two texts: .* as in tokenizer.json, found '<think>'"),
+        (1026, "<|im_end|>", {}, r"added token '<\|im_end\|>' has two ids: expected 1024, as in tokenizer.json"),
+        (1027, "<think>", {}, "the ids of the added tokens have a hole before '<think>'"),
+        (1026, "<think>", {"lstrip": True}, "added token '<think>' has lstrip = true"),
+        (1026, "<think>", {"normalized": True}, "added token '<think>' has normalized = true"),
+        (1024, "<|im_end|>", {"rstrip": True}, r"added token '<\|im_end\|>' has rstrip = true"),
+    ],
+)  # fmt: skip
+def test_files_that_add_tokens_and_disagree(from_json, token_id, content, flags, message):
+    add_to_config(from_json, token_id, content, **flags)
+    refused(from_json, f"tokenizer_config.json: {message}")
+
+
+def test_added_tokens_without_a_word_on_normalization(from_json):
+    """In the tokenizers library they are normalized unless they are special."""
+    decoder = {"1026": {"content": "<think>", "special": False}}
+    edit(from_json / "tokenizer_config.json", lambda config: config["added_tokens_decoder"].update(decoder))
+    refused(from_json, "added token '<think>' has normalized = true")
+    decoder["1026"]["special"] = True
+    edit(from_json / "tokenizer_config.json", lambda config: config["added_tokens_decoder"].update(decoder))
+    assert load_tokenizer(from_json, N_VOCAB).types[1026] == TokenType.CONTROL
+
+
+def test_added_tokens_file_beside_other_files(from_json):
+    """transformers reads it only where tokenizer_config.json has no added_tokens_decoder."""
+    edit(from_json / "added_tokens.json", lambda added: added.update({"<think>": 1026}))
+    refused(
+        from_json, "added_tokens.json: added token '<think>' is not in the added_tokens_decoder of tokenizer_config"
+    )
+    edit(from_json / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder"))
+    refused(from_json, "added_tokens.json: added token '<think>' has normalized = true")
+    more = ["<|im_start|>", "<think>"]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(from_json / name, lambda config: config.update(additional_special_tokens=more))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.tokens[1026], tokenizer.types[1026]) == ("<think>", TokenType.CONTROL)
+
+
+@pytest.mark.parametrize(
+    "named", [{"additional_special_tokens": ["<|im_start|>", "<think>"]}, {"extra_special_tokens": {"x": "<think>"}},
+              {"sep_token": "<think>"}, {"image_token": {"content": "<think>"}}],
+)  # fmt: skip
+def test_special_token_without_an_id(from_json, named):
+    """transformers would add it behind all others."""
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(named))
+    refused(from_json, "the special token is not in the vocabulary: found '<think>'; give it an id")
+
+
+def test_special_token_that_no_file_adds(from_json):
+    """A piece that is named as a special token is cut out of a text before the rest is tokenized."""
+    edit(from_json / "tokenizer.json", lambda root: root["added_tokens"].pop(1))  # <s>, a piece too
+    edit(from_json / "tokenizer_config.json", lambda config: config["added_tokens_decoder"].pop("1"))
+    assert load_tokenizer(from_json, N_VOCAB).types[1] == TokenType.CONTROL
+
+
+def test_files_that_name_different_special_tokens(from_json):
+    """As in transformers: special_tokens_map.json is read only where there is no added_tokens_decoder."""
+    edit(from_json / "special_tokens_map.json", lambda named: named.update(eos_token="</s>"))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert tokenizer.tokens[tokenizer.eos_id] == "<|im_end|>"
+    assert tokenizer.notes == (
+        "special_tokens_map.json: eos_token '</s>' is not read, since tokenizer_config.json says '<|im_end|>'",
+    )
+    edit(from_json / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder"))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert tokenizer.tokens[tokenizer.eos_id] == "</s>"
+    assert tokenizer.notes == (
+        "tokenizer_config.json: eos_token '<|im_end|>' is not read, since special_tokens_map.json says '</s>'",
+    )
+
+
+def add_ends(directory: Path, n: int) -> list[int]:
+    """Adds <|end_0|>, <|end_1|>, ... to the vocabulary; returns their ids."""
+    for i in range(n):
+        add_to_config(directory, 1026 + i, f"<|end_{i}|>", special=True)
+    return list(range(1026, 1026 + n))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, None, (None, None)),
+        (None, {"eos_token_id": 1026}, (1026, None)),
+        ({"eos_token_id": [2, 1024, 1027]}, {"eos_token_id": 1026}, (1027, None)),
+        ({"eos_token_id": [1027, 1026, 1027]}, {}, (1027, 1026)),
+        ({"temperature": 0}, {"eos_token_id": [1026]}, (1026, None)),
+        ({"eos_token_id": []}, {"eos_token_id": 1026}, (None, None)),
+    ],
+)
+def test_end_tokens(from_json, generation, config, expected):
+    """generation_config.json decides where it names them; llama.cpp knows </s> and <|im_end|> by their texts."""
+    add_ends(from_json, 2)
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            (from_json / name).write_text(json.dumps(value))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.eot_id, tokenizer.eom_id, tokenizer.notes) == (*expected, ())
+
+
+def test_more_end_tokens_than_keys(from_json):
+    ids = add_ends(from_json, 4)
+    (from_json / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = load_tokenizer(from_json, N_VOCAB)
+    assert (tokenizer.eot_id, tokenizer.eom_id) == (1026, 1027)
+    (note,) = tokenizer.notes
+    assert note.startswith("generation_config.json: a text does not end at '<|end_2|>' (1028), '<|end_3|>' (1029)")
+
+
+def test_ids_that_name_no_token(from_json):
+    (from_json / "config.json").write_text(json.dumps({"eos_token_id": [-1, N_VOCAB], "bos_token_id": 2}))
+    assert load_tokenizer(from_json, N_VOCAB).notes == (
+        f"config.json: eos_token_id -1, {N_VOCAB} is outside of the vocabulary",
+        "config.json: bos_token_id is 2; texts begin with the tokenizer's '<s>' (1), as in transformers",
+    )
+
+
+@pytest.mark.parametrize("value", ["2", True, [2, "3"], {"id": 2}, 2.0])
+def test_bad_end_tokens(from_json, value):
+    (from_json / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(from_json, "generation_config.json: bad eos_token_id: expected an id or a list of ids")
+
+
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
 def test_added_tokens_that_eat_spaces(from_json, flag):
     edit(from_json / "tokenizer.json", lambda root: root["added_tokens"][-1].update({flag: True}))
@@ -197,6 +360,39 @@ def test_special_tokens_map_alone(from_json):
 def test_chat_template_file_wins(from_json):
     (from_json / "chat_template.jinja").write_text("{{ messages }}")
     assert load_tokenizer(from_json, N_VOCAB).chat_template == "{{ messages }}"
+
+
+BROKEN = ("{% for m in messages %}\n{{ m['content']", "{{ 1 | nothing }}", "{% endfor %}", "{% break %}" + "{{" * 9)
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_chat_template_that_does_not_parse(from_json, template):
+    """llama_cpp parses every template when it loads a model, whether it is used or not."""
+    (from_json / "chat_template.jinja").write_text(template)
+    refused(from_json, r"chat_template.jinja: chat template 'default' does not parse \(.*\), line \d; correct it")
+    (from_json / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": "A"}, {"name": "tools", "template": template}]
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    refused(from_json, r"tokenizer_config.json: chat template 'tools' does not parse \(.*\), line \d")
+
+
+@pytest.mark.parametrize("depth", [30, 5000])
+def test_chat_template_that_python_does_not_compile(from_json, depth):
+    nested = "{% for m in messages %}" * depth + "{% endfor %}" * depth
+    (from_json / "chat_template.jinja").write_text(nested)
+    refused(from_json, "chat_template.jinja: chat template 'default' does not parse")
+
+
+def test_chat_template_with_the_tags_of_transformers(from_json):
+    template = "{% for m in messages %}{% if not m %}{% continue %}{% endif %}{% generation %}{{ m | tojson }}"
+    template += "{% endgeneration %}{{ strftime_now('%Y') }}{{ raise_exception('x') }}{% endfor %}"
+    (from_json / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(from_json, N_VOCAB).chat_template == template
+
+
+def test_chat_template_that_is_a_git_lfs_pointer(from_json):
+    (from_json / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(from_json, "chat_template.jinja: a Git LFS pointer")
 
 
 def test_named_chat_templates(from_json):

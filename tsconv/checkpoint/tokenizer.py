@@ -1,8 +1,9 @@
 """The tokenizer of a checkpoint folder -> the `tokenizer.*` keys of a GGUF file, as llama.cpp's SPM model.
 
 Read, where present: tokenizer.model or tokenizer.json (with both, tokenizer.model decides and both must agree);
-added_tokens.json, tokenizer_config.json and special_tokens_map.json for tokens and special tokens; chat_template.jinja
-or tokenizer_config.json for the chat template.
+tokenizer_config.json, added_tokens.json and special_tokens_map.json for tokens and special tokens, with the precedence
+that transformers gives them; generation_config.json or config.json for further end tokens; chat_template.jinja or
+tokenizer_config.json for the chat template.
 
 Source of the names and types: llama.cpp, src/llama-vocab.cpp (`llama_vocab::impl::load`).
 """
@@ -10,13 +11,16 @@ Source of the names and types: llama.cpp, src/llama-vocab.cpp (`llama_vocab::imp
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from tsconv.checkpoint.chat_templates import read_chat_templates
 from tsconv.checkpoint.config import read_json
+from tsconv.checkpoint.end_tokens import read_end_tokens
 from tsconv.checkpoint.tokenizer_json import TokenizerJson, read_tokenizer_json
 from tsconv.checkpoint.tokenizer_model import read_tokenizer_model
 from tsconv.checkpoint.vocabulary import Vocabulary, check_tokens
@@ -24,7 +28,7 @@ from tsconv.errors import CheckpointError
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-TEMPLATE_FILE = "chat_template.jinja"
+DECODER = "added_tokens_decoder"
 SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 CUT_OUT = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)  # found before the rest is tokenized
 UNSUPPORTED_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -38,9 +42,11 @@ class Tokenizer:
         tokens, scores, types: n_vocab each. A space is written as U+2581 in normal pieces, a byte as <0xNN>.
         n_real: how many of them are not padding.
         bos_id, eos_id, unk_id, pad_id: ids; unk and pad may be missing.
+        eot_id, eom_id: further tokens that end a generation, besides those that llama.cpp knows by their texts.
         add_bos, add_eos: whether every text gets them.
         add_space_prefix: whether a space goes before every text, and before the text behind a special token.
         chat_templates: Jinja sources by name; the one in use is "default".
+        notes: where the checkpoint's files do not agree, or say more than a GGUF file can.
     """
 
     tokens: tuple[str, ...]
@@ -51,10 +57,13 @@ class Tokenizer:
     eos_id: int
     unk_id: int | None
     pad_id: int | None
+    eot_id: int | None
+    eom_id: int | None
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
     chat_templates: dict[str, str]
+    notes: tuple[str, ...]
 
     @property
     def chat_template(self) -> str | None:
@@ -73,6 +82,10 @@ class Tokenizer:
             writer.add_unk_token_id(self.unk_id)
         if self.pad_id is not None:
             writer.add_pad_token_id(self.pad_id)
+        if self.eot_id is not None:
+            writer.add_eot_token_id(self.eot_id)
+        if self.eom_id is not None:
+            writer.add_eom_token_id(self.eom_id)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
@@ -89,6 +102,7 @@ class _Added:
     id: int
     content: str
     special: bool
+    source: Path
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
@@ -107,13 +121,14 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             where=directory / CONFIG_FILE,
             expected="legacy = true",
         )
-    specials = _special_contents(config, named, vocabulary)
+    specials, notes = _special_contents(config, named, vocabulary)
     tokens, scores, types = list(vocabulary.tokens), list(vocabulary.scores), list(vocabulary.types)
-    for added in _added_tokens(directory, config, set(specials.values()) | _additional(config, named), json_form):
+    special = set(specials.values()) | _further_specials(config, named)
+    for added in _added_tokens(directory, config, special, json_form, vocabulary):
         if added.id > len(tokens):
             raise CheckpointError(
                 f"the ids of the added tokens have a hole before {added.content!r}",
-                where=directory,
+                where=added.source,
                 expected=f"id {len(tokens)}",
                 found=added.id,
             )
@@ -122,12 +137,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             scores.append(0.0)
             types.append(TokenType.NORMAL)
         elif tokens[added.id] != added.content:
-            raise CheckpointError(
-                f"token {added.id} has two texts",
-                where=directory,
-                expected=repr(tokens[added.id]),
-                found=repr(added.content),
-            )
+            raise _two_texts(added, tokens[added.id], vocabulary.source)
         if types[added.id] != TokenType.UNKNOWN:
             types[added.id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
 
@@ -152,6 +162,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             raise CheckpointError(
                 f"no file names the {name} token", where=directory, expected=f"{name}_token in {CONFIG_FILE}"
             )
+    for content in sorted(special - set(specials.values())):
+        _find(content, "special", tokens, directory)
+    end = read_end_tokens(directory, tokens, ids["bos"], ids["eos"])
     space_prefix = vocabulary.add_space_prefix
     if json_form is None and config.get("add_prefix_space") is False:
         space_prefix = False
@@ -164,10 +177,13 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
         eos_id=ids["eos"],
         unk_id=ids.get("unk"),
         pad_id=ids.get("pad"),
+        eot_id=end.eot_id,
+        eom_id=end.eom_id,
         add_bos=_flag(config, "add_bos_token", json_form.add_bos if json_form else True, directory),
         add_eos=_flag(config, "add_eos_token", False, directory),
         add_space_prefix=space_prefix,
-        chat_templates=_chat_templates(directory, config),
+        chat_templates=read_chat_templates(directory, config),
+        notes=(*notes, *end.notes),
     )
 
 
@@ -224,71 +240,131 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _special_contents(config: dict[str, Any], named: dict[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
-    """bos, eos, unk, pad -> token text, from the first file that names it."""
-    contents = {}
+def _special_contents(
+    config: dict[str, Any], named: dict[str, Any], vocabulary: Vocabulary
+) -> tuple[dict[str, str], list[str]]:
+    """bos, eos, unk, pad -> token text, and notes where two files name different ones.
+
+    As in transformers tokenizer_config.json comes first if it has added_tokens_decoder, else special_tokens_map.json.
+    """
+    files = ((CONFIG_FILE, config), (SPECIAL_FILE, named))
+    contents, notes = {}, []
     for name in SPECIAL_NAMES:
-        for source in (config, named):
-            content = _content(source.get(f"{name}_token"))
-            if content is not None:
-                contents[name] = content
-                break
-        else:
-            if name in vocabulary.special:
-                contents[name] = vocabulary.special[name]
-    return contents
+        found = [
+            (file, content)
+            for file, source in (files if config.get(DECODER) is not None else files[::-1])
+            if (content := _content(source.get(f"{name}_token"))) is not None
+        ]
+        if found:
+            contents[name] = found[0][1]
+        elif name in vocabulary.special:
+            contents[name] = vocabulary.special[name]
+        if len({content for _, content in found}) > 1:
+            (file, content), (other, ignored) = found
+            notes.append(f"{other}: {name}_token {ignored!r} is not read, since {file} says {content!r}")
+    return contents, notes
 
 
-def _additional(config: dict[str, Any], named: dict[str, Any]) -> set[str]:
-    """The texts listed as additional_special_tokens."""
+def _further_specials(config: dict[str, Any], named: dict[str, Any]) -> set[str]:
+    """The texts of special tokens with other names than SPECIAL_NAMES, and with none (additional_special_tokens)."""
     found = set()
     for source in (config, named):
-        entries = source.get("additional_special_tokens") or []
-        found |= {_content(entry) for entry in entries} if isinstance(entries, list) else set()
-    return found - {None}
+        for key, value in source.items():
+            if key in ("additional_special_tokens", "extra_special_tokens"):
+                entries = list(value.values()) if isinstance(value, dict) else value
+                found |= {_content(entry) for entry in entries} if isinstance(entries, list) else set()
+            elif key.endswith("_token") and key.removesuffix("_token") not in SPECIAL_NAMES:
+                found.add(_content(value))
+    return found - {None, ""}
 
 
 def _added_tokens(
-    directory: Path, config: dict[str, Any], special: set[str], json_form: TokenizerJson | None
+    directory: Path,
+    config: dict[str, Any],
+    special: set[str],
+    json_form: TokenizerJson | None,
+    vocabulary: Vocabulary,
 ) -> list[_Added]:
-    """Ordered by id: those of tokenizer.json, or else tokenizer_config.json, then what only added_tokens.json has."""
-    found: dict[int, _Added] = {}
-    if json_form is not None:
-        where = directory / JSON_FILE
-        entries = [(entry.get("id"), entry) for entry in json_form.added_tokens]
-    else:
-        where = directory / CONFIG_FILE
-        decoder = config.get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict):
-            raise CheckpointError("added_tokens_decoder is damaged", where=where, expected="an object")
-        entries = [(int(key) if key.isdecimal() and len(key) < 9 else None, entry) for key, entry in decoder.items()]
+    """Ordered by id: those of tokenizer.json, tokenizer_config.json and added_tokens.json, and the pieces in `special`.
+
+    A token that several files have must have one id and one text in all of them. It is special when one says so.
+    """
+    found: dict[str, _Added] = {}
+    by_id: dict[int, _Added] = {}
     has_model = (directory / MODEL_FILE).exists()
-    for token_id, entry in entries:
+    for path, token_id, entry in _entries(directory, config, special, json_form):
         content = _content(entry) if isinstance(entry, dict) else None
         if type(token_id) is not int or token_id < 0 or not content:
             raise CheckpointError(
-                "an added token is damaged", where=where, expected="id and content", found=str(entry)[:80]
+                "an added token is damaged", where=path, expected="id and content", found=str(entry)[:80]
             )
+        is_special = bool(entry.get("special", False)) or content in special
+        before = found.get(content)
+        added = _Added(token_id, content, is_special, path)
+        if before is not None:
+            added = _Added(token_id, content, is_special or before.special, before.source)
+        if before is not None and before.id != token_id:
+            raise CheckpointError(
+                f"added token {content!r} has two ids",
+                where=path,
+                expected=f"{before.id}, as in {before.source.name}",
+                found=token_id,
+                fix="correct the file that does not belong to this checkpoint",
+            )
+        if (other := by_id.get(token_id)) is not None and other.content != content:
+            raise _two_texts(added, other.content, other.source)
         for flag in UNSUPPORTED_FLAGS:
             # "normalized" means nothing to sentencepiece: its users look for added tokens in the raw text.
-            if entry.get(flag, False) and not (flag == "normalized" and has_model):
+            default = flag == "normalized" and not entry.get("special", False)
+            if entry.get(flag, default) and not (flag == "normalized" and has_model):
                 raise CheckpointError(
-                    f"added token {content!r} has {flag} = true, which llama.cpp's SPM cannot express", where=where
+                    f"added token {content!r} has {flag} = true, which llama.cpp's SPM cannot express", where=path
                 )
-        found[token_id] = _Added(token_id, content, bool(entry.get("special", False)) or content in special)
-    for content, token_id in _optional_json(directory / ADDED_FILE).items():
-        if type(token_id) is not int or token_id < 0 or not content:
+        found[content] = by_id[token_id] = added
+    pieces = {piece: i for i, piece in enumerate(vocabulary.tokens)}
+    for content in special - set(found):
+        if content in pieces:
+            found[content] = _Added(pieces[content], content, True, vocabulary.source)
+    return sorted(found.values(), key=lambda added: added.id)
+
+
+def _entries(
+    directory: Path, config: dict[str, Any], special: set[str], json_form: TokenizerJson | None
+) -> Iterator[tuple[Path, Any, Any]]:
+    """(file, id, entry) of every added token. transformers reads added_tokens.json only where tokenizer_config.json has
+    no added_tokens_decoder."""
+    known: set[Any] = set()  # texts and ids
+    for entry in json_form.added_tokens if json_form is not None else ():
+        known |= {_content(entry), entry["id"] if type(entry.get("id")) is int else None}
+        yield directory / JSON_FILE, entry.get("id"), entry
+    decoder = config.get(DECODER)
+    if decoder is not None and not isinstance(decoder, dict):
+        raise CheckpointError(f"{DECODER} is damaged", where=directory / CONFIG_FILE, expected="an object")
+    for key, entry in (decoder or {}).items():
+        token_id = int(key) if key.isdecimal() and len(key) < 9 else None
+        known |= {_content(entry), token_id}
+        yield directory / CONFIG_FILE, token_id, entry
+    path = directory / ADDED_FILE
+    for content, token_id in _optional_json(path).items():
+        if decoder is not None and content not in known and (type(token_id) is not int or token_id not in known):
             raise CheckpointError(
-                "an added token is damaged", where=directory / ADDED_FILE, found=f"{content}: {token_id}"
+                f"added token {content!r} is not in the {DECODER} of {CONFIG_FILE}, by which transformers reads it",
+                where=path,
+                fix="add it there, or remove it here",
             )
-        if found.setdefault(token_id, _Added(token_id, content, content in special)).content != content:
-            raise CheckpointError(
-                f"token {token_id} has two texts",
-                where=directory / ADDED_FILE,
-                expected=repr(found[token_id].content),
-                found=repr(content),
-            )
-    return [found[token_id] for token_id in sorted(found)]
+        is_special = content in special
+        normalized = not is_special and content not in known
+        yield path, token_id, {"content": content, "special": is_special, "normalized": normalized}
+
+
+def _two_texts(added: _Added, other: str, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"token {added.id} has two texts",
+        where=added.source,
+        expected=f"{other!r}, as in {source.name}",
+        found=repr(added.content),
+        fix="correct the file that does not belong to this checkpoint",
+    )
 
 
 def _check_overlaps(cut_out: list[str], where: Path) -> None:
@@ -301,7 +377,12 @@ def _check_overlaps(cut_out: list[str], where: Path) -> None:
 
 def _find(content: str, name: str, tokens: list[str], where: Path) -> int:
     if content not in tokens:
-        raise CheckpointError(f"the {name} token is not in the vocabulary", where=where, found=repr(content))
+        raise CheckpointError(
+            f"the {name} token is not in the vocabulary",
+            where=where,
+            found=repr(content),
+            fix=f"give it an id in the {DECODER} of {CONFIG_FILE}, or name another",
+        )
     return tokens.index(content)
 
 
@@ -312,30 +393,3 @@ def _flag(config: dict[str, Any], key: str, default: bool, directory: Path) -> b
     if not isinstance(value, bool):
         raise CheckpointError(f"bad {key}", where=directory / CONFIG_FILE, expected="true or false", found=repr(value))
     return value
-
-
-def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Templates by name. chat_template.jinja replaces the default one of tokenizer_config.json."""
-    value = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(value, str):
-        templates["default"] = value
-    elif isinstance(value, list):
-        try:
-            templates = {str(entry["name"]): str(entry["template"]) for entry in value}
-        except (TypeError, KeyError):
-            raise CheckpointError(
-                "chat_template is damaged", where=directory / CONFIG_FILE, expected="name and template for each entry"
-            ) from None
-    elif value is not None:
-        raise CheckpointError("chat_template is damaged", where=directory / CONFIG_FILE, expected="a text or a list")
-    path = directory / TEMPLATE_FILE
-    if path.exists():
-        try:
-            templates["default"] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"the chat template cannot be read ({error})", where=path) from None
-    for name, template in templates.items():
-        if any("\ud800" <= character <= "\udfff" for character in name + template):
-            raise CheckpointError(f"chat template {name!r} is not valid Unicode", where=directory)
-    return templates

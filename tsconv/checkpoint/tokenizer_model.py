@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gguf import TokenType
 
+from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.checkpoint.vocabulary import Vocabulary
 from tsconv.errors import CheckpointError
 
@@ -33,6 +34,7 @@ def read_tokenizer_model(path: Path) -> Vocabulary:
     Raises:
         CheckpointError: the file is missing or damaged, or the model does something that llama.cpp's SPM does not.
     """
+    refuse_pointer(path)
     try:
         data = path.read_bytes()
     except OSError as error:
