@@ -15,9 +15,11 @@ from tsconv.arch.family import Family
 from tsconv.arch.match import Matched, has_predictors, match, predictor_ranks, refuse_leftovers
 from tsconv.checkpoint.config import ModelConfig, read_config
 from tsconv.checkpoint.fingerprint import fingerprint
+from tsconv.checkpoint.names import refuse_adapter_folder
 from tsconv.checkpoint.predictor import external_tensors
 from tsconv.checkpoint.safetensors_reader import open_checkpoint
 from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, resolve
+from tsconv.checkpoint.tied import resolve_tied
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvError
 from tsconv.export import keys, layouts
@@ -66,7 +68,9 @@ class PlannedTensor:
 class ConversionResult:
     """What `convert` did, or with `dry_run` would do. Sizes in bytes; file sizes are 0 after a dry run.
 
-    `seconds` is the time from the first read to the last fsync, without a download.
+    `seconds` is the time from the first read to the last fsync, without a download. `notes` say where the checkpoint's
+    files do not agree, or say more than a GGUF file can; `type_notes` which tensors have another type than the one
+    asked for.
     """
 
     model: Path
@@ -77,6 +81,7 @@ class ConversionResult:
     ffn_layout: str  # "rows" or "bundles"
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
+    type_notes: tuple[str, ...]
     model_bytes: int
     sidecar_bytes: int
     input_bytes: int
@@ -97,6 +102,7 @@ class _Contents:
     model: list[Matched]
     sidecar: list[Matched]
     fingerprint: str
+    notes: tuple[str, ...]
 
 
 def convert(
@@ -168,7 +174,7 @@ def convert(
     n_model = len(contents.model)
     tensors = _tensors(jobs[:n_model], fuse_qkv), _tensors(jobs[n_model:], fuse_qkv)
     input_bytes = sum(job.input_bytes for job in jobs)
-    notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
+    type_notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
 
     model = Path(outfile) if outfile is not None else Path(f"{source.name}-{type_name(kind)}.gguf")
     if model.suffix != ".gguf":
@@ -203,7 +209,8 @@ def convert(
             for file, of_file in zip(("model", "sidecar"), tensors, strict=True)
             for tensor in of_file
         ),
-        notes=tuple(note for note in notes if note),
+        notes=contents.notes,
+        type_notes=tuple(note for note in type_notes if note),
         model_bytes=sizes[0],
         sidecar_bytes=sizes[1] if contents.sidecar else 0,
         input_bytes=input_bytes,
@@ -214,15 +221,18 @@ def convert(
 
 def _read(source: Source, predictor: str | Path | None) -> _Contents:
     """Reads and checks everything but the weights' values. `predictor` is where external ones are."""
+    refuse_adapter_folder(source.directory)
     moe = frozenset(name for name, family in FAMILIES.items() if family.is_moe)
     config = read_config(source.directory, {name: family.model_type for name, family in FAMILIES.items()}, moe)
     family = FAMILIES[config.architecture]
-    tensors = open_checkpoint(source.directory)
+    config, tensors, notes = resolve_tied(config, open_checkpoint(source.directory))
     kind: keys.PredictorKind = "embedded" if has_predictors(family, config, tensors) else "none"
     if predictor is not None:
         if kind == "embedded":
             raise CheckpointError(
-                "--predictor given, but the checkpoint has its own predictors", where=source.directory
+                "--predictor given, but the checkpoint has its own predictors",
+                where=source.directory,
+                fix="leave out --predictor",
             )
         directory = resolve(predictor, None, PREDICTOR_FILES).directory
         tensors |= external_tensors(directory, family, config)
@@ -234,7 +244,18 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
     refuse_leftovers(family, config, tensors, model + sidecar)
     tokenizer = load_tokenizer(source.directory, config.n_vocab)
     gates = (source for item in model if GATE.match(item.output.name) for source in item.sources)
-    return _Contents(source, config, family, tokenizer, kind, ranks, model, sidecar, fingerprint(config, gates))
+    return _Contents(
+        source=source,
+        config=config,
+        family=family,
+        tokenizer=tokenizer,
+        kind=kind,
+        ranks=ranks,
+        model=model,
+        sidecar=sidecar,
+        fingerprint=fingerprint(config, gates),
+        notes=(*notes, *tokenizer.notes),
+    )
 
 
 def _hot_order(stats: Stats, contents: _Contents, path: Path) -> Order:

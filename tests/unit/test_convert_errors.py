@@ -46,17 +46,49 @@ def refused(run: Run, out: Path, checkpoint: Path, code: int, *parts: str, optio
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
         ({"attention_bias": True}, ["attention_bias", "False"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"head_dim": 32}, ["head_dim", "16"]),
         ({"vocab_size": 319}, ["embed_tokens", "(319, 64)", "(320, 64)"]),
         ({"num_hidden_layers": 3}, ["missing", "model.layers.2."]),
         ({"num_hidden_layers": 1}, ["no place in the model", "model.layers.1."]),
+        ({"max_position_embeddings": (1 << 24) + 1}, ["max_position_embeddings", "1..16777216"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "unquantized checkpoints"]),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, ["bad rope_theta", "1000000.0", "10000.0"]),
+        ({"eos_token_id": "2"}, ["config.json", "bad eos_token_id", "'2'"]),
+        ({"eos_token_id": [2, True]}, ["config.json", "bad eos_token_id"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_config(changes: dict[str, object], parts: list[str], tmp_path: Path, run: Run, out: Path) -> None:
     directory = save(tmp_path / "c", DENSE, random_tensors(DENSE), **changes)
     refused(run, out, directory, CHECKPOINT, *parts)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "activation", "said"),
+    [
+        ("LlamaForCausalLM", "hidden_act", "relu", "llama.cpp computes SiLU where this model needs relu"),
+        ("LlamaForCausalLM", "hidden_act", "fatrelu", "llama.cpp computes SiLU where this model needs fatrelu"),
+        ("MiniCPMForCausalLM", "hidden_act", "fatrelu", "llama.cpp computes SiLU"),
+        ("Qwen2ForCausalLM", "hidden_act", "relu", "llama.cpp computes SiLU"),
+        ("FalconForCausalLM", "activation", "relu", "llama.cpp computes SiLU or GELU"),
+        ("OPTForCausalLM", "activation_function", "relu", "if it has this architecture at all"),
+        ("NemotronForCausalLM", "hidden_act", "relu", "llama.cpp computes relu2 where this model needs relu"),
+        ("NemotronForCausalLM", "hidden_act", "relu2", "llama.cpp's own converter takes most others"),
+        ("NemotronHForCausalLM", "mlp_hidden_act", "relu2", "llama.cpp's own converter takes most others"),
+        ("SmallThinkerForCausalLM", "hidden_act", "relu", "llama.cpp's own converter takes most others"),
+        ("LlamaForCausalLM", "hidden_act", "silu", "llama.cpp's own converter takes most others"),
+        ("GemmaForCausalLM", "hidden_activation", "gelu_pytorch_tanh", "llama.cpp's own converter takes most others"),
+    ],
+)
+def test_where_another_architecture_is_sent(
+    architecture: str, key: str, activation: str, said: str, tmp_path: Path, run: Run, out: Path
+) -> None:
+    """Never to a converter that would make another function of it."""
+    changes = {"hidden_act": None, "architectures": [architecture], key: activation}
+    directory = save(tmp_path / "c", DENSE, random_tensors(DENSE), **changes)
+    refused(run, out, directory, CHECKPOINT, architecture, said)
+    takes = "takes most others"
+    assert (takes in run("convert", directory, "--outfile", out)[2]) == (takes in said)
 
 
 @pytest.mark.parametrize("used", [0, 5, None])
@@ -125,6 +157,36 @@ def spoil_no_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").unlink()
 
 
+def spoil_with_a_single_file(directory: Path) -> None:
+    write_shard(directory / "model.safetensors", random_tensors(DENSE, seed=1))
+
+
+def spoil_with_another_shard(directory: Path) -> None:
+    (directory / "model-00003-of-00003.safetensors").write_bytes((directory / SECOND).read_bytes())
+
+
+def spoil_name(directory: Path) -> None:
+    for path in directory.glob("model*"):
+        path.unlink()
+    write_shard(directory / "model.fp16.safetensors", random_tensors(DENSE))
+
+
+def spoil_adapter_only(directory: Path) -> None:
+    for path in directory.glob("model*"):
+        path.unlink()
+    write_shard(directory / "adapter_model.safetensors", {"a": np.zeros((2, 2), np.uint16)})
+
+
+def spoil_adapter_folder(directory: Path) -> None:
+    for path in (directory / "config.json", *directory.glob("model*")):
+        path.unlink()
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def spoil_with_an_adapter(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+
+
 def spoil_pytorch_only(directory: Path) -> None:
     for path in directory.glob("*.safetensors*"):
         path.unlink()
@@ -149,6 +211,12 @@ def spoil_tokenizer(directory: Path) -> None:
         (spoil_index_leads_out, ["index.json", "../other.safetensors"]),
         (spoil_index_names_more, [SECOND, "model.layers.9.weight", "not in the shard"]),
         (spoil_no_index, ["shards without", "index.json"]),
+        (spoil_with_a_single_file, ["model.safetensors: ", "model.safetensors.index.json does not name", "remove or"]),
+        (spoil_with_another_shard, ["model-00003-of-00003.safetensors: ", "index.json does not name", "remove or"]),
+        (spoil_name, ["weights of another name", "model.fp16.safetensors", "call it model.safetensors"]),
+        (spoil_adapter_only, ["adapter_model.safetensors", "not a model", "merge_and_unload()"]),
+        (spoil_adapter_folder, ["adapter_config.json", "not a model", "merge_and_unload()"]),
+        (spoil_with_an_adapter, ["adapter_config.json", "beside config.json", "merge_and_unload()", "move"]),
         (spoil_pytorch_only, [".bin", "save_pretrained()"]),
         (spoil_tokenizer, ["tokenizer"]),
     ],
@@ -157,6 +225,53 @@ def spoil_tokenizer(directory: Path) -> None:
 def test_damaged_files(spoil: Callable[[Path], None], parts: list[str], tmp_path: Path, run: Run, out: Path) -> None:
     directory = save(tmp_path / "c", DENSE, random_tensors(DENSE))
     spoil(directory)
+    refused(run, out, directory, CHECKPOINT, *parts)
+
+
+def test_a_shard_beside_a_single_file(tmp_path: Path, run: Run, out: Path) -> None:
+    directory = save(tmp_path / "c", DENSE, random_tensors(DENSE), 1)
+    (directory / SECOND).write_bytes((directory / "model.safetensors").read_bytes())
+    refused(run, out, directory, CHECKPOINT, f"{SECOND}: a shard beside model.safetensors", "remove or move away")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4949453792\n"
+
+
+@pytest.mark.parametrize(
+    "name", [SECOND, "tokenizer.json", "tokenizer.model", "config.json", "model.safetensors.index.json"]
+)
+def test_git_lfs_pointer(name: str, tmp_path: Path, run: Run, out: Path) -> None:
+    directory = save(tmp_path / "c", DENSE, random_tensors(DENSE))
+    (directory / name).write_bytes(POINTER)
+    refused(run, out, directory, CHECKPOINT, f"{name}: a Git LFS pointer", "git lfs pull")
+
+
+def test_git_lfs_pointer_of_a_predictor(bamboo: Path, predictors: Path, run: Run, out: Path) -> None:
+    (predictors / "model_1.pt").write_bytes(POINTER)
+    options = ("--predictor", predictors)
+    refused(run, out, bamboo, CHECKPOINT, "model_1.pt: a Git LFS pointer", "git lfs pull", options=options)
+
+
+@pytest.mark.parametrize(
+    ("rename", "parts"),
+    [
+        (lambda i, name: "module." + name if i else name, ["'module.'", ", model.embed_tokens.weight;", "save_pre"]),
+        (lambda _, name: name.replace("layers.0.", "layers.0._orig_mod."), ["'_orig_mod.'", "save_pretrained()"]),
+        (
+            lambda _, name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."),
+            ["q_proj.base_layer.", "not merged", "merge_and_unload()"],
+        ),
+        (
+            lambda _, name: "base_model.model." + name.replace("q_proj.", "q_proj.lora_A."),
+            ["q_proj.lora_A.", "not merged", "merge_and_unload()"],
+        ),
+    ],
+)  # fmt: skip
+def test_wrapped_names(
+    rename: Callable[[int, str], str], parts: list[str], tmp_path: Path, run: Run, out: Path
+) -> None:
+    tensors = {rename(i, name): tensor for i, (name, tensor) in enumerate(random_tensors(DENSE).items())}
+    directory = save(tmp_path / "c", DENSE, tensors)
     refused(run, out, directory, CHECKPOINT, *parts)
 
 
@@ -203,6 +318,26 @@ def test_rotary_tables_are_ignored(tmp_path: Path, run: Run) -> None:
     tensors = random_tensors(DENSE) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.uint16)}
     directory = save(tmp_path / "c", DENSE, tensors)
     assert run("convert", directory, "--outfile", tmp_path / "m.gguf")[0] == 0
+
+
+def test_no_output_matrix(tmp_path: Path, run: Run, out: Path) -> None:
+    """tie_word_embeddings is false in these families where config.json does not say it."""
+    tensors = random_tensors(DENSE)
+    del tensors["lm_head.weight"]
+    directory = save(tmp_path / "c", DENSE, tensors)
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    refused(run, out, directory, CHECKPOINT, "lm_head.weight", "set tie_word_embeddings to true")
+
+
+@pytest.mark.parametrize(("outtype", "said"), [("q4_0", "choose a type that holds it"), ("f32", "")])
+def test_weight_too_large_for_the_type(outtype: str, said: str, tmp_path: Path, run: Run) -> None:
+    tensors = random_tensors(DENSE)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 0x4780  # 65536
+    directory = save(tmp_path / "c", DENSE, tensors)
+    code, _, stderr = run("convert", directory, "--outfile", tmp_path / "m.gguf", "--outtype", outtype)
+    assert (code, "download" in stderr, said in stderr) == (CHECKPOINT if said else 0, False, True), stderr
 
 
 def test_layer_without_predictor(tmp_path: Path, run: Run, out: Path) -> None:
@@ -258,6 +393,7 @@ def test_predictor_threshold(threshold: object, bamboo: Path, predictors: Path, 
         ({"fc1.weight": torch.zeros(32, 64).long(), "fc2.weight": torch.zeros(96, 32)}, "torch.int64"),
         ({"fc1.weight": 3, "fc2.weight": 4}, "state dict"),
         ([1, 2], "state dict"),
+        ({1: torch.zeros(32, 64)}, "state dict"),
     ],
 )
 def test_damaged_predictor(content: object, part: str, bamboo: Path, predictors: Path, run: Run) -> None:

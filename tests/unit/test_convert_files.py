@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import q3_nl
+import torch
 from panels import LAYOUT, stored_rows
-from synthetic import SHAPES, as_float32, random_tensors, save, write_predictors
+from synthetic import SHAPES, as_float32, random_tensors, save, write_predictors, write_shard
 
 from tsconv import convert
 from tsconv.bench.synthetic import Shape
@@ -282,11 +284,70 @@ def test_external_predictors_in_numeric_order(tmp_path: Path) -> None:
             np.testing.assert_array_equal(tensors[f"blk.{n}.ffn_pred_{fc}.weight"].data, state[f"{fc}.weight"])
 
 
-def test_tied_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [None, "lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_embeddings(missing: str | None, tmp_path: Path) -> None:
+    """One matrix, under one of its two names or both."""
     shape, tensors = SHAPES["bamboo"], random_tensors(SHAPES["bamboo"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors.pop(missing, None)
     directory = save(tmp_path / "c", shape, tensors, tie_word_embeddings=True)
-    result = convert(directory, tmp_path / "m.gguf", "q4_0")
-    assert "output.weight" not in read(result.model)[1]
+    result = convert(directory, tmp_path / "m.gguf", "f32")
+    written = read(result.model)[1]
+    assert "output.weight" not in written
+    embeddings = as_float32(next(tensor for name, tensor in tensors.items() if "embed" in name or "head" in name))
+    np.testing.assert_array_equal(written["token_embd.weight"].data, embeddings)
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_tied_embeddings_beside_another_output_matrix(row: int, tmp_path: Path) -> None:
+    """It is kept, however little differs."""
+    shape, tensors = SHAPES["bamboo"], random_tensors(SHAPES["bamboo"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][row, row] ^= 1
+    directory = save(tmp_path / "c", shape, tensors, tie_word_embeddings=True)
+    result = convert(directory, tmp_path / "m.gguf", "f32")
+    np.testing.assert_array_equal(read(result.model)[1]["output.weight"].data, as_float32(tensors["lm_head.weight"]))
+    (note,) = result.notes
+    assert "lm_head.weight is kept" in note and "tie_word_embeddings" in note
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_orig_mod.module.", "model."]
+)
+def test_names_of_a_wrapped_model(prefix: str, tmp_path: Path) -> None:
+    shape, tensors = SHAPES["mistral"], random_tensors(SHAPES["mistral"])
+    plain = convert(save(tmp_path / "a", shape, tensors), tmp_path / "a.gguf", "f32")
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    result = convert(save(tmp_path / "b", shape, wrapped), tmp_path / "b.gguf", "f32")
+    for one, other in ((plain.model, result.model), (plain.sidecar, result.sidecar)):
+        expected, found = read(one)[1], read(other)[1]
+        assert list(found) == list(expected)
+        assert all(np.array_equal(found[name].data, expected[name].data) for name in expected)
+
+
+def test_names_of_wrapped_predictors(tmp_path: Path) -> None:
+    shape = SHAPES["bamboo"]
+    written = write_predictors(tmp_path / "p", shape, [32, 64])
+    for path in (tmp_path / "p").glob("*.pt"):
+        state = torch.load(path)
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    directory = save(tmp_path / "c", shape, random_tensors(shape))
+    result = convert(directory, tmp_path / "m.gguf", "f32", predictor=tmp_path / "p")
+    fc2 = read(result.sidecar)[1]["blk.1.ffn_pred_fc2.weight"].data
+    np.testing.assert_array_equal(fc2, written[1]["fc2.weight"])
+
+
+def test_other_weights_that_transformers_does_not_read(tmp_path: Path) -> None:
+    """Mistral's repositories hold the weights twice, in their own format as well; others have an index of one file."""
+    shape, tensors = SHAPES["mistral"], random_tensors(SHAPES["mistral"])
+    directory = save(tmp_path / "c", shape, tensors)
+    write_shard(directory / "consolidated.safetensors", {"tok_embeddings.weight": np.zeros((2, 2), np.uint16)})
+    convert(directory, tmp_path / "a.gguf")
+    directory = save(tmp_path / "d", shape, tensors, 1)
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(directory, tmp_path / "b.gguf")
 
 
 def test_defaults_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

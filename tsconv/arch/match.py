@@ -63,7 +63,10 @@ def match(outputs: Iterable[Output], tensors: Mapping[str, SourceTensor]) -> lis
                 )
         matched.append(Matched(output, found))
     if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint: {_some(missing)}")
+        fix = None
+        if missing == ["lm_head.weight"]:
+            fix = "if the output matrix is the embeddings', set tie_word_embeddings to true in config.json"
+        raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint: {_some(missing)}", fix=fix)
     return matched
 
 

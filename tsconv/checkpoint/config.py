@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.errors import CheckpointError
 
-MAX_LAYERS = 512  # TSFFN_MAX_LAYERS, docs/format.md
+# Limits of the file format (docs/format.md), as native/include/tsffn.h has them.
+MAX_LAYERS = 512  # TSFFN_MAX_LAYERS
 MAX_EXPERTS = 1024  # TSFFN_MAX_EXPERTS
 MAX_DIM = 1 << 20  # TSFFN_MAX_DIM
-MAX_CONTEXT = 1 << 30
+MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT
+MAX_U32 = (1 << 32) - 1  # of keys that nothing computes with
 
-# Fields that must hold the value llama.cpp's llama graph assumes. A missing field or null means that value.
+# Fields that must hold the value that the converted model computes with. A missing field or null means that value.
 FIXED_FIELDS = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -27,6 +30,27 @@ FIXED_FIELDS = {
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
 }
+FIXES = {"quantization_config": "tsconv converts unquantized checkpoints: name the one that this was made from"}
+
+# What llama.cpp computes for architectures that its own converter takes, whatever their configuration says. No other
+# graph of a decoder alone has a ReLU. Source: src/models/*.cpp, conversion/*.py.
+LLAMA_CPP_RELU = {
+    "ArceeForCausalLM": "relu2",
+    "Jais2ForCausalLM": "relu2",
+    "NemotronForCausalLM": "relu2",
+    "NemotronHForCausalLM": "relu2",
+    "NemotronHPuzzleForCausalLM": "relu2",
+    "PLMForCausalLM": "relu2",
+    "SmallThinkerForCausalLM": "relu",
+}
+LLAMA_CPP_SILU = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "MiniCPM", "MiniCPM3"),
+        *("InternLM2", "StableLm", "Olmo", "Phi3", "Granite"),
+    )
+)
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function", "activation")
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,7 @@ class ModelConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises CheckpointError when the file is missing, not JSON, or not an object."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -114,7 +139,7 @@ def read_config(directory: Path, model_types: dict[str, str], moe: frozenset[str
     _check_activation(fields)
     for key, expected in FIXED_FIELDS.items():
         if fields.values.get(key) not in (None, expected):
-            raise fields.error(key, repr(expected), "llama.cpp's graph for these models has no other")
+            raise fields.error(key, repr(expected), FIXES.get(key, "tsconv converts models with no other value"))
 
     n_embd = fields.integer("hidden_size", 1, MAX_DIM)
     n_head = fields.integer("num_attention_heads", 1, MAX_DIM)
@@ -142,7 +167,7 @@ def read_config(directory: Path, model_types: dict[str, str], moe: frozenset[str
         n_expert=n_expert,
         n_expert_used=fields.integer("num_experts_per_tok", 1, n_expert) if n_expert else 0,
         sliding_window=(
-            None if fields.values.get("sliding_window") is None else fields.integer("sliding_window", 1, MAX_CONTEXT)
+            None if fields.values.get("sliding_window") is None else fields.integer("sliding_window", 1, MAX_U32)
         ),
     )
 
@@ -157,11 +182,25 @@ def _architecture(fields: _Fields, model_types: dict[str, str]) -> str:
             f"architecture {named[0]} is not one that tsconv converts",
             where=fields.path,
             expected=f"one of: {known}",
-            fix="tsconv converts dReLU (TurboSparse, Bamboo) models only; llama.cpp's own converter takes most others",
+            fix=f"tsconv converts dReLU (TurboSparse, Bamboo) models only; {_other_converter(named[0], fields.values)}",
         )
     if fields.values.get("model_type") != model_types[named[0]]:
         raise fields.error("model_type", repr(model_types[named[0]]))
     return named[0]
+
+
+def _other_converter(architecture: str, values: dict[str, Any]) -> str:
+    """What llama.cpp's own converter makes of a model that is not for tsconv: its graphs do not ask for hidden_act."""
+    key, activation = next(((k, values[k]) for k in ACTIVATION_KEYS if isinstance(values.get(k), str)), ("", ""))
+    computed = LLAMA_CPP_RELU.get(architecture)
+    if "relu" not in activation.lower() or activation == computed:
+        return "llama.cpp's own converter takes most others"
+    if computed is None:
+        computed = "SiLU" if architecture in LLAMA_CPP_SILU else "SiLU or GELU, if it has this architecture at all,"
+    return (
+        f"nor is this one for llama.cpp's own converter: whatever {key} says, llama.cpp computes {computed} where this"
+        f" model needs {activation}, and its text would make no sense"
+    )
 
 
 def _check_activation(fields: _Fields) -> None:
@@ -177,10 +216,15 @@ def _check_activation(fields: _Fields) -> None:
 
 
 def _rope_theta(fields: _Fields) -> float:
-    """`rope_theta`, or the same inside `rope_parameters` as newer transformers write it."""
+    """`rope_theta`, or the same inside `rope_parameters` as newer transformers write it. Older ones read the first."""
     parameters = fields.values.get("rope_parameters")
     if parameters is None:
         return fields.number("rope_theta", 0.0, 1e12, 10000.0)
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise fields.error("rope_parameters", "rope_type 'default'", "RoPE scaling is not supported")
-    return _Fields(fields.path, parameters).number("rope_theta", 0.0, 1e12)
+    theta = _Fields(fields.path, parameters).number("rope_theta", 0.0, 1e12, fields.values.get("rope_theta"))
+    if fields.values.get("rope_theta") not in (None, theta):
+        raise fields.error(
+            "rope_theta", f"{theta}, as in rope_parameters", "leave the one that the model was trained with"
+        )
+    return theta

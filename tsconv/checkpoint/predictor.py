@@ -18,6 +18,8 @@ import numpy as np
 
 from tsconv.arch.family import Family
 from tsconv.checkpoint.config import ModelConfig, read_json
+from tsconv.checkpoint.lfs import refuse_pointer
+from tsconv.checkpoint.names import plain_names
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
 
@@ -56,12 +58,15 @@ def _load(path: Path) -> dict[str, Any]:
 
     import torch
 
+    refuse_pointer(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"not a readable PyTorch state dict ({reason})", where=path) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise CheckpointError("not a state dict of tensors", where=path)
     return state
 
@@ -94,9 +99,11 @@ def _layer_tensors(path: Path, family: Family, layer: int) -> Iterable[TorchTens
 
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     state = _load(path)
-    if set(state) != set(KEYS):
+    stored = {plain: key for key, plain in plain_names(state, path).items()}
+    if set(stored) != set(KEYS):
         raise CheckpointError("wrong keys", where=path, expected=" and ".join(KEYS), found=", ".join(sorted(state)))
-    for key, name in zip(KEYS, family.predictor_sources(layer), strict=True):
+    for plain, name in zip(KEYS, family.predictor_sources(layer), strict=True):
+        key = stored[plain]
         if state[key].dtype not in names or state[key].dim() != 2:
             found = f"{state[key].dtype} with {state[key].dim()} dimensions"
             raise CheckpointError(

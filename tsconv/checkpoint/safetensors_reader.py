@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from tsconv.checkpoint.config import read_json
+from tsconv.checkpoint.lfs import refuse_pointer
+from tsconv.checkpoint.names import MERGE, plain_names
 from tsconv.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+ADAPTER = "adapter_model.safetensors"
 PYTORCH_PATTERNS = ("pytorch_model*.bin", "*.pth", "consolidated*.pt")
 READ_LIMIT = 1 << 30  # pread returns at most 2 GiB - 4 KiB per call
 
@@ -88,22 +93,46 @@ class SafetensorsTensor:
 
 
 def open_checkpoint(directory: Path) -> dict[str, SourceTensor]:
-    """All tensors of the checkpoint in `directory`, by name; no tensor data is read.
+    """All tensors of the checkpoint in `directory`, by name without wrappers' prefixes; no tensor data is read.
 
     Reads `model.safetensors.index.json` and its shards, or a lone `model.safetensors`.
 
     Raises:
         CheckpointError: no safetensors, a damaged index, a missing, truncated or damaged shard, a tensor that the
-            index names but its shard lacks, that two shards hold, or whose type is not f32, f16 or bf16.
+            index names but its shard lacks, that two shards hold, or whose type is not f32, f16 or bf16; weights that
+            are left over from another time the folder was written to; names that are not those of a plain model.
     """
     index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            raise _nothing_to_read(directory)
-        return {tensor.name: tensor for tensor in read_shard(directory / SINGLE)}
+    if index.exists():
+        weight_map = _weight_map(index)
+        _refuse_others(directory, INDEX, set(weight_map.values()))
+        stored = _indexed(directory, weight_map)
+    elif (directory / SINGLE).exists():
+        _refuse_others(directory, SINGLE, {SINGLE})
+        stored = {tensor.name: tensor for tensor in read_shard(directory / SINGLE)}
+    else:
+        raise _nothing_to_read(directory)
+    plain = plain_names(stored, directory)
+    return {plain[name]: replace(tensor, name=plain[name]) for name, tensor in stored.items()}
 
-    weight_map = _weight_map(index)
-    tensors: dict[str, SourceTensor] = {}
+
+def _refuse_others(directory: Path, chosen: str, read: set[str]) -> None:
+    """Refuses weights that would not be read: one of the two is left over, and nothing says which.
+
+    transformers reads model.safetensors where there is one, else the shards of the index.
+    """
+    for path in sorted(directory.glob("model*.safetensors")):
+        if path.name not in read and (path.name == SINGLE or SHARD.fullmatch(path.name)):
+            raise CheckpointError(
+                f"weights that {chosen} does not name" if chosen == INDEX else f"a shard beside {chosen}",
+                where=path,
+                fix=f"remove or move away what is left over: {path.name}, or {chosen} and what belongs to it",
+            )
+
+
+def _indexed(directory: Path, weight_map: dict[str, str]) -> dict[str, SafetensorsTensor]:
+    """The tensors of the shards that an index names."""
+    tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
         shard = directory / file
         if not shard.exists():
@@ -130,6 +159,7 @@ def read_shard(path: Path) -> list[SafetensorsTensor]:
     """The tensors of one safetensors file, in header order. Raises CheckpointError when the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="np"):
             pass
@@ -179,8 +209,19 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _nothing_to_read(directory: Path) -> CheckpointError:
-    if any(directory.glob("*.safetensors")):
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if any(SHARD.fullmatch(file) for file in files):
         return CheckpointError(f"shards without {INDEX}", where=directory, fix="download the index too")
+    if ADAPTER in files:
+        return CheckpointError("an adapter (PEFT), not a model", where=directory / ADAPTER, fix=MERGE)
+    if files:
+        return CheckpointError(
+            "weights of another name",
+            where=directory,
+            expected=f"{SINGLE}, or {INDEX} and its shards",
+            found=", ".join(files[:3]),
+            fix=f"if one of them is the whole model, call it {SINGLE}",
+        )
     if any(path for pattern in PYTORCH_PATTERNS for path in directory.glob(pattern)):
         return CheckpointError(
             "only PyTorch .bin weights here",

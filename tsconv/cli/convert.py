@@ -69,7 +69,7 @@ def command(
 
     with progress_bar("converting") as progress:
         result = convert(src, progress=progress, **options)  # type: ignore[arg-type]
-    for line in _summarised(result.notes):
+    for line in (*(f"note: {note}" for note in result.notes), *_summarised(result.type_notes)):
         click.echo(line, err=True)
     click.echo(_as_json(result) if as_json else _plan(result) if result.dry_run else _summary(result))
 

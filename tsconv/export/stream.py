@@ -246,9 +246,10 @@ def _make(job: Job, source: SourceTensor, whole: np.ndarray | None, head_dim: in
         else:
             quantized = _quantize_balanced(job.kind, rows, job.predictor.balance(), span)
     except BadWeightError as error:
-        raise CheckpointError(
-            str(error), where=source.where, fix="the checkpoint is damaged: download it again"
-        ) from None
+        fix = "the checkpoint is damaged: download it again"
+        if error.is_finite:
+            fix = f"choose a type that holds it: --tensor-type {job.output.name}=bf16"
+        raise CheckpointError(str(error), where=source.where, fix=fix) from None
     return to_panels(quantized, job.kind) if job.in_panels and job.order is None else quantized
 
 

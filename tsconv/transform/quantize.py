@@ -51,7 +51,11 @@ _BITS = {
 
 
 class BadWeightError(ValueError):
-    """A weight that is not a number, infinite, or too large for the type; the message says which."""
+    """A weight that is not a number, infinite, or (`is_finite`) too large for the type; the message says which."""
+
+    def __init__(self, message: str, is_finite: bool) -> None:
+        super().__init__(message)
+        self.is_finite = is_finite
 
 
 def type_name(kind: GGMLQuantizationType) -> str:
@@ -175,4 +179,4 @@ def _bad_weight(raw: np.ndarray, kind: GGMLQuantizationType, limit: float) -> Ba
     values = float32(raw)
     found = values[~(np.abs(values) <= limit)][0]
     bound = "finite numbers" if kind in UNBOUNDED else f"magnitudes up to {limit:g}, as {type_name(kind)} needs"
-    return BadWeightError(f"bad weight: expected {bound}, found {found:g}")
+    return BadWeightError(f"bad weight: expected {bound}, found {found:g}", bool(np.isfinite(found)))

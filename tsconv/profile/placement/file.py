@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tsconv.checkpoint.config import MAX_DIM, MAX_EXPERTS, MAX_LAYERS
+from tsconv.checkpoint.config import MAX_CONTEXT, MAX_DIM, MAX_EXPERTS, MAX_LAYERS
 from tsconv.errors import ModelFileError
 from tsconv.export.gguf_header import Header
 from tsconv.export.order import HOT_FIRST, KEY, shape_of
@@ -23,7 +23,6 @@ FORMAT_VERSION = 1
 GPU, CPU = "gpu", "cpu"
 
 MAX_FILE = 64 << 20  # bytes; the largest model of the format (512 layers, 1024 experts) takes less than 16 MiB
-MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT
 MAX_BYTES = 1 << 62  # of a budget
 MAX_NAME = 256  # characters
 SHOWN = 72  # characters of a value in a message
