@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import pytest
 import sentencepiece
 import tokenizers
 from llama_cpp import Llama
 
 from tsconv.checkpoint.config import read_json
+from tsconv.checkpoint.end_tokens import KNOWN_TO_LLAMA_CPP
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,8 +214,70 @@ def test_tiny_mixtral_against_sentencepiece(tmp_path):
     )
 
 
+@pytest.fixture
+def copy(tmp_path):
+    """A checkpoint's files without its weights."""
+    return shutil.copytree(TINY_MISTRAL, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def add_to_config(directory: Path, tokens: dict[int, tokenizers.AddedToken]) -> None:
+    """Adds tokens to tokenizer_config.json, which transformers then adds to those of tokenizer.json."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path)
+    for i, token in tokens.items():
+        config["added_tokens_decoder"][str(i)] = token.__getstate__()
+    path.write_text(json.dumps(config))
+
+
+def test_tokens_that_only_tokenizer_config_adds(copy, tmp_path):
+    tokens = {
+        1026: tokenizers.AddedToken("<think>", normalized=False),
+        1027: tokenizers.AddedToken("<|tool|>", normalized=False, special=True),
+    }
+    add_to_config(copy, tokens)
+    _, llama = open_vocab(copy, tmp_path)
+    reference = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    reference.add_tokens(list(tokens.values()))
+    mixed = [line.replace("<|im_start|>", "<think>").replace("</s>", "<|tool|>") for line in lines_for(copy, 500)]
+    assert sum("<think>" in line for line in mixed) > 20 < sum("<|tool|>" in line for line in mixed)
+    for special in (True, False):
+        reference.encode_special_tokens = not special
+        assert not first_difference(
+            mixed,
+            lambda line, special=special: llama.tokenize(line.encode(), special=special),
+            lambda line: reference.encode(line).ids,
+        )
+
+
+def ends(llama: Llama, tokenizer: Tokenizer) -> set[str]:
+    """The tokens at which llama.cpp ends a generation."""
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    return {token for i, token in enumerate(tokenizer.tokens) if llama_cpp.llama_vocab_is_eog(vocab, i)}
+
+
+def test_end_tokens_of_generation_config(copy, tmp_path):
+    texts = ["<|turn_over|>", "<|done|>", "<|endoftext|>", "<|no_end|>"]
+    add_to_config(copy, {1026 + i: tokenizers.AddedToken(text, special=True) for i, text in enumerate(texts)})
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1026, 1027, 1028]}))
+    tokenizer, llama = open_vocab(copy, tmp_path)
+    assert ends(llama, tokenizer) == {"<|im_end|>", "</s>", *texts[:3]}
+    assert tokenizer.notes == ()
+
+
+@pytest.mark.parametrize("text", sorted(KNOWN_TO_LLAMA_CPP))
+def test_end_tokens_that_llama_cpp_knows(text, copy, tmp_path):
+    if text in ("</s>", "<|im_end|>"):  # of this vocabulary anyway
+        add_to_config(copy, {1026: tokenizers.AddedToken("<|x|>", special=True)})
+    else:
+        add_to_config(copy, {1026: tokenizers.AddedToken(text, special=True)})
+    tokenizer, llama = open_vocab(copy, tmp_path)
+    assert text in ends(llama, tokenizer)
+    assert "<|x|>" not in ends(llama, tokenizer)
+
+
 def test_the_model_sees_the_real_special_tokens():
     tokenizer = load_tokenizer(REAL, 32064)
+    assert tokenizer.notes == ()
     assert (tokenizer.n_real, len(tokenizer.tokens)) == (32002, 32064)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 32000, 0, 0)
     assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.add_space_prefix) == (True, False, True)

@@ -79,6 +79,35 @@ def test_a_type_that_does_not_fit_is_said(tmp_path: Path, run: Run) -> None:
     assert stderr == "note: blk.0.ffn_pred_fc2.weight: f16 instead of q8_0, whose blocks of 32 do not divide its rows\n"
 
 
+def test_q3_nl_that_does_not_fit_is_said(tmp_path: Path, run: Run) -> None:
+    shape = Shape(320, 64, 104, 4, 2, 1, ranks=(32,))
+    checkpoint = save(tmp_path / "Tiny", shape, random_tensors(shape))
+    options = ("--outfile", tmp_path / "m.gguf", "--outtype", "f32", "--predictor-outtype", "q3_nl")
+    _, stderr = run(checkpoint, *options)
+    assert stderr == (
+        "note: blk.0.ffn_pred_fc2.weight: q4_0 instead of q3_nl, which is for a multiple of 16 rows,"
+        " of at most 131072 weights\n"
+    )
+
+
+def test_notes_of_the_checkpoint_come_first_and_whole(tmp_path: Path, run: Run) -> None:
+    shape = Shape(320, 64, 96, 4, 2, 2, ranks=(40, 40))
+    tensors = random_tensors(shape)
+    checkpoint = save(tmp_path / "Tiny", shape, tensors, tie_word_embeddings=True, bos_token_id=7, eos_token_id=320)
+    options = ("--outfile", tmp_path / "m.gguf", "--predictor-outtype", "q8_0")
+    stdout, stderr = run(checkpoint, *options, "--json")
+    lines = stderr.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "lm_head.weight",
+        *["config.json:"] * 2,
+        "blk.0.ffn_pred_fc2.weight:",
+    ]
+    assert lines[-1].endswith("(and 1 more tensors: see --dry-run --json)")
+    result = json.loads(stdout)
+    assert [f"note: {note}" for note in result["notes"]] == lines[:-1]
+    assert [note.split(":")[0] for note in result["type_notes"]] == [f"blk.{n}.ffn_pred_fc2.weight" for n in range(2)]
+
+
 def test_help_lists_the_types() -> None:
     assert ", ".join(TYPES) == LISTED
 

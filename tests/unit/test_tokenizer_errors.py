@@ -279,7 +279,13 @@ def test_added_tokens_that_eat_spaces(from_json, flag):
 
 def test_missing_merge(from_json):
     edit(from_json / "tokenizer.json", lambda root: root["model"]["merges"].pop(3))
-    refused(from_json, "merges do not come from a sentencepiece model: no merge makes")
+    refused(
+        from_json, "merges do not come from a sentencepiece model: no merge makes.*; put the tokenizer.model .* place"
+    )
+    shutil.copy(TINY_MIXTRAL / "tokenizer.model", from_json)
+    refused(from_json, "no merge makes")
+    (from_json / "tokenizer.json").unlink()
+    assert load_tokenizer(from_json, N_VOCAB).n_real == 1026
 
 
 def test_merges_of_one_piece_apart(from_json):

@@ -143,7 +143,8 @@ def _indexed(directory: Path, weight_map: dict[str, str]) -> dict[str, Safetenso
                 raise CheckpointError(f"tensor is in two shards, first in {first.split(':')[0]}", where=tensor.where)
             if weight_map.get(tensor.name) != file:
                 found = weight_map.get(tensor.name, "nothing")
-                raise CheckpointError(f"{INDEX} disagrees", where=tensor.where, expected=file, found=found)
+                fix = "index and shards are not of one checkpoint: download both again"
+                raise CheckpointError(f"{INDEX} disagrees", where=tensor.where, expected=file, found=found, fix=fix)
             tensors[tensor.name] = tensor
     for name, file in weight_map.items():
         if name not in tensors:

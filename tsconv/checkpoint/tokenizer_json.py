@@ -151,7 +151,7 @@ def _not_sentencepiece(what: str, path: Path) -> CheckpointError:
     return CheckpointError(
         f"the merges do not come from a sentencepiece model: {what}",
         where=path,
-        fix="add the tokenizer.model that belongs to this checkpoint, if there is one",
+        fix="put the tokenizer.model that belongs to this checkpoint in its place, if there is one",
     )
 
 

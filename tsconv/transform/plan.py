@@ -201,7 +201,7 @@ def fallback_note(output: Output, choice: Choice) -> str | None:
     """One line for a tensor that could not have the type asked for, else None."""
     if choice.kind == choice.wanted:
         return None
-    return (
-        f"{output.name}: {type_name(choice.kind)} instead of {type_name(choice.wanted)}, whose blocks of"
-        f" {block_size(choice.wanted)} do not divide its rows"
-    )
+    reason = f"whose blocks of {block_size(choice.wanted)} do not divide its rows"
+    if choice.wanted == q3_nl.KIND and choice.kind == T.Q4_0:
+        reason = f"which is for a multiple of {PANEL_ROWS} rows, of at most {q3_nl.MAX_COLUMNS} weights"
+    return f"{output.name}: {type_name(choice.kind)} instead of {type_name(choice.wanted)}, {reason}"
