@@ -439,7 +439,12 @@ def test_no_such_directory(source: str, run: Run, out: Path) -> None:
 
 def test_source_is_a_file(tmp_path: Path, run: Run, out: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(run, out, tmp_path / "model.safetensors", CHECKPOINT, "not a directory")
+    refused(run, out, tmp_path / "model.safetensors", CHECKPOINT, "not a directory; name", "that holds *.safetensors")
+
+
+def test_predictor_is_a_file(bamboo: Path, predictors: Path, run: Run, out: Path) -> None:
+    options = ("--predictor", predictors / "model_0.pt")
+    refused(run, out, bamboo, CHECKPOINT, "model_0.pt: not a directory; name", "that holds model_*.pt", options=options)
 
 
 def test_revision_of_a_directory(bamboo: Path, run: Run, out: Path) -> None:

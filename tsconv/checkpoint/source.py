@@ -45,7 +45,7 @@ def resolve(src: str | Path, revision: str | None, files: tuple[str, ...]) -> So
             raise CheckpointError("--revision is for repositories on the Hub, and this is a directory", where=path)
         return Source(path, path.resolve().name)
     if path.exists():
-        raise CheckpointError("not a directory", where=path, fix="name the directory that holds config.json")
+        raise CheckpointError("not a directory", where=path, fix=f"name the directory that holds {files[0]}")
     if not REPO_ID.fullmatch(str(src)) or str(src).startswith(("./", "../")):
         raise CheckpointError("no such directory", where=src, fix="or name a Hub repository as OWNER/NAME")
     return _download(str(src), revision, files)
