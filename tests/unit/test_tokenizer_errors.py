@@ -401,6 +401,25 @@ def test_chat_template_that_is_a_git_lfs_pointer(from_json):
     refused(from_json, "chat_template.jinja: a Git LFS pointer")
 
 
+def test_chat_templates_in_files(from_json):
+    """Where there are files transformers does not read those of tokenizer_config.json."""
+    named = [{"name": "default", "template": "A"}, {"name": "tools", "template": "B"}]
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    (from_json / "additional_chat_templates").mkdir()
+    (from_json / "additional_chat_templates" / "rag.jinja").write_text("C")
+    assert load_tokenizer(from_json, N_VOCAB).chat_templates == {"rag": "C"}
+    (from_json / "chat_template.jinja").write_text("D")
+    assert load_tokenizer(from_json, N_VOCAB).chat_templates == {"rag": "C", "default": "D"}
+    (from_json / "additional_chat_templates" / "rag.jinja").write_text("{{")
+    refused(from_json, "rag.jinja: chat template 'rag' does not parse")
+
+
+def test_chat_templates_of_one_key(from_json):
+    named = [{"name": name, "template": "A"} for name in ("tool use", "tool_use")]
+    edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    refused(from_json, "chat templates 'tool use' and 'tool_use' would have one key")
+
+
 def test_named_chat_templates(from_json):
     templates = [{"name": "default", "template": "A"}, {"name": "tools", "template": "B"}]
     edit(from_json / "tokenizer_config.json", lambda config: config.update(chat_template=templates))

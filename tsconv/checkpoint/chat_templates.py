@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +10,61 @@ from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.errors import CheckpointError
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # NAME.jinja each
+NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9]")  # gguf-py writes tokenizer.chat_template.NAME with _ in their place
 
 
 def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Jinja sources by name. chat_template.jinja replaces the default one of tokenizer_config.json.
+    """Jinja sources by name. As in transformers those of tokenizer_config.json count only where there are no files.
 
     Args:
         config: the content of tokenizer_config.json.
 
     Raises:
-        CheckpointError: a template cannot be read, or does not parse.
+        CheckpointError: a template cannot be read or does not parse, or two names make one key of a GGUF file.
     """
-    value = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(value, str):
-        templates["default"] = value
-    elif isinstance(value, list):
-        try:
-            templates = {str(entry["name"]): str(entry["template"]) for entry in value}
-        except (TypeError, KeyError):
-            raise CheckpointError(
-                "chat_template is damaged", where=directory / CONFIG_FILE, expected="name and template for each entry"
-            ) from None
-    elif value is not None:
-        raise CheckpointError("chat_template is damaged", where=directory / CONFIG_FILE, expected="a text or a list")
-    path = directory / TEMPLATE_FILE
-    if path.exists():
-        refuse_pointer(path)
-        try:
-            templates["default"] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"the chat template cannot be read ({error})", where=path) from None
-    for name, template in templates.items():
-        where = path if name == "default" and path.exists() else directory / CONFIG_FILE
+    templates = {name: (path, _text(path)) for name, path in _files(directory).items()}
+    templates = templates or {name: (directory / CONFIG_FILE, text) for name, text in _in_config(directory, config)}
+    keys: dict[str, str] = {}
+    for name, (where, template) in templates.items():
         if any("\ud800" <= character <= "\udfff" for character in name + template):
             raise CheckpointError(f"chat template {name!r} is not valid Unicode", where=where)
+        other = keys.setdefault(NOT_IN_KEYS.sub("_", name), name)
+        if other != name:
+            raise CheckpointError(f"chat templates {other!r} and {name!r} would have one key", where=where)
         _parse(name, template, where)
-    return templates
+    return {name: template for name, (_, template) in templates.items()}
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    named = {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
+    default = directory / TEMPLATE_FILE
+    return named | ({"default": default} if default.exists() else {})
+
+
+def _text(path: Path) -> str:
+    refuse_pointer(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the chat template cannot be read ({error})", where=path) from None
+
+
+def _in_config(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, source) of the templates in tokenizer_config.json."""
+    value = config.get("chat_template")
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [("default", value)]
+    if not isinstance(value, list):
+        raise CheckpointError("chat_template is damaged", where=directory / CONFIG_FILE, expected="a text or a list")
+    try:
+        return [(str(entry["name"]), str(entry["template"])) for entry in value]
+    except (TypeError, KeyError):
+        raise CheckpointError(
+            "chat_template is damaged", where=directory / CONFIG_FILE, expected="name and template for each entry"
+        ) from None
 
 
 def _parse(name: str, template: str, where: Path) -> None:
