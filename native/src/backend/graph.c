@@ -5,11 +5,11 @@
 #include "graph.h"
 
 #include "load.h"
+#include "log.h"
 #include "residency.h"
 #include "row_types.h"
 #include "weight.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -74,9 +74,9 @@ static bool check_operands(const tsffn_tensor * op, const struct tsffn_weight * 
         (!row_per_slot || x->nb[2] == (size_t)x->ne[1] * x->nb[1])) {
         return true;
     }
-    fprintf(stderr, "tsffn: %s: expected contiguous f32 activations of %s, found %s [%lld, %lld, %lld, %lld]\n",
-            op->name, weight->model->n_expert > 0 ? "tokens and their experts" : "tokens", ggml_type_name(x->type),
-            (long long)x->ne[0], (long long)x->ne[1], (long long)x->ne[2], (long long)x->ne[3]);
+    tsffn_log_error("%s: expected contiguous f32 activations of %s, found %s [%lld, %lld, %lld, %lld]", op->name,
+                    weight->model->n_expert > 0 ? "tokens and their experts" : "tokens", ggml_type_name(x->type),
+                    (long long)x->ne[0], (long long)x->ne[1], (long long)x->ne[2], (long long)x->ne[3]);
     return false;
 }
 
@@ -175,8 +175,7 @@ static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsf
                 const int32_t e =
                     *(const int32_t *)((const char *)ids->data + (size_t)t * ids->nb[1] + (size_t)slot * ids->nb[0]);
                 if (e < 0 || e >= model->n_expert) {
-                    fprintf(stderr, "tsffn: expert id %d is out of range: expected 0 to %d\n", e,
-                            (int)model->n_expert - 1);
+                    tsffn_log_error("expert id %d is out of range: expected 0 to %d", e, (int)model->n_expert - 1);
                     return GGML_STATUS_FAILED;
                 }
                 if (pass == 0) {
@@ -253,7 +252,7 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
 static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn_tensor * op) {
     struct tsffn_weight weight;
     if (!tsffn_identify(op->src[0], &weight)) {
-        fprintf(stderr, "tsffn: %s: not an FFN weight of an opened model\n", op->src[0]->name);
+        tsffn_log_error("%s: not an FFN weight of an opened model", op->src[0]->name);
         return GGML_STATUS_FAILED;
     }
     if (!check_operands(op, &weight)) {
@@ -279,17 +278,15 @@ static enum ggml_status compute_glu(const tsffn_tensor * op) {
         return GGML_STATUS_FAILED;
     }
     if (!is_matmul(gate) && weight.model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
-        fprintf(stderr,
-                "tsffn: %s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
-                "with exact sparsity\n",
-                op->name, (long long)weight.layer);
+        tsffn_log_error("%s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
+                        "with exact sparsity",
+                        op->name, (long long)weight.layer);
         return GGML_STATUS_FAILED;
     }
     if ((!is_matmul(gate) || !is_matmul(up)) && weight.model->hot_first) {
-        fprintf(stderr,
-                "tsffn: %s: an adapter changes the FFN of layer %lld, whose neurons are in another order; use a model "
-                "that was converted without --profile\n",
-                op->name, (long long)weight.layer);
+        tsffn_log_error("%s: an adapter changes the FFN of layer %lld, whose neurons are in another order; use a model "
+                        "that was converted without --profile",
+                        op->name, (long long)weight.layer);
         return GGML_STATUS_FAILED;
     }
     for (int64_t k = 0; k < op->ne[2]; ++k) {

@@ -6,7 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { LINE_SIZE = 4096 + 256, PATH_SIZE = 4096 + 64 };
+// Longer lines are of other mounts: overlay file systems list their layers.
+enum { LINE_SIZE = 2048, PATH_SIZE = LINE_SIZE + 64 };
 
 // Fills `path` with the format's text; false when it does not fit.
 #define PRINT_PATH(path, ...) (snprintf(path, PATH_SIZE, __VA_ARGS__) < PATH_SIZE)
@@ -107,6 +108,52 @@ static bool find_membership(const char * proc, bool is_v2, char group[LINE_SIZE]
     return found;
 }
 
+// Cuts off the next word of a line, at which *rest points; NULL at its end.
+static char * next_word(char ** rest) {
+    char * word = *rest + strspn(*rest, " \n");
+    char * end = word + strcspn(word, " \n");
+    *rest = *end != '\0' ? end + 1 : end;
+    *end = '\0';
+    return *word != '\0' ? word : NULL;
+}
+
+// What is left in this process's groups of a hierarchy, by its line of mountinfo:
+//     id parent device root mount-point options [optional fields] - type source super-options
+// UINT64_MAX for other mounts.
+static uint64_t left_in_hierarchy(const char * proc, char * line) {
+    char * rest = strstr(line, " - ");
+    if (rest == NULL) {
+        return UINT64_MAX;
+    }
+    rest += strlen(" - ");
+    const char * type = next_word(&rest);
+    next_word(&rest);
+    const char * options = next_word(&rest);
+    rest = line;
+    for (int i = 0; i < 3; ++i) {
+        next_word(&rest);
+    }
+    const char * root = next_word(&rest);
+    const char * mount = next_word(&rest);
+    char group[LINE_SIZE];
+    if (mount == NULL || type == NULL || options == NULL) {
+        return UINT64_MAX;
+    }
+    const bool is_v2 = strcmp(type, "cgroup2") == 0;
+    if ((!is_v2 && (strcmp(type, "cgroup") != 0 || !is_listed(options, "memory"))) ||
+        !find_membership(proc, is_v2, group)) {
+        return UINT64_MAX;
+    }
+    // The mount shows the hierarchy from `root` on.
+    const size_t length = strcmp(root, "/") == 0 ? 0 : strlen(root);
+    const bool is_inside = strncmp(group, root, length) == 0 && (group[length] == '/' || group[length] == '\0');
+    char * inside = is_inside ? group + length : group + strlen(group);
+    if (strcmp(inside, "/") == 0) {
+        inside += 1;
+    }
+    return left_around(mount, inside, is_v2);
+}
+
 uint64_t tsffn_available_memory(const char * proc) {
     static const char * const available[2] = {"MemAvailable:", "MemAvailable:"};
     char path[PATH_SIZE], line[LINE_SIZE];
@@ -114,26 +161,7 @@ uint64_t tsffn_available_memory(const char * proc) {
     uint64_t least = PRINT_PATH(path, "%s/meminfo", proc) ? 1024 * sum_of(path, available) : 0;
     FILE * mounts = PRINT_PATH(path, "%s/self/mountinfo", proc) ? fopen(path, "r") : NULL;
     while (mounts != NULL && fgets(line, sizeof(line), mounts) != NULL) {
-        // id parent device root mount-point options [optional fields] - type source super-options
-        char root[LINE_SIZE], mount[LINE_SIZE], type[64], options[LINE_SIZE], group[LINE_SIZE];
-        const char * after = strstr(line, " - ");
-        if (after == NULL || sscanf(line, "%*s %*s %*s %s %s", root, mount) != 2 ||
-            sscanf(after, " - %63s %*s %s", type, options) != 2) {
-            continue;
-        }
-        const bool is_v2 = strcmp(type, "cgroup2") == 0;
-        if ((!is_v2 && (strcmp(type, "cgroup") != 0 || !is_listed(options, "memory"))) ||
-            !find_membership(proc, is_v2, group)) {
-            continue;
-        }
-        // The mount shows the hierarchy from `root` on.
-        const size_t length = strcmp(root, "/") == 0 ? 0 : strlen(root);
-        const bool is_inside = strncmp(group, root, length) == 0 && (group[length] == '/' || group[length] == '\0');
-        char * inside = is_inside ? group + length : group + strlen(group);
-        if (strcmp(inside, "/") == 0) {
-            inside = group + strlen(group);
-        }
-        const uint64_t left = left_around(mount, inside, is_v2);
+        const uint64_t left = left_in_hierarchy(proc, line);
         least = left < least ? left : least;
     }
     if (mounts != NULL) {
