@@ -22,7 +22,6 @@ import numpy.typing as npt
 import tsconv
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.runtime.guard import CLOSED, FORKED, use_threads
-from tsconv.transform import q3_nl
 
 Ints = npt.NDArray[np.int64]
 
@@ -242,6 +241,8 @@ class Backend:
         Raises:
             BackendError: out of memory, or arrays that do not fit each other.
         """
+        from tsconv.transform import q3_nl
+
         arrays = (rows, importance, units, out)
         dtypes = (np.float32, np.float32, np.float16, np.uint8)
         n, r = rows.shape

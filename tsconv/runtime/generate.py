@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.errors import ModelFileError, TsconvError
 from tsconv.runtime.model import TEMPLATE_KEY, WITHOUT_CHAT, SparseLlama
 
 
@@ -170,7 +170,7 @@ class Generation:
             if n_steps < 2:
                 llama.reset_ffn_stats()
             started = time.perf_counter()
-            token = _next(stream, llama)
+            token = next(stream)
             seconds[min(n_steps, 1)] += time.perf_counter() - started
             n_steps += 1
             if llama_cpp.llama_vocab_is_eog(vocab, token):
@@ -196,13 +196,6 @@ class Generation:
             seconds_decode=seconds[1],
             **_ffn_means(llama.ffn_stats(), seconds[min(n_steps - 1, 1)]),
         )
-
-
-def _next(stream: Iterator[int], llama: SparseLlama) -> int:
-    try:
-        return next(stream)
-    except RuntimeError as error:
-        raise BackendError("llama.cpp could not compute a batch", where=llama.model_path, found=error) from None
 
 
 def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.errors import BackendError, TsconvError
 from tsconv.runtime.backend import load_backend
-from tsconv.runtime.log import quiet_unless
+from tsconv.runtime.log import computing, quiet_unless
 from tsconv.runtime.model import SparseLlama
 
 MAX_BATCH = 512  # tokens per call of llama_decode; llama.cpp's own default
@@ -65,10 +65,8 @@ class LayersContext:
         self._context.kv_cache_clear()
         for start in range(0, len(tokens), self._n_batch):
             self._batch.set_batch(tokens[start : start + self._n_batch], n_past=start, logits_all=True)
-            try:
+            with computing(self._where):
                 self._context.decode(self._batch)
-            except RuntimeError as error:
-                raise BackendError("llama.cpp could not compute a batch", where=self._where, found=error) from None
 
     def close(self) -> None:
         """Frees the context."""

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 
 import llama_cpp
 
+from tsconv.errors import BackendError
+
 GGML_LOG_LEVEL_ERROR = 4  # enum ggml_log_level (ggml.h)
+OWN = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
 
 
 class _Router:
@@ -34,7 +37,7 @@ class _Router:
         # llama.cpp may log while the interpreter ends, when the names of modules are gone: the callback stays for good,
         # and uses nothing but what it holds.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.callback))
-        self._ident, self._threads = threading.get_ident, threading.enumerate
+        self._ident, self._threads, self._own = threading.get_ident, threading.enumerate, OWN.encode()
 
     def install(self) -> None:
         """Takes the place of another logger, if there is another one now."""
@@ -51,7 +54,9 @@ class _Router:
 
     def _route(self, level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         lines = self._collector()
-        if lines is None:
+        if lines is None and level == GGML_LOG_LEVEL_ERROR and text.startswith(self._own):
+            os.write(2, text)  # llama-cpp-python takes this level for another, and hides it
+        elif lines is None:
             callback, data = self._before
             callback(level, text, data)
         elif level == GGML_LOG_LEVEL_ERROR:
@@ -94,3 +99,18 @@ def quiet_unless(verbose: bool) -> Iterator[list[str]]:
     finally:
         with _router.lock:
             _router.collecting = [other for other in _router.collecting if other is not entry]
+
+
+@contextmanager
+def computing(where: object, verbose: bool = False) -> Iterator[None]:
+    """Batches are computed while this holds, by the model `where`.
+
+    Raises:
+        BackendError: llama.cpp could not compute one; it quotes what the backend says of that.
+    """
+    with quiet_unless(verbose) as errors:
+        try:
+            yield
+        except RuntimeError as error:
+            own = next((line.removeprefix(OWN) for line in errors if line.startswith(OWN)), None)
+            raise BackendError("llama.cpp could not compute a batch", where=where, found=own or error) from None

@@ -23,10 +23,9 @@ from tsconv.export.kv_cache import padded
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.guard import CLOSED, Gone, Guard, use_threads
 from tsconv.runtime.limits import fits_in_memory, usable_cores
-from tsconv.runtime.log import quiet_unless
+from tsconv.runtime.log import OWN, computing, quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
 
-OWN_MESSAGE = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
 TEMPLATE_KEY = "tokenizer.chat_template"
 WITHOUT_CHAT = "continue a text instead: -p, without --chat"
 DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
@@ -231,7 +230,6 @@ class SparseLlama(llama_cpp.Llama):
 
     # ---- one call at a time
 
-    eval = _alone(llama_cpp.Llama.eval)
     reset = _alone(llama_cpp.Llama.reset)
     embed = _alone(llama_cpp.Llama.embed)
     load_state = _alone(llama_cpp.Llama.load_state)
@@ -239,6 +237,12 @@ class SparseLlama(llama_cpp.Llama):
     sample = _alone(llama_cpp.Llama.sample, changes=False)
     tokenize = _alone(llama_cpp.Llama.tokenize, changes=False)
     detokenize = _alone(llama_cpp.Llama.detokenize, changes=False)
+
+    @_alone
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As llama_cpp.Llama's, but that BackendError says why llama.cpp could not compute the tokens."""
+        with computing(self.model_path, self.verbose):
+            super().eval(tokens)
 
     @wraps(llama_cpp.Llama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -351,10 +355,8 @@ class SparseLlama(llama_cpp.Llama):
             self._native.profile(False)
 
     def _decode(self) -> None:
-        try:
+        with computing(self.model_path, self.verbose):
             self._ctx.decode(self._batch)
-        except RuntimeError as error:
-            raise BackendError("llama.cpp could not compute a batch", where=self.model_path, found=error) from None
 
     def ffn_stats(self) -> list[dict[str, float]]:
         """What the FFNs did since loading or `reset_ffn_stats()`, one dict per layer.
@@ -415,8 +417,8 @@ class SparseLlama(llama_cpp.Llama):
 def _load_error(error: Exception, errors: list[str], path: Path, n_ctx: int) -> TsconvError:
     """What llama_cpp.Llama's constructor says, and llama.cpp's error lines, in one line."""
     reason = next((line for line in errors if line), str(error) or "no memory")
-    if reason.startswith(OWN_MESSAGE):
-        return BackendError(reason.removeprefix(OWN_MESSAGE))
+    if reason.startswith(OWN):
+        return BackendError(reason.removeprefix(OWN))
     if isinstance(error, MemoryError) or "llama_context" in str(error) or "llama_batch" in str(error):
         return BackendError(
             f"llama.cpp cannot make a context of {f'{n_ctx} tokens' if n_ctx else 'the length that the model has'}",
