@@ -341,9 +341,10 @@ int main(void) {
                 }
             }
             test_overlap(ws, ffns);
-            on_small_stack(test_small_stack, ffns);
         }
         test_comparison(ws, ffns);
+        describe(ffns, &own_type, &host_type, true, true);
+        on_small_stack(test_small_stack, ffns);
         for (int variant = 0; variant < 16; variant += 5) {
             describe(ffns, (variant & 1) != 0 ? &host_type : &own_type, &own_type, (variant & 4) != 0,
                      (variant & 8) != 0);
