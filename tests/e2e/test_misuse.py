@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import llama_cpp
 import numpy as np
 import pytest
 import tiny
@@ -206,23 +207,31 @@ print(answer)"""
         assert line.startswith(expected), line
 
 
-def test_model_loaded_in_a_forked_process():
-    """With one thread it works; OpenMP's other threads are those of the parent."""
+# llama.cpp repacks weights for AMX with as many threads as OpenMP likes, while it loads a model.
+AMX = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info() and len(os.sched_getaffinity(0)) > 1
+SEVERAL = "forked from one that had computed with several threads, which are not in it: expected 1 thread"
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_model_loaded_in_a_forked_process(computes):
+    """With one thread it works; OpenMP's other threads are those of the parent, if there were any."""
     script = f"""{FORK}
 m = tsconv.load(model, n_threads=2)
-expected = m.token_logits([1, 5]).argmax()
+if {computes}:
+    m.token_logits([1, 5])
 def in_child(n):
     child = tsconv.load(model, n_threads=n)
     found = child.token_logits([1, 5]).argmax()
     child.close()
-    return int(found == expected)
-print(json.dumps([forked(lambda: in_child(1)), forked(lambda: error(in_child, 2))]))"""
-    one, two = python(script)
-    assert one == "1"
-    assert "forked from one that had computed with several threads, which are not in it: expected 1 thread" in two
+    return int(found)
+answers = [forked(lambda: in_child(1)), forked(lambda: error(in_child, 2))]
+print(json.dumps([*answers, str(m.token_logits([1, 5]).argmax())]))"""
+    one, two, expected = python(script.replace("in_child(1)", "error(in_child, 1)") if AMX else script)
+    assert SEVERAL in one if AMX else one == expected
+    assert SEVERAL in two if AMX or computes else two == "no error"
 
 
-def test_forked_before_anything_was_computed():
+def test_forked_before_anything_was_loaded():
     script = f"""{FORK}
 from tsconv.runtime.backend import load_backend
 load_backend()

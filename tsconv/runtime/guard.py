@@ -34,11 +34,13 @@ class Guard:
     """Whose turn a model is.
 
     Attributes:
+        n_threads: those that the model computes with.
         lock: held while llama.cpp works for the model.
         gone: why the model cannot be used any more; None while it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_threads: int = 1) -> None:
+        self.n_threads = n_threads
         self.lock = threading.RLock()
         self.gone: str | None = None
         self._depth = 0  # calls within calls of the thread that holds the lock
@@ -70,6 +72,7 @@ class Guard:
                         "another call has used the model since: this text cannot be continued",
                         fix="end one text before the next, or load the model once for each",
                     )
+                use_threads(self.n_threads)
                 self._user = object() if user is None else user
             self._depth += 1
             try:
@@ -85,19 +88,23 @@ class Guard:
 _pool_of: list[int] = []  # the process that OpenMP's threads were first asked for in; at most one
 
 
-def use_threads(n_threads: int) -> None:
-    """To be called before a parallel region of so many threads.
+def check_threads(n_threads: int) -> None:
+    """Whether this process can compute with so many threads.
 
     Raises:
-        BackendError: this process was forked from one that had threads; OpenMP would wait for them forever.
+        BackendError: it was forked from one that had several; OpenMP would wait for those forever.
     """
-    if n_threads < 2:
-        return
-    if _pool_of and _pool_of[0] != os.getpid():
+    if n_threads > 1 and _pool_of and _pool_of[0] != os.getpid():
         raise BackendError(
             "this process was forked from one that had computed with several threads, which are not in it",
             expected="1 thread",
             found=n_threads,
             fix="start processes with the method 'spawn', or use 1 thread",
         )
-    _pool_of[:] = [os.getpid()]
+
+
+def use_threads(n_threads: int) -> None:
+    """To be called before a parallel region of so many threads; raises as `check_threads`."""
+    check_threads(n_threads)
+    if n_threads > 1 and not _pool_of:
+        _pool_of.append(os.getpid())

@@ -13,6 +13,7 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.errors import BackendError, TsconvError
 from tsconv.runtime.backend import load_backend
+from tsconv.runtime.guard import use_threads
 from tsconv.runtime.log import computing, quiet_unless
 from tsconv.runtime.model import SparseLlama
 
@@ -57,6 +58,7 @@ class LayersContext:
             BackendError: llama.cpp could not compute them, or `llama` is closed.
         """
         with self._guard.alone(changes=False):
+            use_threads(self._guard.n_threads)
             self._compute(tokens)
 
     def _compute(self, tokens: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
 from tsconv.export.kv_cache import padded
 from tsconv.runtime.backend import NativeModel, load_backend
-from tsconv.runtime.guard import CLOSED, Gone, Guard, use_threads
+from tsconv.runtime.guard import CLOSED, Gone, Guard, check_threads, use_threads
 from tsconv.runtime.limits import fits_in_memory, usable_cores
 from tsconv.runtime.log import OWN, computing, quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
@@ -30,6 +30,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 WITHOUT_CHAT = "continue a text instead: -p, without --chat"
 DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
 WINDOW_KEY = "turbosparse.source.sliding_window"
+AMX = b"AMX_INT8 = 1"
 MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT (docs/format.md); llama.cpp's book-keeping alone takes 50 bytes per token
 MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
 
@@ -110,7 +111,10 @@ class SparseLlama(llama_cpp.Llama):
             refuse_adapter(read_header(path), read_header(Path(lora_path)))
             kwargs["use_mmap"] = False
         threads = n_threads or usable_cores(), n_threads_batch or n_threads or usable_cores()
-        use_threads(max(threads))
+        self._guard.n_threads = max(threads)
+        check_threads(max(threads))
+        if AMX in llama_cpp.llama_print_system_info():
+            use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
         native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
         self._native = native
         self.sparsity: str = native.sparsity
