@@ -324,16 +324,28 @@ def test_threads_wait_for_each_other(llama):
         assert found[3 + i] == [texts[i]] * 4
 
 
+MESSAGES = [{"role": "user", "content": PROMPT}]
+OTHERS = {
+    "token_logits": lambda llama: llama.token_logits(TOKENS),
+    "completion": lambda llama: llama.create_completion("x", max_tokens=1),
+    "chat": lambda llama: llama.create_chat_completion(MESSAGES, max_tokens=1),
+    "stream": lambda llama: next(llama.create_completion("x", max_tokens=1, stream=True)),
+    "eval": lambda llama: llama.eval([1]),
+    "reset": lambda llama: llama.reset(),
+    "load_state": lambda llama: llama.load_state(llama.save_state()),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("kind", ["generate", "stream", "chat", "generation"])
-def test_a_text_cannot_go_on_after_another(llama, kind):
+def test_a_text_cannot_go_on_after_another(llama, kind, other):
     def begin():
         if kind == "generate":
             return llama.generate(TOKENS, temp=0)
         if kind == "stream":
             return llama.create_completion(PROMPT, max_tokens=20, temperature=0, stream=True)
         if kind == "chat":
-            messages = [{"role": "user", "content": PROMPT}]
-            return llama.create_chat_completion(messages, max_tokens=20, temperature=0, stream=True)
+            return llama.create_chat_completion(MESSAGES, max_tokens=20, temperature=0, stream=True)
         return iter(Generation(llama, prompt_tokens(llama, PROMPT), 20, Sampling(temperature=0)))
 
     text = begin()
@@ -342,7 +354,7 @@ def test_a_text_cannot_go_on_after_another(llama, kind):
     llama.tokenize(b"does not matter")
     llama.ffn_stats()
     next(text)
-    llama.token_logits(TOKENS)
+    other(llama)
     with pytest.raises(BackendError, match="another call has used the model since: this text cannot be continued; end"):
         next(text)
     # The newcomer is not disturbed, and neither is who comes after an abandoned text.

@@ -44,6 +44,7 @@ class Guard:
         self.lock = threading.RLock()
         self.gone: str | None = None
         self._depth = 0  # calls within calls of the thread that holds the lock
+        self._changing = 0  # those of them that change the context
         self._user: object = None  # the last one that changed the context
 
     @property
@@ -66,7 +67,7 @@ class Guard:
         with self.lock:
             if self.gone is not None:
                 raise BackendError(self.gone)
-            if changes and not self._depth:
+            if changes and not self._changing:
                 if resumed and self._user is not user:
                     raise BackendError(
                         "another call has used the model since: this text cannot be continued",
@@ -75,14 +76,17 @@ class Guard:
                 use_threads(self.n_threads)
                 self._user = object() if user is None else user
             self._depth += 1
+            self._changing += changes
             try:
                 yield
             finally:
                 self._depth -= 1
+                self._changing -= changes
 
     def after_fork(self) -> None:
         """In the child: another thread may have held the lock, and it is not there to give it back."""
-        self.lock, self._depth, self.gone = threading.RLock(), 0, self.gone or FORKED
+        self.lock, self._depth, self._changing = threading.RLock(), 0, 0
+        self.gone = self.gone or FORKED
 
 
 _pool_of: list[int] = []  # the process that OpenMP's threads were first asked for in; at most one

@@ -269,7 +269,7 @@ class SparseLlama(llama_cpp.Llama):
                     found=error,
                     fix="name another chat_format, or continue a text instead",
                 )
-            return super().create_chat_completion(*args, **kwargs)
+        return super().create_chat_completion(*args, **kwargs)
 
     def _in_steps(self, stream: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         """`stream`, having the model for itself during each step, and its context unchanged between them."""
