@@ -241,7 +241,7 @@ class Backend:
         Raises:
             BackendError: out of memory, or arrays that do not fit each other.
         """
-        from tsconv.transform import q3_nl
+        from tsconv.transform import q3_nl  # brings gguf, and with it a library that `tsconv doctor` need not load
 
         arrays = (rows, importance, units, out)
         dtypes = (np.float32, np.float32, np.float16, np.uint8)
