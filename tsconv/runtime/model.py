@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from tsconv.checkpoint.config import MAX_CONTEXT
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.export.adapter import refuse_adapter
 from tsconv.export.gguf_header import read_header
@@ -31,7 +32,6 @@ WITHOUT_CHAT = "continue a text instead: -p, without --chat"
 DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the chat format that this key holds
 WINDOW_KEY = "turbosparse.source.sliding_window"
 AMX = b"AMX_INT8 = 1"
-MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT (docs/format.md); llama.cpp's book-keeping alone takes 50 bytes per token
 MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
 
 _models: weakref.WeakSet[SparseLlama] = weakref.WeakSet()  # of this process, for `_after_fork`
