@@ -177,7 +177,7 @@ def test_formats(rows, tmp_path):
         (("-t", "1,zwei"), "threads: expected numbers from 1 to 512, such as 2 or 1,2, found '1,zwei'"),
         (("--suite", "quick"), "--suite decides about --model itself"),
         (("--baseline", "sparse"), "llama.cpp-norepack"),
-        (("--save", "nowhere/o.json"), "nowhere: no such folder"),
+        (("--save", "nowhere/o.json"), "nowhere: folder of the output does not exist"),
         (("--compare", "nothing.json"), "cannot be read"),
         (("--compare", __file__), "not a result of tsconv bench"),
     ],

@@ -146,7 +146,7 @@ def test_two_conversions_to_one_output(large: Path, tmp_path: Path) -> None:
     second = start(large, outfile)
     _, stderr = second.communicate()
     assert second.returncode == OUTPUT
-    assert "another conversion is writing this output" in stderr
+    assert "another process is writing this output" in stderr
     _, stderr = first.communicate()
     assert first.returncode == 0, stderr
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", "m.predictor.gguf"]

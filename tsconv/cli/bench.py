@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from tsconv.errors import OutputError
-
 if TYPE_CHECKING:
     from tsconv.bench.compare import Row
 
@@ -90,6 +88,7 @@ def command(
     from tsconv.bench.suite import run_suite
     from tsconv.bench.workload import parse_threads, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
+    from tsconv.export.writer import check_output, write_file
 
     given = [name for name in OF_ONE_MODEL if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if suite and given:
@@ -99,8 +98,8 @@ def command(
     n_threads = parse_threads(threads) if threads is not None else None
     baselines = (STOCK, DENSE_DRELU) if baseline == DENSE_DRELU else (baseline,)
     old = read_results(compare) if compare is not None else {}
-    if save is not None and not save.parent.is_dir():
-        raise OutputError("no such folder", where=save.parent, fix="make it, or name another with --save")
+    if save is not None:
+        check_output(save, force=True)
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -118,16 +117,9 @@ def command(
         for part in parts:
             rows += part
             if save is not None:
-                _write(save, formatted(rows, "json"))
+                write_file(save, formatted(rows, "json").encode(), force=True)
     finally:  # what was measured is not lost when a later model fails
         if rows:
             click.echo(formatted(rows, output), nl=False)
     for line in changes(rows, old):
         say(line)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", where=path) from None

@@ -1,7 +1,8 @@
 """Writing GGUF files as a stream: all or nothing, and never a half-written file under the final name.
 
 gguf-py writes the header, keys and tensor table; tensor data follows slab by slab. Files grow as NAME.gguf.part and are
-renamed when all of them are whole and on the disk. Any failure, Ctrl-C or SIGTERM removes the .part files.
+renamed when all of them are whole and on the disk. Any failure, Ctrl-C or SIGTERM removes the .part files. Those that a
+crash left are written over. Who holds the lock of a .part file is the only one that writes and renames it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -21,7 +23,8 @@ from typing import Self
 import gguf
 import numpy as np
 
-from tsconv.errors import OutputError
+from tsconv.errors import ModelFileError, OutputError
+from tsconv.export.gguf_header import read_header
 
 # Room for keys and the tensor table beyond the tensor data in the check for free space.
 HEADER_ROOM = 16 << 20
@@ -30,6 +33,9 @@ HEADER_ROOM = 16 << 20
 # ext4 from Linux 6.16 on), the page cache then holds the file in huge pages, and so does a mapping of it. Random rows
 # of a mapped model are read a tenth faster so (docs/performance.md).
 HUGE_PAGE = 2 << 20
+
+# How long a small file waits for another process that is writing the same one.
+WAIT_SECONDS = 10.0
 
 
 class StreamedFile:
@@ -40,7 +46,7 @@ class StreamedFile:
 
     def __init__(self, path: Path, arch: str) -> None:
         self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.part = _part_of(path)
         self.header = gguf.GGUFWriter(None, arch)
         self._sizes: list[int] = []
         self._tensor, self._done = 0, 0
@@ -57,20 +63,10 @@ class StreamedFile:
         self._sizes.append(nbytes)
 
     def begin(self) -> None:
-        """Creates the .part file, locks it against other conversions, and writes everything before the tensor data."""
+        """Creates the .part file, locks it against other processes, and writes everything before the tensor data."""
         with _reported(self.part):
             with _signals_wait():  # between the file's creation and the note that it is ours
-                fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(fd)
-                    raise OutputError(
-                        "another conversion is writing this output",
-                        where=self.part,
-                        fix="wait for it to end, or choose another --outfile",
-                    ) from None
-                self._lock = fd
+                self._lock = lock(self.part)
             self.header.write_header_to_file(self.part)
             self.header.write_kv_data_to_file()
             self.header.write_ti_data_to_file()
@@ -156,8 +152,13 @@ class StreamedFile:
 class OutputFiles:
     """The files of one conversion, as a context manager: `commit` renames all of them, leaving without it removes all.
 
+    Two files cannot be renamed at once. What holds at every moment, whenever the process or the machine stops: the old
+    files are all in place, or all new ones are on the disk, whole and under their final names but for the model, which
+    may still be NAME.gguf.part beside its sidecar. `pair_id` keeps readers from taking the old model for the sidecar's
+    own, and the next OutputFiles of these names renames the model before it does anything else.
+
     Args:
-        files: what will be written.
+        files: what will be written; the model first, then its sidecar.
         obsolete: an older output that does not belong beside the new ones; treated as existing, removed by `commit`.
         force: replace what exists.
 
@@ -166,9 +167,10 @@ class OutputFiles:
     """
 
     def __init__(self, files: list[StreamedFile], obsolete: list[Path], force: bool) -> None:
-        self.files, self.obsolete = files, obsolete
-        for path in [*(file.path for file in files), *obsolete]:
-            check_output(path, force)
+        self.files, self.obsolete, self.force = files, obsolete, force
+        for sidecar in self._paths()[1:]:
+            _end_cut_short_commit(files[0], sidecar)
+        self._check()
 
     def __enter__(self) -> Self:
         folder = self.files[0].path.parent
@@ -184,21 +186,123 @@ class OutputFiles:
         return self
 
     def commit(self) -> list[int]:
-        """Finishes and renames all files. Returns their sizes in bytes, in order."""
+        """Finishes and renames all files. Returns their sizes in bytes, in order.
+
+        Raises:
+            OutputError: an output came to exist meanwhile and there is no `force`, or one cannot be renamed. Nothing is
+                replaced then, unless it is the model that cannot be renamed: it stays as NAME.gguf.part.
+        """
         sizes = [file.finish() for file in self.files]
-        for path in self.obsolete:
-            path.unlink(missing_ok=True)
-        for file in reversed(self.files):  # the model last: it is what others look for
-            with _reported(file.path):
-                os.replace(file.part, file.path)
+        with _signals_wait():
+            self._check()
+            model, *others = self.files
+            for file in others:
+                _rename(file.part, file.path)
+            try:
+                _rename(model.part, model.path)
+            except OutputError as error:
+                if others:
+                    model.release()  # its sidecar is in place: without the model all would be lost
+                    raise OutputError(f"{error}; the new model is {model.part}") from None
+                raise
+            for path in self.obsolete:  # belongs to the model that was replaced
+                with _reported(path):
+                    path.unlink(missing_ok=True)
+            for file in self.files:
                 file.release()
-        with _reported(self.files[0].path.parent), _directory(self.files[0].path.parent) as fd:
-            os.fsync(fd)
         return sizes
 
     def __exit__(self, *_: object) -> None:
         for file in self.files:
             file.discard()
+
+    def _paths(self) -> list[Path]:
+        return [*(file.path for file in self.files), *self.obsolete]
+
+    def _check(self) -> None:
+        for path in self._paths():
+            check_output(path, self.force)
+
+
+def _end_cut_short_commit(model: StreamedFile, sidecar: Path) -> None:
+    """Renames the model of a commit that was cut short when only the sidecar had been renamed."""
+    if not _is_cut_short(model, sidecar):
+        return
+    try:
+        fd = lock(model.part, create=False)
+    except (OutputError, FileNotFoundError):
+        return  # that commit is under way
+    try:
+        if _is_cut_short(model, sidecar):
+            _rename(model.part, model.path)
+    finally:
+        os.close(fd)
+
+
+def _is_cut_short(model: StreamedFile, sidecar: Path) -> bool:
+    return (
+        (pair_id := _pair_id(model.part)) is not None
+        and pair_id == _pair_id(sidecar)
+        and pair_id != _pair_id(model.path)
+    )
+
+
+def _pair_id(path: Path) -> object:
+    """`turbosparse.pair_id` of a whole file; None when there is no such file or it is something else."""
+    try:
+        return read_header(path).keys.get("turbosparse.pair_id") if path.exists() else None
+    except (ModelFileError, OSError):
+        return None
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def lock(part: Path, wait_seconds: float = 0.0, create: bool = True) -> int:
+    """Opens a .part file, which is made when it is missing, and locks it. Returns the descriptor that holds the lock.
+
+    The file is still there by this name: its last owner may have renamed or removed it between the two steps, and then
+    another process can make and lock a new one.
+
+    Raises:
+        OutputError: another process holds the lock, and does so for `wait_seconds`.
+        OSError: the file cannot be made, or is missing and must not be made.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        fd = os.open(part, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(part)):
+                return fd
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                raise OutputError(
+                    "another process is writing this output",
+                    where=part,
+                    fix="wait for it to end, or choose another name",
+                ) from None
+            time.sleep(0.02)
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _rename(part: Path, path: Path) -> None:
+    """Renames a file, and makes sure that what comes after this is on the disk only if this is."""
+    with _reported(path):
+        os.replace(part, path)
+    with contextlib.suppress(OSError):  # a folder that cannot be read; a file system without such a thing
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
@@ -213,46 +317,50 @@ def check_output(path: Path, force: bool) -> None:
     """Refuses an output before any work is done for it.
 
     Raises:
-        OutputError: it exists without `force`, or its folder is missing or not writable.
+        OutputError: it exists without `force` or is no file, or its folder is missing or not writable.
     """
-    if path.is_dir():
-        raise OutputError("output is a directory", where=path, fix="name a file")
-    if os.path.lexists(path) and not force:
-        raise OutputError("output exists", where=path, fix="choose another name, or --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError("folder of the output does not exist", where=path.parent, fix="create it, or name another")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError("folder of the output is not writable", where=path.parent)
+    with _reported(path):  # a name that is too long
+        if path.is_dir():
+            raise OutputError("output is a directory", where=path, fix="name a file")
+        if path.exists() and not path.is_file():
+            raise OutputError("output is not a file that could be replaced", where=path, fix="choose another name")
+        if os.path.lexists(path) and not force:
+            raise OutputError("output exists", where=path, fix="choose another name, or --force to replace it")
+        if not path.parent.is_dir():
+            raise OutputError("folder of the output does not exist", where=path.parent, fix="make it, or name another")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OutputError("folder of the output is not writable", where=path.parent)
 
 
 def write_file(path: Path, data: bytes, force: bool) -> None:
-    """Writes a small file, all or nothing.
+    """Writes a small file, all or nothing, after any other process that is writing it.
 
     Raises:
         OutputError: see `check_output`; or it cannot be written.
     """
     check_output(path, force)
-    part = path.with_name(path.name + ".part")
+    part = _part_of(path)
     with _reported(path):
+        fd = lock(part, WAIT_SECONDS)
         try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            check_output(path, force)
+            os.ftruncate(fd, 0)
+            write_synced(fd, data)
+            _rename(part, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
+        finally:
+            os.close(fd)
 
 
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def write_synced(file: Path | int, data: bytes) -> None:
+    """Writes a whole file (an int: an open, empty one, which stays open) down to the disk. Raises OSError."""
+    with open(file, "wb", closefd=isinstance(file, Path)) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

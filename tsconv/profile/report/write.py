@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tsconv.errors import OutputError
-from tsconv.export.writer import sigterm_exits
+from tsconv.export.writer import lock, sigterm_exits, write_synced
 from tsconv.profile.report.summary import summarise
 from tsconv.profile.stats import Stats
 
@@ -82,22 +82,23 @@ def _is_report(path: Path) -> bool:
 
 
 def _write(directory: Path, contents: dict[str, bytes]) -> None:
-    """Writes all of `contents` beside their names, then renames them in order."""
-    parts: list[Path] = []
+    """Writes all of `contents` beside their names, then renames them in order: the page, whose lock is held, last."""
+    parts = {name: directory / f"{name}.part" for name in contents}
     with sigterm_exits(), _reported(directory), _made(directory) as made:
+        fd = lock(parts[PAGE])
         try:
             for name, data in contents.items():
-                parts.append(directory / f"{name}.part")
-                parts[-1].write_bytes(data)
-            for name, part in zip(contents, parts, strict=True):
-                os.replace(part, directory / name)
+                write_synced(parts[name], data)
             for name in set(_names()) - set(contents):
                 (directory / name).unlink(missing_ok=True)
+            for name, part in parts.items():
+                os.replace(part, directory / name)
             made.clear()
         finally:
-            for part in parts:
+            for part in parts.values():
                 with contextlib.suppress(OSError):
                     part.unlink(missing_ok=True)
+            os.close(fd)
 
 
 @contextlib.contextmanager
