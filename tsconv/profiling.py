@@ -185,8 +185,11 @@ def _save(stats: Stats, output: Path, force: bool) -> Path:
     try:
         statistics.save(stats, output, force)
     except OutputError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="tsconv-")) / output.name
-        statistics.save(stats, rescued)
+        try:
+            rescued = Path(tempfile.mkdtemp(prefix="tsconv-")) / output.name
+            statistics.save(stats, rescued)
+        except (OSError, OutputError):
+            raise error from None  # there is no such folder, or it is full
         raise OutputError(f"{error}; the statistics are in {rescued}") from None
     return output
 

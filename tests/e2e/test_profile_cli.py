@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def test_text_that_breaks_half_way(model, tmp_path):
     assert statistics.load(model.with_suffix(".stats.gguf")).n_tokens > 0
 
 
-def test_output_that_cannot_be_written_at_the_end(model, text, tmp_path):
+def test_output_that_cannot_be_written_at_the_end(model, text, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     folder.mkdir()
 
@@ -137,6 +138,11 @@ def test_output_that_cannot_be_written_at_the_end(model, text, tmp_path):
     rescued = Path(str(error.value).rsplit("the statistics are in ", 1)[1])
     assert statistics.load(rescued).n_tokens == 64
     shutil.rmtree(rescued.parent)
+
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match=r"out: folder of the output does not exist; make it"):
+        profiling.profile(model, str(text), folder / "s.gguf", chunk=64, should_stop=remove, n_threads=1)
 
 
 # ---- what is refused: one line, an exit code, and nothing written

@@ -231,7 +231,8 @@ def backend_refusal(library: Path) -> str:
 
 def test_backend_that_is_not_there(tmp_path):
     line = backend_refusal(tmp_path / "none.so")
-    assert_in(line, f"the native backend is missing: expected {tmp_path / 'none.so'}; reinstall tsconv")
+    assert_in(line, f"the native backend is missing: expected {tmp_path / 'none.so'}; unset TSCONV_BACKEND, which")
+    assert_in(backend_refusal(tmp_path), f"the native backend is missing: expected {tmp_path}; unset TSCONV_BACKEND")
 
 
 def test_backend_that_is_not_a_library(tmp_path):

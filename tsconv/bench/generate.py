@@ -79,7 +79,7 @@ def generated(
     options = f"-pred-{type_name(kind)}" if kind != default else ""
     options += (f"-{active:g}" if active != PRESETS[preset].active else "") + (f"-seed{seed}" if seed else "")
     path = folder / f"{preset}-{n_layer}-layers-{outtype}-g{GENERATION}{options}.gguf"
-    if path.exists():
+    if os.path.exists(path):
         return path
     shape = PRESETS[preset].shape(n_layer)
     checkpoint_bytes = 2 * sum(prod(dims) for dims in tensor_shapes(shape).values())
@@ -87,7 +87,8 @@ def generated(
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise OutputError(f"cannot keep generated models: {error.strerror}", where=folder) from None
+        what = f"cannot keep generated models: {error.strerror}"
+        raise OutputError(what, where=folder, fix="set XDG_CACHE_HOME") from None
     needed = checkpoint_bytes + Bytes.of(shape, outtype, predictor_outtype).file
     if free < needed:
         raise OutputError(

@@ -56,8 +56,10 @@ def no_extra_bufts() -> Iterator[None]:
 
 def load_stock(path: str, n_threads: int) -> llama_cpp.Llama:
     """The file in stock llama.cpp, which our backend is not loaded into."""
+    from tsconv.runtime.model import FileName
+
     return llama_cpp.Llama(
-        path,
+        FileName(path),
         n_ctx=MAX_TOKENS,
         n_batch=N_UBATCH,
         n_threads=n_threads,

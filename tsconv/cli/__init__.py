@@ -8,6 +8,7 @@ import sys
 import click
 
 from tsconv import __version__
+from tsconv.cli.output import forget_unwritten, prepare_streams, say
 from tsconv.errors import TsconvError
 
 # subcommand -> (module, one-line help). The help stands here so that `tsconv --help` imports no subcommand.
@@ -49,17 +50,26 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: a `TsconvError` becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
+    """Entry point: a `TsconvError` becomes one line on stderr and its exit code; Ctrl-C exits with 130.
+
+    So does what the surroundings can do to any step: a name that is too long, a folder that goes away, a full disk.
+    """
+    prepare_streams()
     try:
         sys.exit(cli(standalone_mode=False) or 0)
     except TsconvError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        say(f"error: {error.format_message()}")
         sys.exit(error.exit_code)
+    except (OSError, UnicodeError) as error:
+        forget_unwritten()  # of --help
+        what = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        say(f"error: {TsconvError(what, where=getattr(error, 'filename', None))}")
+        sys.exit(TsconvError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        say("interrupted")
         sys.exit(130)

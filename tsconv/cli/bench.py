@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from tsconv.cli.output import echo, say
+
 if TYPE_CHECKING:
     from tsconv.bench.compare import Row
 
@@ -101,9 +103,6 @@ def command(
     if save is not None:
         check_output(save, force=True)
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
     progress = say if sys.stderr.isatty() else lambda line: None
     if suite:
         parts = run_suite(suite, baselines=baselines, n_threads=n_threads, say=say, progress=progress)
@@ -120,6 +119,6 @@ def command(
                 write_file(save, formatted(rows, "json").encode(), force=True)
     finally:  # what was measured is not lost when a later model fails
         if rows:
-            click.echo(formatted(rows, output), nl=False)
+            echo(formatted(rows, output), nl=False)
     for line in changes(rows, old):
         say(line)

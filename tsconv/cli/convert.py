@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def command(
     with progress_bar("converting") as progress:
         result = convert(src, progress=progress, **options)  # type: ignore[arg-type]
     for line in (*(f"note: {note}" for note in result.notes), *_summarised(result.type_notes)):
-        click.echo(line, err=True)
-    click.echo(_as_json(result) if as_json else _plan(result) if result.dry_run else _summary(result))
+        say(line)
+    echo(_as_json(result) if as_json else _plan(result) if result.dry_run else _summary(result))
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def _summarised(notes: tuple[str, ...]) -> list[str]:
 
 def _as_json(result: ConversionResult) -> str:
     fields = dataclasses.asdict(result)
-    return json.dumps(fields | {"mb_per_s": _rate(result)}, default=str, indent=2)
+    return json_text(fields | {"mb_per_s": _rate(result)}, indent=2)
 
 
 def _rate(result: ConversionResult) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
+from tsconv.cli.output import echo, json_text
 from tsconv.cli.text import table
 
 
@@ -19,15 +19,13 @@ def command(as_json: bool) -> None:
     checks = diagnose()
     healthy = is_healthy(checks)
     if as_json:
-        click.echo(
-            json.dumps({"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2)
-        )
+        echo(json_text({"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
     else:
-        click.echo(table([(check.status, check.name, check.value) for check in checks]))
+        echo(table([(check.status, check.name, check.value) for check in checks]))
         for check in checks:
             if check.fix:
-                click.echo(f"{check.status}: {check.name}: {check.fix}")
+                echo(f"{check.status}: {check.name}: {check.fix}")
         if healthy:
-            click.echo("everything needed is there")
+            echo("everything needed is there")
     if not healthy:
         raise click.exceptions.Exit(1)

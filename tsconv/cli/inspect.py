@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tsconv.cli.output import echo, json_text
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def command(file: Path, as_json: bool) -> None:
         _show_stats(file, as_json)
         return
     summary = summarise(file)
-    click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else _text(summary))
+    echo(json_text(summary.as_dict(), indent=2) if as_json else _text(summary))
 
 
 def _show_stats(file: Path, as_json: bool) -> None:
@@ -47,9 +47,9 @@ def _show_stats(file: Path, as_json: bool) -> None:
     file_bytes = file.stat().st_size
     if as_json:
         head = {"path": str(file), "kind": "statistics", "file_bytes": file_bytes}
-        click.echo(json.dumps(head | summary.as_dict(), indent=2))
+        echo(json_text(head | summary.as_dict(), indent=2))
     else:
-        click.echo(_stats_text(file, file_bytes, summary))
+        echo(_stats_text(file, file_bytes, summary))
 
 
 def _stats_text(file: Path, file_bytes: int, summary: StatsSummary) -> str:

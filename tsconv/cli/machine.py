@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tsconv.cli.output import say
 from tsconv.cli.text import size
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ def load_model(
         sparsity=sparsity,
         predictor_path=predictor_path,
         verbose=verbose,
-        progress=lambda line: click.echo(line, err=True),
+        progress=say,
     )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
     for line in notes:
-        click.echo(line, err=True)
+        say(line)
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tsconv.cli.output import say
+
 if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
 
@@ -78,5 +80,5 @@ def warn_of_long_context(llama: SparseLlama, n_tokens: int) -> bool:
     """Warns on stderr when `n_tokens` tokens are more than the checkpoint was made for; returns whether it did."""
     warning = llama.context_warning(n_tokens)
     if warning is not None:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}")
     return warning is not None

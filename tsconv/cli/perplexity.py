@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from tsconv.cli.options import model_option, predictor_option, sparsity_option, threads_option, warn_of_long_context
+from tsconv.cli.output import echo, json_text
 
 
 @click.command("perplexity")
@@ -57,10 +57,10 @@ def command(
     with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:
         quality = measure(found, sequences, other, lambda done, _: bar.update(done - bar.n))
     if as_json:
-        click.echo(json.dumps({"model": model, "baseline": baseline, "n_ctx": n_ctx} | dataclasses.asdict(quality)))
+        echo(json_text({"model": model, "baseline": baseline, "n_ctx": n_ctx} | dataclasses.asdict(quality)))
         return
-    click.echo(f"perplexity  {quality.perplexity:.4f} over {quality.n_tokens} tokens in pieces of {n_ctx}")
+    echo(f"perplexity  {quality.perplexity:.4f} over {quality.n_tokens} tokens in pieces of {n_ctx}")
     if quality.kl is not None and quality.same_top is not None:
-        click.echo(f"KL          {quality.kl:.6f} nats from {baseline}")
-        click.echo(f"same top    {quality.same_top:.2%} of the tokens")
-    click.echo(f"neurons     {quality.predicted:.1%} predicted, {quality.active:.1%} active")
+        echo(f"KL          {quality.kl:.6f} nats from {baseline}")
+        echo(f"same top    {quality.same_top:.2%} of the tokens")
+    echo(f"neurons     {quality.predicted:.1%} predicted, {quality.active:.1%} active")

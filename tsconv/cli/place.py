@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsconv.cli.options import DEFAULT_CONTEXT, profile_option
+from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def command(model: Path, as_json: bool, **options: Any) -> None:
 
     placed = place(model, **options)
     for note in placed.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(json.dumps(_as_dict(placed), indent=2) if as_json else _text(placed, model, options["machine"]))
+        say(f"note: {note}")
+    echo(json_text(_as_dict(placed), indent=2) if as_json else _text(placed, model, options["machine"]))
 
 
 def _as_dict(placed: Placed) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -15,6 +14,7 @@ import click
 
 from tsconv.cli.interrupt import interruptible
 from tsconv.cli.options import predictor_option, sparsity_option, threads_option
+from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import table
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def command(
                 **options,
             )
     for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(json.dumps(_as_dict(result), indent=2) if as_json else _text(result, model))
+        say(f"note: {note}")
+    echo(json_text(_as_dict(result), indent=2) if as_json else _text(result, model))
     if result.stopped is not None:
-        click.echo(f"stopped early: {result.stopped}", err=True)
+        say(f"stopped early: {result.stopped}")
         raise click.exceptions.Exit(result.stopped.exit_code)
 
 
@@ -168,10 +168,10 @@ def _measure(path: Path, force: bool, as_json: bool) -> None:
     from tsconv.profile.hardware.measure import measure_machine
 
     check_output(path, force)
-    machine = measure_machine(path.stem, progress=lambda line: click.echo(line, err=True))
+    machine = measure_machine(path.stem, progress=say)
     save_machine(machine, path, force)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(machine), indent=2))
+        echo(json_text(dataclasses.asdict(machine), indent=2))
         return
-    click.echo(table(described(machine)))
-    click.echo(f"next: tsconv place MODEL.gguf --profile MODEL.stats.gguf --machine {shlex.quote(str(path))}")
+    echo(table(described(machine)))
+    echo(f"next: tsconv place MODEL.gguf --profile MODEL.stats.gguf --machine {shlex.quote(str(path))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import click
 
 from tsconv.cli.convert import progress_bar
 from tsconv.cli.options import profile_option
+from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def command(model: Path, profile: Path, outfile: Path | None, force: bool, as_js
     with progress_bar("reordering") as progress:
         result = reorder(model, profile, outfile, force=force, progress=progress)
     for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(json.dumps(dataclasses.asdict(result), default=str, indent=2) if as_json else _summary(result))
+        say(f"note: {note}")
+    echo(json_text(dataclasses.asdict(result), indent=2) if as_json else _summary(result))
 
 
 def _summary(result: ReorderResult) -> str:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +11,7 @@ import click
 from tsconv.cli.interrupt import interruptible
 from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.options import finite, model_options, warn_of_long_context
+from tsconv.cli.output import echo, json_text, say
 from tsconv.errors import TsconvError
 
 if TYPE_CHECKING:
@@ -77,28 +74,26 @@ def command(
 
     from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
 
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     llama, chosen = load_model(**loading)
     sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
-    with _quiet_when_nobody_reads():
-        if prompt is None:
-            _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)
-            return
-        tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
-        warned = warn_of_long_context(llama, len(tokens))
-        limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
-        with interruptible() as interrupted:
-            generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
-            text = "".join(generation) if as_json else _stream(generation)
-        summary = generation.summary
-        if as_json:
-            answer = _as_dict(llama, prompt, text, summary)
-            click.echo(json.dumps(answer if chosen is None else answer | {"machine": chosen}))
-        else:
-            click.echo("" if text.endswith("\n") else "\n", nl=False)
-        if not warned:
-            warn_of_long_context(llama, summary.n_prompt + summary.n_generated)
-        click.echo(_line(summary), err=True)
+    if prompt is None:
+        _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)
+        return
+    tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
+    warned = warn_of_long_context(llama, len(tokens))
+    limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
+    with interruptible() as interrupted:
+        generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
+        text = "".join(generation) if as_json else _stream(generation)
+    summary = generation.summary
+    if as_json:
+        answer = _as_dict(llama, prompt, text, summary)
+        echo(json_text(answer if chosen is None else answer | {"machine": chosen}))
+    else:
+        echo("" if text.endswith("\n") else "\n", nl=False)
+    if not warned:
+        warn_of_long_context(llama, summary.n_prompt + summary.n_generated)
+    say(_line(summary))
     if summary.finish_reason == "interrupted":
         raise click.exceptions.Exit(INTERRUPTED)
 
@@ -127,7 +122,7 @@ def _stream(generation: Generation) -> str:
     """Writes the text while it comes, and returns it."""
     pieces = []
     for piece in generation:
-        click.echo(piece, nl=False)
+        echo(piece, nl=False)
         pieces.append(piece)
     return "".join(pieces)
 
@@ -139,7 +134,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
     from tsconv.runtime.generate import Generation, chat_tokens, combined
 
     chat_tokens(llama, [{"role": "user", "content": "Hello."}])  # a model that cannot chat says so at once
-    click.echo(CHAT_HELP, err=True)
+    say(CHAT_HELP)
     messages: list[dict[str, str]] = []
     summaries: list[Summary] = []
     warned = False
@@ -147,10 +142,10 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
         try:
             line = input("> ").strip()
         except KeyboardInterrupt:
-            click.echo()
+            echo()
             continue
         except EOFError:
-            click.echo()
+            echo()
             break
         if line == "/exit":
             break
@@ -165,26 +160,15 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
                 answer = _stream(generation)
         except TsconvError as error:
             messages.pop()
-            click.echo(f"error: {error}; or start over with /clear", err=True)
+            say(f"error: {error}; or start over with /clear")
             continue
-        click.echo("" if answer.endswith("\n") else "\n", nl=False)
+        echo("" if answer.endswith("\n") else "\n", nl=False)
         messages.append({"role": "assistant", "content": answer})
         summaries.append(generation.summary)
         if not warned:
             warned = warn_of_long_context(llama, summaries[-1].n_prompt + summaries[-1].n_generated)
     if summaries:
-        click.echo(_line(combined(summaries)), err=True)
-
-
-@contextmanager
-def _quiet_when_nobody_reads() -> Iterator[None]:
-    """A reader that has seen enough (`| head`) is no error."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout when it ends
-        raise click.exceptions.Exit(0) from None
+        say(_line(combined(summaries)))
 
 
 def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: Summary) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import click
 
 from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.options import model_options
+from tsconv.cli.output import say
 
 
 @click.command("serve")
@@ -31,12 +32,10 @@ def command(
     with listen(host, port) as listener:
         address, bound_port = listener.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback and api_key is None:
-            click.echo(
-                f"warning: everyone who can reach {host} can use this server; --api-key asks for a key", err=True
-            )
+            say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
         llama, _ = load_model(verbose=verbose, **loading)
         shown = f"[{host}]" if ":" in host else host
-        click.echo(f"serving {llama.model_path} on http://{shown}:{bound_port}/v1 (Ctrl-C stops)", err=True)
+        say(f"serving {llama.model_path} on http://{shown}:{bound_port}/v1 (Ctrl-C stops)")
         try:
             serve(create_app(llama, api_key), listener, verbose)
         except KeyboardInterrupt:

@@ -67,7 +67,7 @@ def read_card(directory: Path) -> dict[str, Any]:
 def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelConfig, family: Family) -> None:
     """Keys that model and sidecar share."""
     source, card = provenance.source, provenance.card
-    writer.add_name(source.name)
+    writer.add_name(as_text(source.name))
     for key, add in (("license", writer.add_license), ("license_name", writer.add_license_name)):
         value = card.get(key)
         value = value[0] if isinstance(value, list) and value else value
@@ -86,6 +86,11 @@ def add_common(writer: gguf.GGUFWriter, provenance: Provenance, config: ModelCon
     writer.add_uint32("llama.feed_forward_length", config.n_ff)
     if family.is_moe:
         writer.add_uint32("llama.expert_count", config.n_expert)
+
+
+def as_text(name: str) -> str:
+    """The name of a file as UTF-8 can hold it: bytes that are not become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _add_layout(writer: gguf.GGUFWriter, key: layouts.LayoutKey, version: int) -> None:

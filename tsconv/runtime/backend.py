@@ -83,7 +83,7 @@ class Placed(ctypes.Structure):
 
 
 def library_path() -> Path:
-    """The native library: `$TSCONV_BACKEND`, or the one installed with the package.
+    """The native library, an absolute path: `$TSCONV_BACKEND`, or the one installed with the package.
 
     Raises:
         BackendError: when there is none.
@@ -93,12 +93,13 @@ def library_path() -> Path:
     packages = [*map(Path, tsconv.__path__), Path(sysconfig.get_path("platlib")) / "tsconv"]
     candidates = [Path(override)] if override else [package / "lib" / LIBRARY_NAME for package in packages]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        if os.path.isfile(candidate):
+            return candidate.absolute()  # dlopen looks elsewhere for a name without a slash
+    reinstall = "reinstall tsconv (from a source checkout: make setup)"
     raise BackendError(
         "the native backend is missing",
         expected=" or ".join(map(str, candidates)),
-        fix="reinstall tsconv (from a source checkout: make setup)",
+        fix=f"unset TSCONV_BACKEND, which names it, or {reinstall}" if override else reinstall,
     )
 
 
@@ -126,7 +127,15 @@ class Backend:
                 found=error,
                 fix="install llama-cpp-python==0.3.36 and reinstall tsconv; `tsconv doctor` tells more",
             ) from None
-        self._declare()
+        try:
+            self._declare()
+        except AttributeError:
+            raise BackendError(
+                "is another library than tsconv's backend",
+                where=path,
+                expected=LIBRARY_NAME,
+                fix="unset TSCONV_BACKEND, or reinstall tsconv",
+            ) from None
         message = ctypes.create_string_buffer(ERROR_SIZE)
         if not self._lib.tsffn_check_abi(message, ERROR_SIZE):
             raise BackendError(message.value.decode(errors="replace"))

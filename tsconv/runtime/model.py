@@ -48,6 +48,13 @@ def _alone(function: Callable[..., Any], changes: bool = True) -> Callable[..., 
     return method
 
 
+class FileName(str):
+    """A path for llama_cpp, which encodes it strictly: file names need not be UTF-8."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
 class SparseLlama(llama_cpp.Llama):
     """A converted model. Everything `llama_cpp.Llama` does works; the FFNs run in the sparse backend.
 
@@ -143,7 +150,7 @@ class SparseLlama(llama_cpp.Llama):
                 if preload:
                     native.cache_file(progress)
                 super().__init__(
-                    str(path),
+                    FileName(path),
                     n_threads=threads[0],
                     n_threads_batch=threads[1],
                     n_ctx=padded(n_ctx),

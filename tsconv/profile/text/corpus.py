@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tsconv.errors import HubError, TsconvError
+from tsconv.export.keys import as_text
 from tsconv.profile.text import hub_dataset
 from tsconv.profile.text.builtin import BUILTIN_VERSION, BuiltinText
 from tsconv.profile.text.documents import InterruptedReadError, Tally, TextSource, order
@@ -162,7 +163,7 @@ def _local(path: Path, seed: int | None, text_field: str | None) -> Corpus:
     else:
         paths, files = [path], [_reader(path, name)]
     revision = _fingerprint(paths, [file.name for file in files])
-    return Corpus(files, dataset=name, revision=revision, seed=seed, text_field=text_field, notes=notes)
+    return Corpus(files, dataset=as_text(name), revision=revision, seed=seed, text_field=text_field, notes=notes)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -42,10 +42,10 @@ class TextSource(Protocol):
 def order(n: int, seed: int | None, *where: object) -> Sequence[int]:
     """0 to n - 1: as they come without a seed, else in the random order that seed and `where` determine.
 
-    Equal on every machine: Python promises that random() of a generator seeded with a string does not change.
+    Equal on every machine: Python promises that random() of a generator seeded with bytes does not change.
     """
     if seed is None:
         return range(n)
-    generator = random.Random("/".join(map(str, (seed, *where))))
+    generator = random.Random("/".join(map(str, (seed, *where))).encode("utf-8", "surrogateescape"))
     keys = [generator.random() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
