@@ -156,20 +156,21 @@ def test_missing_model(tmp_path):
     assert "\n" not in line
 
 
-def begun(model: Path, limit: str) -> subprocess.Popen[bytes]:
-    """A run of at most `limit` tokens that has printed its first."""
+def begun(model: Path) -> subprocess.Popen[bytes]:
+    """A run that has printed its first token and waits for a reader, however slow, before its last."""
     process = subprocess.Popen(
-        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", limit, "--temp", "0"],
+        [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "-1", "--temp", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tiny.ROOT,
+        pipesize=4096,  # bytes: less than it has to say
     )
-    process.stdout.read(5)
+    os.read(process.stdout.fileno(), 5)
     return process
 
 
 def test_reader_that_goes_away(model):
-    process = begun(model, "400")
+    process = begun(model)
     process.stdout.close()
     stderr = process.stderr.read()
     assert process.wait(tiny.TIMEOUT_S) == 0
@@ -178,7 +179,7 @@ def test_reader_that_goes_away(model):
 
 def test_interrupt(model):
     """Ctrl-C ends the text, not the line of measurements."""
-    process = begun(model, "-1")
+    process = begun(model)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=tiny.TIMEOUT_S)
     assert process.returncode == 130
@@ -267,13 +268,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, pattern: bytes) -> bytes:
-        """Reads until `pattern` comes; returns everything up to its end and forgets it."""
-        deadline = time.monotonic() + tiny.TIMEOUT_S
+    def comes(self, pattern: bytes, seconds: float) -> bytes | None:
+        """Reads until `pattern` comes; returns everything up to its end and forgets it. None if it does not come."""
+        deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen)):
-            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            if not select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]:
+                return None
             self.seen += os.read(self.master, 4096)
         head, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return head
+
+    def wait_for(self, pattern: bytes) -> bytes:
+        head = self.comes(pattern, tiny.TIMEOUT_S)
+        assert head is not None, self.seen
         return head
 
     def end(self) -> tuple[int, str]:
@@ -326,9 +333,9 @@ def test_chat_loop_keys():
     terminal.type("half a li")
     terminal.wait_for(rb"half a li")
     # CPython's input() misses a signal between echoing a key and waiting for the next, until that comes.
-    time.sleep(0.3)
     terminal.type("\x03")
-    terminal.wait_for(rb"\n> ")
+    while terminal.comes(rb"\n> ", 1.0) is None:
+        terminal.type("\x03")
     terminal.type("\n/clear\n")
     terminal.wait_for(rb"/clear\r\n> ")
     terminal.type("\x04")

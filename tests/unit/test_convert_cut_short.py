@@ -19,6 +19,7 @@ from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.export.writer import OutputFiles, StreamedFile, sigterm_exits
 
 OUTPUT = 6
+TIMEOUT_S = 240  # beside other programs
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def start(checkpoint: Path, outfile: Path, *more: str, **options: object) -> sub
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     """Until `path` has content, so that the conversion is under way."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not (path.exists() and path.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
@@ -51,7 +52,7 @@ def test_interrupted(number: int, code: int, large: Path, out: Path) -> None:
     process = start(large, out)
     wait_for(out.with_name("m.gguf.part"), process)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, stdout) == (code, "")
     assert "Traceback" not in stderr
 
@@ -79,7 +80,7 @@ def test_interrupted_replacement_keeps_the_old_file(large: Path, tmp_path: Path)
     process = start(large, model, "--force")
     wait_for(tmp_path / "m.gguf.part", process)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=TIMEOUT_S)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.gguf", b"precious")]
 
 
@@ -91,7 +92,7 @@ def test_file_size_limit(large: Path, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
 
     process = start(large, out, preexec_fn=limit)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, stdout) == (OUTPUT, "")
     assert "m.gguf.part: cannot be written: File too large" in stderr and stderr.count("\n") == 1
 
@@ -118,7 +119,7 @@ def test_disk_fills_up_while_writing(large: Path, small_disk: Path) -> None:
         with open(small_disk / "other", "wb", buffering=0) as other, contextlib.suppress(OSError):
             while True:  # until the disk is full; the conversion takes room at the same time
                 other.write(bytes(1 << 20))
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
         process.wait()
@@ -132,7 +133,7 @@ def test_not_enough_room_is_seen_before_writing(tmp_path: Path, small_disk: Path
     with open(small_disk / "other", "wb") as other:
         os.posix_fallocate(other.fileno(), 0, 60 << 20)
     process = start(checkpoint, small_disk / "m.gguf")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, stdout) == (OUTPUT, "")
     assert "not enough room" in stderr and "bytes free" in stderr and stderr.count("\n") == 1
     assert os.listdir(small_disk) == ["other"]
@@ -143,10 +144,12 @@ def test_two_conversions_to_one_output(large: Path, tmp_path: Path) -> None:
     outfile = tmp_path / "m.gguf"
     first = start(large, outfile)
     wait_for(outfile.with_name("m.gguf.part"), first)
+    first.send_signal(signal.SIGSTOP)  # or it may end before the second one begins
     second = start(large, outfile)
-    _, stderr = second.communicate()
+    _, stderr = second.communicate(timeout=TIMEOUT_S)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == OUTPUT
     assert "another process is writing this output" in stderr
-    _, stderr = first.communicate()
+    _, stderr = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 0, stderr
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", "m.predictor.gguf"]

@@ -156,13 +156,13 @@ def test_interrupted_download_is_finished_by_the_next_run(hub: ThreadingHTTPServ
     assert "model-00001-of-00002.safetensors" not in fetched
 
 
-def test_offline_without_a_cached_copy(tmp_path: Path) -> None:
-    done = convert(tmp_path, "http://127.0.0.1:9", "owner/Bamboo-Tiny", HF_HUB_OFFLINE="1")
+def test_offline_without_a_cached_copy(tmp_path: Path, silent: str) -> None:
+    done = convert(tmp_path, silent, "owner/Bamboo-Tiny", HF_HUB_OFFLINE="1")
     check_refused(done, tmp_path, ["owner/Bamboo-Tiny", "offline"])
 
 
-def test_hub_cannot_be_reached(tmp_path: Path) -> None:
-    done = convert(tmp_path, "http://127.0.0.1:9", "owner/Bamboo-Tiny")
+def test_hub_cannot_be_reached(tmp_path: Path, silent: str) -> None:
+    done = convert(tmp_path, silent, "owner/Bamboo-Tiny")
     check_refused(done, tmp_path, ["owner/Bamboo-Tiny", "cannot be reached"])
 
 

@@ -35,7 +35,7 @@ class Hub(BaseHTTPRequestHandler):
 
     repos: dict[tuple[str, str], tuple[str, Path]]  # (repository, revision): commit, folder
     cards: dict[str, object]
-    served: list[tuple[str, int]]  # (path, bytes) of the ranges that were sent in full
+    served: list[tuple[str, int]]  # (path, bytes) of the ranges that are sent in full, noted before the client has them
     fail: list[str]  # what becomes of the next ranges: "drop" half-way, "short" of bytes, "busy"
     down_after: int | None  # ranges until the server answers no more
 
@@ -88,9 +88,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(503, "")
         sent = data[: len(data) // 2] if failure else data
         headers = {"Content-Range": f"bytes {first}-{last}/*"}
-        self.send(206, sent, headers, len(data) if failure == "drop" else len(sent))
         if not failure:
             self.served.append((file.name, len(data)))
+        self.send(206, sent, headers, len(data) if failure == "drop" else len(sent))
 
     def refuse(self, status: int, code: str) -> None:
         self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
@@ -377,8 +377,8 @@ def test_broken_row_group_on_the_hub(fineweb_files: list[Path]) -> None:
     assert "sample/10BT/001_00000.parquet, row group 2" in corpus.notes[0]
 
 
-def test_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def test_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, waits: list[float], silent: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", silent)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.close_session()
     with pytest.raises(HubError, match=r"HuggingFaceFW/fineweb@9bb295d.*asking the Hub failed.*--calib builtin"):

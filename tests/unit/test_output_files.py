@@ -173,12 +173,13 @@ def test_lock_of_a_file_that_is_gone(
     assert not (tmp_path / "m.gguf.part").exists()
 
 
-def test_small_file_by_many(tmp_path: Path) -> None:
+def test_small_file_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "WAIT_SECONDS", 600.0)  # a slow disk, beside other programs
     path, failures = tmp_path / "small.json", []
 
     def write(letter: bytes) -> None:
         try:
-            for _ in range(100):
+            for _ in range(30):
                 write_file(path, letter * 5000, force=True)
         except OutputError as error:
             failures.append(error)
