@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def place(
         raise ModelFileError(
             "the neurons are in the checkpoint's order, the hot ones are not together",
             where=model,
-            fix=f"put them first: tsconv reorder {model} --profile {profile}",
+            fix=f"put them first: {shlex.join(['tsconv', 'reorder', str(model), '--profile', str(profile)])}",
         )
     sidecar = read_sidecar(header) if stats.subject.sparsity == "predictor" else None
     work, rates = read_workload(header, sidecar, stats, ctx), Rates.of(machine)

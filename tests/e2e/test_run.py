@@ -157,15 +157,17 @@ def test_missing_model(tmp_path):
 
 
 def begun(model: Path) -> subprocess.Popen[bytes]:
-    """A run that has printed its first token and waits for a reader, however slow, before its last."""
+    """A run that has printed its first tokens and waits for a reader, however slow, before its last."""
     process = subprocess.Popen(
         [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "-1", "--temp", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tiny.ROOT,
+        bufsize=0,
         pipesize=4096,  # bytes: less than it has to say
     )
-    os.read(process.stdout.fileno(), 5)
+    for _ in range(20):
+        process.stdout.read(1)
     return process
 
 
@@ -355,6 +357,15 @@ def test_chat_loop_when_the_context_is_full(model):
     status, stderr = terminal.end()
     assert status == 0
     assert "error: the prompt does not fit the context" in stderr
+
+
+def test_a_chat_needs_a_template(model, tmp_path):
+    """Nothing that could be typed would help."""
+    without = edited(model, tmp_path / "m.gguf", without=["tokenizer.chat_template"])
+    (tmp_path / "m.predictor.gguf").symlink_to(model.with_suffix(".predictor.gguf"))
+    status, stderr = Terminal("-m", without).end()
+    fix = "give a text to continue with -p or -f"
+    assert (status, stderr) == (4, f"error: {without}: the model has no chat template; {fix}\n")
 
 
 @pytest.mark.parametrize("option", ["--json", "--no-chat"])

@@ -96,7 +96,7 @@ def generated(
             where=folder,
             expected=f"{needed:,} bytes free",
             found=f"{free:,}",
-            fix="free some, lower --layers, or set XDG_CACHE_HOME",
+            fix="free some, set XDG_CACHE_HOME, or measure one model with fewer --layers",
         )
     types = outtype if kind == default else f"{outtype}, predictor {type_name(kind)}"
     announce(f"generating {preset}, {n_layer} layers, {types}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")

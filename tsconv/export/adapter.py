@@ -53,7 +53,7 @@ def refuse_adapter(model: Header, adapter: Header) -> None:
             raise ModelFileError(
                 f"the adapter changes {name}, whose neurons are in another order in {model.path}",
                 where=adapter.path,
-                fix="use it with a model that was converted without --profile",
+                fix="use it with a model that was converted without --profile and not reordered",
             )
         if qkv.PART.match(name) and name not in present and qkv.together(name) in present:
             raise ModelFileError(

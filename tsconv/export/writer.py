@@ -369,7 +369,7 @@ def _reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "free some room, or write elsewhere with --outfile" if error.errno in _FULL else None
+        fix = "free some room, or write elsewhere" if error.errno in _FULL else None
         raise OutputError(f"cannot be written: {error.strerror}", where=path, fix=fix) from None
 
 

@@ -111,7 +111,7 @@ def _refuse_too_small(work: Workload, rates: Rates, vram: int, ram: int) -> None
             "the model does not fit, and the machine's profile has no disk to read the rest from",
             expected=f"VRAM and RAM of {everything:,} bytes together",
             found=f"{vram + ram:,}",
-            fix="raise a budget, or add [disk] to the profile",
+            fix="raise --ram-budget or --vram-budget, or add [disk] to the machine profile",
         )
 
 
