@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,22 @@ def test_calibration_text_and_report(folder: Path, tmp_path: Path) -> None:
     (text,) = json.loads(output(tsconv("inspect", tmp_path / "s.gguf", "--json")))["texts"]
     assert text["source"]["dataset"] == "mod\ufffdle.txt"
     assert "mod\ufffdle.txt" in (tmp_path / LATIN_1 / "index.html").read_text()
+
+
+def test_server(folder: Path) -> None:
+    shutil.copy(folder / "m.gguf", model := folder / f"{LATIN_1}.gguf")
+    shutil.copy(folder / "m.predictor.gguf", folder / f"{LATIN_1}.predictor.gguf")
+    command = [*tiny.TSCONV, "serve", "-m", model, "-t", "1", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        line = process.stderr.readline()
+        assert line.startswith(b"serving " + os.fsencode(model)), line + process.stderr.read()
+        with urllib.request.urlopen(f"{line.split()[3].decode()}/models", timeout=tiny.TIMEOUT_S) as answer:
+            assert json.load(answer)["data"][0]["id"] == "mod\ufffdle"
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(tiny.TIMEOUT_S) == 0
+        process.stderr.close()
 
 
 def test_placement_and_machine(folder: Path) -> None:

@@ -19,6 +19,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from tsconv.errors import TsconvError
+from tsconv.export.keys import as_text
 from tsconv.runtime.model import SparseLlama
 
 CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server would read other models from the file it names
@@ -56,7 +57,8 @@ def create_app(llama: SparseLlama, api_key: str | None = None) -> FastAPI:
         def load_llama_from_model_settings(settings: ModelSettings) -> SparseLlama:
             return llama
 
-    model = _ModelSettings(model=llama.model_path, model_alias=Path(llama.model_path).stem)
+    name = as_text(llama.model_path)
+    model = _ModelSettings(model=name, model_alias=Path(name).stem)
     # interrupt_requests would let a second client cut off the answer that a first one is reading.
     server = _ServerSettings(api_key=api_key, interrupt_requests=False)
     config_file = os.environ.pop(CONFIG_VARIABLE, None)
