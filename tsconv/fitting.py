@@ -171,7 +171,7 @@ def load_on_machine(
     n_ctx: int = 512,
     n_threads: int | None = None,
     available_bytes: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
 ) -> tuple[SparseLlama, Fit, Residency]:
     """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token.
@@ -181,7 +181,7 @@ def load_on_machine(
         placement_path: made by `tsconv place` for this model.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         available_bytes: as for `fit`.
-        progress: called with one line when something takes a while.
+        say: called with one line when something takes a while.
         **kwargs: as `SparseLlama`.
 
     Raises:
@@ -199,7 +199,7 @@ def load_on_machine(
     native.close()
     header = read_header(path)
     if machine == AUTO:
-        machine = this_machine(progress)
+        machine = this_machine(say)
     elif isinstance(machine, str):
         from tsconv.profile.hardware.machine import load_machine
 
@@ -214,6 +214,8 @@ def load_on_machine(
         placement=None if placement_path is None else Placement.load(placement_path),
         available_bytes=available_bytes,
     )
+    if chosen.strategy != "all":
+        kwargs = {"preload": False} | kwargs
     llama = load(
         path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
     )

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from tsconv.cli.output import echo, json_text, say
+from tsconv.cli.output import echo, json_text, progress_bar, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.conversion import ConversionResult, Progress
+    from tsconv.conversion import ConversionResult
 
 TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
 
@@ -72,23 +69,6 @@ def command(
     for line in (*(f"note: {note}" for note in result.notes), *_summarised(result.type_notes)):
         say(line)
     echo(_as_json(result) if as_json else _plan(result) if result.dry_run else _summary(result))
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Progress | None]:
-    """A bar on stderr with bytes per second, when stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, desc=what, file=sys.stderr, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _summarised(notes: tuple[str, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.output import say
+from tsconv.cli.output import progress_bar, say
 from tsconv.cli.text import size
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
     from tsconv.runtime.residency import Residency
 
+DELAY = 1.0  # seconds of loading before a bar shows
 RAISE_THE_LIMIT = (
     "raise it with ulimit -l, beyond the hard limit with memlock in /etc/security/limits.conf or LimitMEMLOCK= of a "
     "systemd service"
@@ -66,29 +67,33 @@ def load_model(
             raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
         from tsconv.runtime.model import load
 
-        llama = load(
+        with progress_bar("loading", DELAY) as progress:
+            llama = load(
+                model,
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                sparsity=sparsity,
+                predictor_path=predictor_path,
+                verbose=verbose,
+                progress=progress,
+            )
+        return llama, None
+
+    from tsconv.fitting import AUTO, load_on_machine, machine_file
+
+    with progress_bar("loading", DELAY) as progress:
+        llama, fit, residency = load_on_machine(
             model,
+            machine,
+            placement_path=placement,
             n_ctx=n_ctx,
             n_threads=n_threads,
             sparsity=sparsity,
             predictor_path=predictor_path,
             verbose=verbose,
+            say=say,
+            progress=progress,
         )
-        return llama, None
-
-    from tsconv.fitting import AUTO, load_on_machine, machine_file
-
-    llama, fit, residency = load_on_machine(
-        model,
-        machine,
-        placement_path=placement,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        sparsity=sparsity,
-        predictor_path=predictor_path,
-        verbose=verbose,
-        progress=say,
-    )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
     for line in notes:
         say(line)

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -85,6 +87,26 @@ def _to_nowhere(fd: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, fd)
     os.close(null)
+
+
+@contextmanager
+def progress_bar(what: str, delay: float = 0) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows (bytes done, bytes in all) as a bar on stderr, when that is a terminal and it takes longer than `delay`
+    seconds."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        unit="B", unit_scale=True, dynamic_ncols=True, desc=what, file=sys.stderr, leave=False, delay=delay
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tsconv.cli.convert import progress_bar
 from tsconv.cli.options import profile_option
-from tsconv.cli.output import echo, json_text, say
+from tsconv.cli.output import echo, json_text, progress_bar, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
