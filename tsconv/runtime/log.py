@@ -38,6 +38,7 @@ class _Router:
         # and uses nothing but what it holds.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.callback))
         self._ident, self._threads, self._own = threading.get_ident, threading.enumerate, OWN.encode()
+        self._write = os.write
 
     def install(self) -> None:
         """Takes the place of another logger, if there is another one now."""
@@ -55,7 +56,7 @@ class _Router:
     def _route(self, level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         lines = self._collector()
         if lines is None and level == GGML_LOG_LEVEL_ERROR and text.startswith(self._own):
-            os.write(2, text)  # llama-cpp-python takes this level for another, and hides it
+            self._write(2, text)  # llama-cpp-python takes this level for another, and hides it
         elif lines is None:
             callback, data = self._before
             callback(level, text, data)
