@@ -223,6 +223,8 @@ def test_experts_of_two_types(tmp_path, matrix):
     edited(sidecar_of(pair), sidecar_of(model), shapes={name: shape[::-1]})
     expected = f"{name}: expected type q8_0, as the layer's first expert has, found f32; convert again"
     assert_in(refusal(model), f"error: {sidecar_of(model)}: ", expected)
+    expected = f"{name}: experts whose predictors have different types: expected q8_0, as"
+    assert_in(tiny.error_line(tiny.run("inspect", sidecar_of(model))), f"error: {sidecar_of(model)}: ", expected)
 
 
 @pytest.mark.parametrize("edit", MODEL_EDITS)

@@ -24,8 +24,8 @@ def python(script: str, *arguments: object, **env: str) -> subprocess.CompletedP
 # ---- NULL instead of a model
 
 NOTHING = """
-import ctypes, sys
-from tsconv.runtime.backend import LayerStats, load_backend
+import ctypes, errno, sys
+from tsconv.runtime.backend import LayerStats, Placed, load_backend
 lib = load_backend()._lib
 model = lib.tsffn_model_open(sys.argv[1].encode(), None, 2, ctypes.create_string_buffer(100), 100)
 assert model and lib.tsffn_model_profile(model, True)
@@ -38,6 +38,13 @@ CALLS = {
     "profile": ["tsffn_model_profile(None, True)", "tsffn_model_profile(None, False)"],
     "read_profile": ["tsffn_model_read_profile(None, 0, *full)"]
     + [f"tsffn_model_read_profile(model, 0, *full[:{k}], None, *full[{k + 1}:])" for k in range(3)],
+    "place": [
+        "tsffn_model_place(None, full[0], 1, 0, Placed(), full[1], 9)",
+        "tsffn_model_place(model, None, 1, 0, Placed(), full[1], 9)",
+        "tsffn_model_place(model, full[0], 1, 0, None, full[1], 9)",
+    ],
+    "what it is": [f"tsffn_model_{name}(None)" for name in ("sparsity", "n_layer", "file_bytes")],
+    "cache": ["tsffn_model_cache(None, 0, 1) != errno.EINVAL", "tsffn_model_cache(model, 1, 1) != errno.EINVAL"],
     "arm": ["tsffn_model_arm(None)"],
     "close": ["tsffn_model_close(None)"],
 }

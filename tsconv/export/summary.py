@@ -17,6 +17,7 @@ from tsconv.export.keys import ARCHITECTURE, FINGERPRINT, PredictorKind
 from tsconv.transform import q3_nl
 from tsconv.transform.quantize import type_name
 
+EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_fc[12])\.\d+\.weight$")
 SIDECAR_SUFFIX = ".predictor.gguf"
 PAIR_ID = re.compile(r"[0-9a-f]{32}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -171,11 +172,28 @@ def check_keys(header: Header) -> None:
         )
     if FINGERPRINT in header.keys:
         fingerprint(header)
+    _check_types_of_experts(header)
     layout_of(header)
     if is_sidecar(header):
         order.kind_of(header)
     else:
         order.neuron_order(header)
+
+
+def _check_types_of_experts(header: Header) -> None:
+    """Refuses predictors of a layer's experts whose matrices have several types."""
+    first: dict[str, TensorEntry] = {}
+    for tensor in header.tensors:
+        if match := EXPERTS_MATRIX.match(tensor.name):
+            other = first.setdefault(match[1], tensor)
+            if other.kind != tensor.kind:
+                raise ModelFileError(
+                    "experts whose predictors have different types",
+                    where=f"{header.path}: {tensor.name}",
+                    expected=f"{type_name(other.kind)}, as {other.name} has",
+                    found=type_name(tensor.kind),
+                    fix="convert again",
+                )
 
 
 def fingerprint(header: Header) -> str:

@@ -149,6 +149,9 @@ def _backend() -> Iterator[Check]:
     if backend.isa == "ref":
         fix = "unset TSFFN_ISA" if limit else "a processor with AVX2 is several times faster"
         yield Check("kernels", "ref (plain C)", "warning", fix)
+    elif limit and limit != backend.isa:
+        fix = "unset TSFFN_ISA: it names no kernels of this machine"
+        yield Check("kernels", f"{backend.isa}, and not TSFFN_ISA={limit}", "warning", fix)
     else:
         yield Check("kernels", backend.isa + (f" (TSFFN_ISA={limit})" if limit else ""))
 

@@ -50,7 +50,8 @@ static const struct ggml_backend_i backend_interface = {
 };
 
 static void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
-    ((struct tsffn_stream *)backend->context)->n_threads = n_threads > 0 ? n_threads : 1;
+    const int at_most = n_threads < GGML_MAX_N_THREADS ? n_threads : GGML_MAX_N_THREADS;
+    ((struct tsffn_stream *)backend->context)->n_threads = at_most > 0 ? at_most : 1;
 }
 
 // ---- device
@@ -229,13 +230,19 @@ static struct ggml_backend_device device = {
 
 // ---- entry point of ggml_backend_load
 
+// A variable of the environment; NULL when it is not set, or empty.
+static const char * variable(const char * name) {
+    const char * value = getenv(name);
+    return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
 // A program that cannot call tsffn_model_open names the model in the environment; it stays armed.
 static bool open_from_environment(char * error, size_t error_size) {
-    const char * path = getenv("TSFFN_MODEL");
-    if (path == NULL || path[0] == '\0') {
+    const char * path = variable("TSFFN_MODEL");
+    if (path == NULL) {
         return true;
     }
-    const char * sparsity = getenv("TSFFN_SPARSITY");
+    const char * sparsity = variable("TSFFN_SPARSITY");
     enum tsffn_sparsity mode = TSFFN_SPARSITY_DEFAULT;
     if (sparsity != NULL && strcmp(sparsity, "predictor") == 0) {
         mode = TSFFN_SPARSITY_PREDICTOR;
@@ -247,7 +254,7 @@ static bool open_from_environment(char * error, size_t error_size) {
         return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'",
                           sparsity);
     }
-    struct tsffn_model * model = tsffn_model_open(path, getenv("TSFFN_PREDICTOR"), mode, error, error_size);
+    struct tsffn_model * model = tsffn_model_open(path, variable("TSFFN_PREDICTOR"), mode, error, error_size);
     if (model == NULL) {
         return false;
     }

@@ -374,10 +374,10 @@ static void place(struct tsffn_model * model, const struct pages * pages, uint32
 
 bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n_hot, uint32_t flags,
                        struct tsffn_placed * placed, char * error, size_t error_size) {
-    *placed = (struct tsffn_placed){0};
-    if (model == NULL || hot == NULL) {
-        return tsffn_fail(error, error_size, "no model, or no numbers of hot neurons");
+    if (model == NULL || hot == NULL || placed == NULL) {
+        return tsffn_fail(error, error_size, "no model, no numbers of hot neurons, or no place for what was done");
     }
+    *placed = (struct tsffn_placed){0};
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
     if (n_hot != (size_t)(model->n_layer * n_ffns)) {
         return tsffn_fail(error, error_size,
