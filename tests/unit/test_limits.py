@@ -17,7 +17,7 @@ from tsconv.profile.placement import file as placement_file
 from tsconv.transform import q3_nl
 
 REPOSITORY = Path(__file__).parents[2]
-DEFINITION = re.compile(r"^#define TSFFN_(FORMAT_VERSION|MAX_\w+|N_\w+) +(\(1 << \d+\)|\d+)", re.M)
+DEFINITION = re.compile(r"^#define TSFFN_(\w+_VERSION|MAX_\w+|N_\w+) +(\(1 << \d+\)|\d+)", re.M)
 ROW = re.compile(r"^\| `TSFFN_(MAX_\w+)` \| (?:2\^)?(\d+) \|", re.M)
 
 Run = Callable[..., tuple[int, str, str]]
@@ -35,7 +35,9 @@ def in_c() -> dict[str, int]:
 
 # name in the header -> where Python says the same
 IN_PYTHON = {
-    "FORMAT_VERSION": (max(layouts.VERSIONS),),
+    "MODEL_VERSION": (max(layouts.MODEL_VERSIONS),),
+    "SIDECAR_VERSION": (max(layouts.SIDECAR_VERSIONS),),
+    "Q3_NL_VERSION": (layouts.Q3_NL_VERSION,),
     "MAX_LAYERS": (config.MAX_LAYERS,),
     "MAX_EXPERTS": (config.MAX_EXPERTS,),
     "MAX_DIM": (config.MAX_DIM,),
