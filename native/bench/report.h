@@ -2,7 +2,7 @@
 #ifndef TSFFN_BENCH_REPORT_H
 #define TSFFN_BENCH_REPORT_H
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #include <stdbool.h>
 #include <stdint.h>

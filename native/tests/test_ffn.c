@@ -1,8 +1,8 @@
 // The sparse FFN against doubles written from the formula  y = sum_i relu(gate_i x) relu(up_i x) m_i down_i :
 // fused and operation by operation, dense and with experts, with predictor and exact, any batch, any number of threads.
 #include "check.h"
-#include "cpu/kernels.h"
-#include "ffn/ffn.h"
+#include "cpu/ffn.h"
+#include "cpu/kernels/kernels.h"
 #include "small_stack.h"
 
 #include <math.h>
@@ -173,8 +173,6 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     }
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
-        .ffns = ffns,
-        .n_ffns = moe ? N_EXPERT : 1,
         .rows = rows,
         .n_rows = n_rows,
         .x = (const char *)x,
@@ -188,18 +186,18 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
         rows[r].y = fused + r * N_EMBD;
         rows[r].h = fused_h + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &counts), "out of memory");
 
     call.op = TSFFN_OP_GATE;
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = gate + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
     call.op = TSFFN_OP_UP;
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = up + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
     for (int64_t i = 0; i < n_rows * N_FF; ++i) {
         h[i] = fmaxf(gate[i], 0.0f) * fmaxf(up[i], 0.0f);
         CHECK(h[i] == fused_h[i], "hidden %d: %g instead of %g", (int)i, (double)fused_h[i], (double)h[i]);
@@ -219,7 +217,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
         rows[r].token = (int32_t)r;
         rows[r].y = y + r * N_EMBD;
     }
-    CHECK(tsffn_compute(ws, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
     for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
         CHECK(fabsf(y[j] - fused[j]) <= 1e-4f * (1.0f + fabsf(fused[j])), "operation by operation differs at %d",
               (int)j);
@@ -249,8 +247,6 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
     }
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
-        .ffns = ffns,
-        .n_ffns = 1,
         .rows = rows,
         .n_rows = MAX_TOKENS,
         .x = (const char *)batch,
@@ -258,14 +254,14 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
         .n_tokens = MAX_TOKENS,
         .n_threads = 2,
     };
-    CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, 1, &call, &counts), "out of memory");
     for (int t = 0; t < MAX_TOKENS; ++t) {
         struct tsffn_row row = {.y = one};
         call.rows = &row;
         call.n_rows = 1;
         call.x = (const char *)(x + t * N_EMBD);
         call.n_tokens = 1;
-        CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+        CHECK(tsffn_compute(ws, ffns, 1, &call, &counts), "out of memory");
         CHECK(memcmp(one, batch + (MAX_TOKENS - 1 - t) * N_EMBD, sizeof(one)) == 0, "token %d depends on its batch", t);
     }
 }
@@ -278,8 +274,6 @@ static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn 
     struct tsffn_ffn ffn = ffns[0];
     const struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
-        .ffns = &ffn,
-        .n_ffns = 1,
         .rows = &row,
         .n_rows = 1,
         .x = (const char *)zero,
@@ -290,7 +284,7 @@ static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn 
     for (int equal = 0; equal < 2; ++equal) {
         struct tsffn_counts counts = {0};
         ffn.on_when_equal = equal != 0;
-        CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+        CHECK(tsffn_compute(ws, &ffn, 1, &call, &counts), "out of memory");
         CHECK(counts.predicted == (equal != 0 ? N_FF : 0), "predicted %d", (int)counts.predicted);
     }
 }

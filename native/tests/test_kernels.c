@@ -1,9 +1,9 @@
 // Every kernel of every ISA tier of this machine against the plain C one and against doubles, at odd sizes and
 // misaligned.
 #include "check.h"
-#include "cpu/gemm.h"
-#include "cpu/half.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/half.h"
+#include "cpu/kernels/kernels.h"
 
 #include <math.h>
 #include <stdbool.h>

@@ -1,8 +1,8 @@
 // Panels of every ISA tier of this machine: the plain C one against doubles, the others bit for bit against it.
 // Formats are written here from the layouts in panels.h and kernels.h.
 #include "check.h"
-#include "cpu/half.h"
-#include "cpu/panels.h"
+#include "cpu/kernels/half.h"
+#include "cpu/kernels/panels.h"
 
 #include <math.h>
 #include <stdbool.h>

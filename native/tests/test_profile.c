@@ -1,9 +1,9 @@
 // Activation statistics against counts of doubles, written from what tsffn.h says is counted: dense and with experts,
 // with predictor and exact, with row kernels and with the matrix unit, at sizes that fill neither panels nor groups.
 #include "check.h"
-#include "cpu/gemm.h"
-#include "cpu/kernels.h"
-#include "ffn/ffn.h"
+#include "cpu/ffn.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/kernels.h"
 #include "small_stack.h"
 
 #include <math.h>
@@ -130,8 +130,6 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     }
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
-        .ffns = ffns,
-        .n_ffns = n_ffns,
         .rows = rows,
         .n_rows = n_rows,
         .x = (const char *)x,
@@ -140,7 +138,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
         .n_threads = n_threads,
     };
     struct tsffn_counts plain_counts = {0}, counts = {0};
-    CHECK(tsffn_compute(ws, &call, &plain_counts), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, n_ffns, &call, &plain_counts), "out of memory");
     const struct tsffn_profile profile = {
         .tokens = tokens,
         .neurons = &neurons[0][0][0],
@@ -150,7 +148,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = counted + r * N_EMBD;
     }
-    CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, ffns, n_ffns, &call, &counts), "out of memory");
 
     // With a predictor threads share other neurons while they count.
     const bool exact = exact_output && (n_threads == 1 || ffns[0].fc1.data == NULL);
@@ -212,8 +210,6 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
             float y;
             const struct tsffn_row row = {.y = &y};
             const struct tsffn_call call = {.op = TSFFN_OP_FUSED,
-                                            .ffns = &ffn,
-                                            .n_ffns = 1,
                                             .rows = &row,
                                             .n_rows = 1,
                                             .x = (const char *)&inside[v],
@@ -222,7 +218,7 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
                                             .n_threads = 1,
                                             .profile = &profile};
             struct tsffn_counts counts = {0};
-            CHECK(tsffn_compute(ws, &call, &counts), "out of memory");
+            CHECK(tsffn_compute(ws, &ffn, 1, &call, &counts), "out of memory");
             CHECK(histograms[0][k] == 1 && histograms[1][k] == 1, "%g is not in bin %d", (double)inside[v], k);
             const bool active = inside[v] > 0.0f;
             CHECK(neurons[2] == active && (active || histograms[2][0] == 1), "product of %g", (double)inside[v]);

@@ -4,8 +4,8 @@
 // it was read. Computing: the real Q4_0 dot product on rows that stay in the caches, in phases that all threads share
 // equally and end with a barrier, as those of ffn.c: a slow or missing core holds up all the others here as it does
 // there.
-#include "../ffn/matrix.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
+#include "matrix.h"
 #include "tsffn.h"
 
 #include <omp.h>

@@ -8,8 +8,8 @@
 // done on to those that come. If those behind could be anything, the best for each of the n that are left would be
 // x_k = -e / (c + n): so column k is rounded from w_k + e / (m_k (c + n)). A second pass rounds each column again, all
 // others staying as they are: n = 1.
-#include "../cpu/half.h"
-#include "../cpu/panels.h"
+#include "../cpu/kernels/half.h"
+#include "../cpu/kernels/panels.h"
 #include "tsffn.h"
 
 #include <math.h>

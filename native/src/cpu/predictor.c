@@ -1,0 +1,128 @@
+// Phases A and B of ffn.c: the predictor's two matrices, of which every row is read for every token.
+#include "call.h"
+
+static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
+    for (int64_t r = r0; r < r1; ++r) {
+        const float h = v[(r - r0) * stride];
+        s->h1[r * s->max_rank + k] = h > 0.0f ? h : 0.0f;
+    }
+}
+
+// The rows of fc1 that thread ith computes: panels, then single rows.
+struct hidden_share {
+    int64_t first_panel, end_panel, first, end;
+};
+
+static struct hidden_share hidden_share(const struct tsffn_matrix * fc1, int ith, int nth) {
+    const int64_t panel_rows = tsffn_matrix_panel_rows(fc1);
+    const int64_t n_panels = panel_rows / TSFFN_PANEL_ROWS, n_single = fc1->n_rows - panel_rows;
+    return (struct hidden_share){
+        .first_panel = n_panels * ith / nth,
+        .end_panel = n_panels * (ith + 1) / nth,
+        .first = panel_rows + n_single * ith / nth,
+        .end = panel_rows + n_single * (ith + 1) / nth,
+    };
+}
+
+void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
+                        struct tsffn_counts * counts) {
+    const struct tsffn_row * rows = s->call->rows + tile;
+    const struct tsffn_matrix * fc1 = &s->ffns[rows[r0].ffn].fc1;
+    const int n = (int)(r1 - r0);
+    const void * x[TILE_ROWS];
+    for (int64_t r = r0; r < r1; ++r) {
+        x[r - r0] = s->x_pred + (size_t)rows[r].token * s->x_pred_bytes;
+    }
+    const struct hidden_share mine = hidden_share(fc1, ith, nth);
+    const size_t row_bytes = tsffn_row_bytes(fc1->type, fc1->n_cols);
+    const uint8_t * end_panels = tsffn_matrix_row(fc1, mine.end_panel * TSFFN_PANEL_ROWS);
+    const uint8_t * end_rows = tsffn_matrix_row(fc1, mine.end);
+    float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
+    for (int64_t p = mine.first_panel; p < mine.end_panel; ++p) {
+        const int64_t k = p * TSFFN_PANEL_ROWS;
+        const uint8_t * w = tsffn_matrix_row(fc1, k);
+        const struct tsffn_asks asks = stream_ahead(s, w, TSFFN_PANEL_ROWS * row_bytes, end_panels);
+        fc1->type->own_panel(fc1->n_cols, w, n, x, panel, &asks);
+        for (int64_t i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            store_hidden(s, r0, r1, k + i, TSFFN_PANEL_ROWS, &panel[0][i]);
+        }
+    }
+    float v[TILE_ROWS];
+    for (int64_t k = mine.first; k < mine.end; ++k) {
+        const struct tsffn_asks asks = stream_ahead(s, tsffn_matrix_row(fc1, k), row_bytes, end_rows);
+        tsffn_matrix_dots(fc1, k, n, x, v, &asks);
+        store_hidden(s, r0, r1, k, 1, v);
+    }
+    const int64_t n_rows = (mine.end_panel - mine.first_panel) * TSFFN_PANEL_ROWS + mine.end - mine.first;
+    counts->bytes_predictor += (uint64_t)n_rows * row_bytes;
+}
+
+void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
+    const struct hidden_share mine = hidden_share(&ffn->fc1, ith, nth);
+    const int64_t panel = mine.first_panel * TSFFN_PANEL_ROWS, end_panel = mine.end_panel * TSFFN_PANEL_ROWS;
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
+}
+
+void tsffn_ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith, nth)),
+                     tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith + 1, nth)));
+}
+
+// mask[i] has bit r0 set where logit i of the segment's only row passes the threshold.
+static void decide_for_one_row(const struct segment * g, int64_t n, const float * logit, uint64_t * mask) {
+    const float threshold = g->ffn->threshold;
+    if (g->ffn->on_when_equal) {
+        for (int64_t i = 0; i < n; ++i) {
+            mask[i] = (uint64_t)(logit[i] >= threshold) << g->r0;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        mask[i] = (uint64_t)(logit[i] > threshold) << g->r0;
+    }
+}
+
+// Bit r0 + k is set when logit k, of n that lie `stride` apart, passes the threshold.
+static uint64_t decide(const struct segment * g, int n, int64_t stride, const float * logit) {
+    const struct tsffn_ffn * ffn = g->ffn;
+    uint64_t bits = 0;
+    for (int k = 0; k < n; ++k) {
+        const float v = logit[k * stride];
+        bits |= (uint64_t)(ffn->on_when_equal ? v >= ffn->threshold : v > ffn->threshold) << (g->r0 + k);
+    }
+    return bits;
+}
+
+void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
+    const struct tsffn_matrix * fc2 = &g->ffn->fc2;
+    const int n = (int)(g->r1 - g->r0);
+    const size_t row_bytes = tsffn_row_bytes(fc2->type, fc2->n_cols);
+    const uint8_t * end_stream = tsffn_matrix_row(fc2, end);
+    const void * hidden[TILE_ROWS];
+    for (int k = 0; k < n; ++k) {
+        hidden[k] = g->s->h1_converted + (size_t)(g->r0 + k) * g->s->h1_bytes;
+    }
+    const int64_t end_panels = min_i64(i1, tsffn_matrix_panel_rows(fc2));
+    float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
+    int64_t i = i0;
+    for (; i < end_panels; i += TSFFN_PANEL_ROWS) {
+        const uint8_t * w = tsffn_matrix_row(fc2, i);
+        const struct tsffn_asks asks = stream_ahead(g->s, w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
+        fc2->type->own_panel(fc2->n_cols, w, n, hidden, panel, &asks);
+        if (n == 1) {
+            decide_for_one_row(g, TSFFN_PANEL_ROWS, panel[0], mask + (i - i0));
+            continue;
+        }
+        for (int64_t k = 0; k < TSFFN_PANEL_ROWS; ++k) {
+            mask[i - i0 + k] = decide(g, n, TSFFN_PANEL_ROWS, &panel[0][k]);
+        }
+    }
+    float logit[TILE_ROWS];
+    for (; i < i1; ++i) {
+        const struct tsffn_asks asks = stream_ahead(g->s, tsffn_matrix_row(fc2, i), row_bytes, end_stream);
+        tsffn_matrix_dots(fc2, i, n, hidden, logit, &asks);
+        mask[i - i0] = decide(g, n, 1, logit);
+    }
+    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
+}

@@ -1,0 +1,52 @@
+// How one weight row of some format is multiplied with an activation vector and added to an output.
+//
+// Two families fill this table: formats with kernels of our own, and all others, which go through function pointers
+// that the host program brings (ggml's type traits).
+#ifndef TSFFN_ROW_TYPE_H
+#define TSFFN_ROW_TYPE_H
+
+#include "kernels/panels.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct tsffn_gemm;
+
+struct tsffn_row_type {
+    const char * name;
+    int64_t block_size;      // weights per block; the length of a row is a multiple of it
+    size_t block_bytes;      // bytes per block
+    size_t row_header_bytes; // bytes of a row before its blocks
+
+    // Layout of the activations that `dot` takes: a header, then blocks. Two types with the same x_format share them.
+    int x_format;
+    size_t x_header_bytes;
+    int64_t x_block_size;
+    size_t x_block_bytes;
+    void (*convert_x)(const float * x, void * converted, int64_t n); // NULL: they stay f32
+
+    // Own kernels; NULL selects the host's functions below. A type that has neither dots nor the host's is of panels
+    // only.
+    tsffn_dots_fn own_dots;
+    tsffn_axpys_fn own_axpys;
+    tsffn_add_rows_fn own_add_rows; // NULL: there is only own_axpys
+    tsffn_panel_fn own_panel;       // for matrices in panels; NULL: there are none of this type
+
+    // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
+    const struct tsffn_gemm * gemm;
+    int gemm_format;
+
+    // The host's functions, with ggml's signatures.
+    void (*host_dot)(int n, float * s, size_t bs, const void * row, size_t bx, const void * x, size_t by, int nrc);
+    void (*host_to_float)(const void * row, float * w, int64_t n);
+};
+
+static inline size_t tsffn_row_bytes(const struct tsffn_row_type * type, int64_t n) {
+    return type->row_header_bytes + (size_t)(n / type->block_size) * type->block_bytes;
+}
+
+static inline size_t tsffn_x_bytes(const struct tsffn_row_type * type, int64_t n) {
+    return type->x_header_bytes + (size_t)(n / type->x_block_size) * type->x_block_bytes;
+}
+
+#endif

@@ -1,0 +1,151 @@
+// Host memory: mapped model files and compute buffers. Every entry of a vtable is written out.
+#include "buffer.h"
+
+#include "../memory/residency.h"
+#include "log.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGNMENT = 64 };
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    struct tsffn_buffer * context = buffer->context;
+    tsffn_residency_forget(context);
+    tsffn_loaded_release(context->model, context->loaded);
+    tsffn_model_close(context->model);
+    if (context->owned) {
+        free(context->base);
+    }
+    free(context);
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return ((const struct tsffn_buffer *)buffer->context)->base;
+}
+
+static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor) {
+    struct tsffn_buffer * context = buffer->context;
+    struct tsffn_weight weight;
+    if (!tsffn_identify(tensor, &weight)) {
+        return GGML_STATUS_SUCCESS;
+    }
+    const int64_t n_embd = weight.model->n_embd; // ffn_down is neuron-major whatever its declared shape says
+    const struct tsffn_weights weights = {
+        .type = (int)tensor->type,
+        .data = tensor->data,
+        .n_rows = tsffn_model_ffns_per_layer(weight.model) * weight.model->n_ff,
+        .n_cols = n_embd,
+        .row_bytes = ggml_row_size(tensor->type, n_embd),
+    };
+    tensor->extra = (void *)tsffn_loaded_add(&weight, weights.type, weights.data, weights.row_bytes, &context->loaded);
+    const bool ok = tensor->extra != NULL && tsffn_residency_remember(context, &weight, &weights);
+    return ok ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
+}
+
+static void buffer_memset_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, uint8_t value, size_t offset,
+                                 size_t size) {
+    (void)buffer;
+    memset((char *)tensor->data + offset, value, size);
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor, const void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy((char *)tensor->data + offset, data, size);
+}
+
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * tensor, void * data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    memcpy(data, (const char *)tensor->data + offset, size);
+}
+
+static bool buffer_cpy_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * src, tsffn_tensor * dst) {
+    (void)buffer;
+    if (src->buffer == NULL || !ggml_backend_buffer_is_host(src->buffer)) {
+        return false;
+    }
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    memset(buffer_get_base(buffer), value, buffer->size);
+}
+
+static const struct ggml_backend_buffer_i buffer_interface = {
+    .free_buffer = buffer_free,
+    .get_base = buffer_get_base,
+    .init_tensor = buffer_init_tensor,
+    .memset_tensor = buffer_memset_tensor,
+    .set_tensor = buffer_set_tensor,
+    .get_tensor = buffer_get_tensor,
+    .set_tensor_2d = NULL,
+    .get_tensor_2d = NULL,
+    .cpy_tensor = buffer_cpy_tensor,
+    .clear = buffer_clear,
+    .reset = NULL,
+};
+
+ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned, struct tsffn_model * model) {
+    struct tsffn_buffer * context = malloc(sizeof(*context));
+    if (context == NULL) {
+        return NULL;
+    }
+    *context = (struct tsffn_buffer){
+        .base = base,
+        .size = size,
+        .owned = owned,
+        .model = tsffn_model_retain(model),
+    };
+    return ggml_backend_buffer_init(tsffn_buffer_type(), buffer_interface, context, size);
+}
+
+// ---- buffer type
+
+static const char * buffer_type_get_name(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return "TSFFN";
+}
+
+static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    (void)type;
+    void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    if (base == NULL) {
+        tsffn_log_error("cannot allocate a buffer of %zu bytes", size);
+        return NULL;
+    }
+    ggml_backend_buffer_t buffer = tsffn_buffer_new(base, size, true, tsffn_model_armed());
+    if (buffer == NULL) {
+        free(base);
+    }
+    return buffer;
+}
+
+static size_t buffer_type_get_alignment(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return ALIGNMENT;
+}
+
+static bool buffer_type_is_host(ggml_backend_buffer_type_t type) {
+    (void)type;
+    return true;
+}
+
+ggml_backend_buffer_type_t tsffn_buffer_type(void) {
+    static struct ggml_backend_buffer_type type = {
+        .iface =
+            {
+                .get_name = buffer_type_get_name,
+                .alloc_buffer = buffer_type_alloc_buffer,
+                .get_alignment = buffer_type_get_alignment,
+                .get_max_size = NULL,
+                .get_alloc_size = NULL,
+                .is_host = buffer_type_is_host,
+            },
+        .device = NULL, // set when the backend registers
+        .context = NULL,
+    };
+    return &type;
+}

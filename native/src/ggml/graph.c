@@ -1,0 +1,328 @@
+// llama.cpp builds an FFN as  gate = MUL_MAT(W_gate, x), up = MUL_MAT(W_up, x), h = SWIGLU(gate, up), y =
+// MUL_MAT(W_down, h) (MUL_MAT_ID with expert ids in src[2] for MoE). The four are computed as one sparse dReLU FFN when
+// they arrive in one graph; when the scheduler cuts between them (an evaluation callback), each is computed alone, with
+// the same result.
+#include "graph.h"
+
+#include "load.h"
+#include "log.h"
+#include "weight.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static bool is_matmul(const tsffn_tensor * op) {
+    return op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID;
+}
+
+static bool is_swiglu(const tsffn_tensor * op) {
+    return op->op == GGML_OP_GLU && ggml_get_glu_op(op) == GGML_GLU_OP_SWIGLU && op->src[1] != NULL;
+}
+
+// Whether `t` is a gate product of ours, or is made of one by adding to it or scaling it (as LoRA adapters do). Such a
+// SWIGLU must never fall to a backend that would really compute SiLU.
+static bool comes_from_gate(const tsffn_tensor * t, struct tsffn_weight * weight) {
+    while (t != NULL && (t->op == GGML_OP_ADD || t->op == GGML_OP_MUL || t->op == GGML_OP_SCALE ||
+                         t->op == GGML_OP_ADD_ID || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW)) {
+        t = t->src[0];
+    }
+    return t != NULL && is_matmul(t) && tsffn_identify(t->src[0], weight) && weight->part == TSFFN_PART_GATE;
+}
+
+bool tsffn_supports_op(const tsffn_tensor * op) {
+    struct tsffn_weight weight;
+    // The first weight of a load, for which llama.cpp asks an accelerator before the CPU.
+    if (op->op == GGML_OP_GET_ROWS && tsffn_is_asked_for(op->src[0]) && tsffn_model_armed() != NULL &&
+        strcmp(op->src[0]->name, "token_embd.weight") == 0) {
+        tsffn_begin_load(tsffn_model_armed());
+    }
+    if (op->op == GGML_OP_NONE) {
+        return tsffn_identify(op, &weight); // the weight itself: it belongs here
+    }
+    if (is_swiglu(op)) {
+        return comes_from_gate(op->src[0], &weight) && op->type == GGML_TYPE_F32;
+    }
+    // Whatever its activations are: no other backend knows how the weights lie. What cannot be computed is refused
+    // then.
+    if (!is_matmul(op) || !tsffn_identify(op->src[0], &weight)) {
+        return false;
+    }
+    // Activations that nothing computes: llama.cpp looks for a place for the weight.
+    if (tsffn_is_asked_for(op->src[0]) && op->src[1]->op == GGML_OP_NONE) {
+        tsffn_claim(&weight);
+    }
+    return true;
+}
+
+// Refuses a product whose activations or expert ids are not laid out as list_rows and compute read them. ggml itself
+// sees to it that a token has as many rows of activations as it has experts, or one part of them.
+static bool check_operands(const tsffn_tensor * op, const struct tsffn_weight * weight) {
+    const tsffn_tensor * x = op->src[1];
+    const tsffn_tensor * ids = op->op == GGML_OP_MUL_MAT_ID ? op->src[2] : NULL;
+    const bool row_per_slot = ids != NULL && x->ne[1] != 1;
+    if ((ids != NULL) == (weight->model->n_expert > 0) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+        x->ne[3] == 1 && (ids != NULL || x->ne[2] == 1) && (ids == NULL || ids->type == GGML_TYPE_I32) &&
+        (!row_per_slot || x->nb[2] == (size_t)x->ne[1] * x->nb[1])) {
+        return true;
+    }
+    tsffn_log_error("%s: expected contiguous f32 activations of %s, found %s [%lld, %lld, %lld, %lld]", op->name,
+                    weight->model->n_expert > 0 ? "tokens and their experts" : "tokens", ggml_type_name(x->type),
+                    (long long)x->ne[0], (long long)x->ne[1], (long long)x->ne[2], (long long)x->ne[3]);
+    return false;
+}
+
+static bool reserve(void ** memory, int64_t * capacity, int64_t n, size_t element) {
+    if (n <= *capacity) {
+        return true;
+    }
+    void * larger = realloc(*memory, (size_t)n * element);
+    if (larger == NULL) {
+        return false;
+    }
+    *memory = larger;
+    *capacity = n;
+    return true;
+}
+
+// Lists the output rows of `out` (the result of a matmul with activations `x` and, for MoE, expert ids) sorted by
+// expert.
+static enum ggml_status list_rows(struct tsffn_stream * stream, const struct tsffn_model * model,
+                                  const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                  const tsffn_tensor * out, int64_t * n_rows) {
+    const int64_t n_used = ids != NULL ? ids->ne[0] : 1;
+    const int64_t n_tokens = ids != NULL ? ids->ne[1] : x->ne[1];
+    *n_rows = n_used * n_tokens;
+    if (!reserve((void **)&stream->rows, &stream->n_rows, *n_rows, sizeof(*stream->rows))) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (ids == NULL) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            stream->rows[t] = (struct tsffn_row){
+                .token = (int32_t)t,
+                .y = (float *)((char *)out->data + (size_t)t * out->nb[1]),
+                .h = h != NULL ? (float *)((char *)h->data + (size_t)t * h->nb[1]) : NULL,
+            };
+        }
+        return GGML_STATUS_SUCCESS;
+    }
+    // Counting sort, stable in (token, slot). x has one row per token, or (down) one per token and slot; in general the
+    // slots of a token take its rows in turn.
+    int64_t start[TSFFN_MAX_EXPERTS + 1] = {0};
+    for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            for (int64_t slot = 0; slot < n_used; ++slot) {
+                const int32_t e =
+                    *(const int32_t *)((const char *)ids->data + (size_t)t * ids->nb[1] + (size_t)slot * ids->nb[0]);
+                if (e < 0 || e >= model->n_expert) {
+                    tsffn_log_error("expert id %d is out of range: expected 0 to %d", e, (int)model->n_expert - 1);
+                    return GGML_STATUS_FAILED;
+                }
+                if (pass == 0) {
+                    start[e + 1] += 1;
+                    continue;
+                }
+                const int64_t token = x->ne[1] == 1 ? t : t * x->ne[1] + slot % x->ne[1];
+                char * y = (char *)out->data + (size_t)t * out->nb[2] + (size_t)slot * out->nb[1];
+                char * hidden = h != NULL ? (char *)h->data + (size_t)t * h->nb[2] + (size_t)slot * h->nb[1] : NULL;
+                stream->rows[start[e]++] = (struct tsffn_row){
+                    .ffn = e,
+                    .token = (int32_t)token,
+                    .y = (float *)y,
+                    .h = (float *)hidden,
+                };
+            }
+        }
+        for (int64_t e = 0; pass == 0 && e < model->n_expert; ++e) {
+            start[e + 1] += start[e];
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// The device of the weight's model, with scratch memory for this stream. False: out of memory.
+static bool open_device(struct tsffn_stream * stream, const struct tsffn_weight * weight) {
+    if (stream->device == NULL) {
+        stream->scratch = weight->model->computes->open();
+        stream->device = stream->scratch != NULL ? weight->model->computes : NULL;
+    }
+    return stream->device != NULL;
+}
+
+// Computes the rows of `out`, and of `h` where there is one, from activations `x` with the layer of a weight.
+static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
+                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                const tsffn_tensor * out) {
+    const uint64_t start_ns = now_ns();
+    const void * layer = tsffn_loaded_prepared(weight);
+    if (layer == NULL || !open_device(stream, weight)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    int64_t n_rows;
+    const enum ggml_status status = list_rows(stream, weight->model, x, ids, h, out, &n_rows);
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    // A token's activations: dense x is [n, n_tokens], MoE x is [n, 1 or n_used, n_tokens].
+    const bool row_per_slot = ids == NULL || x->ne[1] != 1;
+    struct tsffn_profile profile;
+    const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
+    const struct tsffn_call call = {
+        .op = op,
+        .rows = stream->rows,
+        .n_rows = n_rows,
+        .x = x->data,
+        .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
+        .n_tokens = x->ne[1] * x->ne[2],
+        .n_threads = stream->n_threads,
+        .dense = weight->model->sparsity == TSFFN_SPARSITY_DENSE,
+        .profile = profiling ? &profile : NULL,
+    };
+    struct tsffn_counts counts = {0};
+    const bool computed = stream->device->compute(stream->scratch, layer, &call, &counts);
+    if (profiling) {
+        tsffn_model_unlock_profile(weight->model);
+    }
+    if (!computed) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (op == TSFFN_OP_FUSED) {
+        // Every graph begins at layer 0, so the layer before was computed in the same one.
+        const bool follows = weight->layer > 0 && weight->layer == stream->next_layer;
+        tsffn_model_count(weight->model, weight->layer, n_rows, follows ? start_ns - stream->last_end_ns : 0, &counts);
+        stream->next_layer = weight->layer + 1;
+        stream->last_end_ns = now_ns();
+    } else {
+        tsffn_model_count_single(weight->model, weight->layer);
+        stream->next_layer = 0;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn_tensor * op) {
+    static const enum tsffn_op ops[TSFFN_N_PARTS] = {
+        [TSFFN_PART_GATE] = TSFFN_OP_GATE, [TSFFN_PART_UP] = TSFFN_OP_UP, [TSFFN_PART_DOWN] = TSFFN_OP_DOWN};
+    const struct tsffn_weight * weight = tsffn_weight_of(op->src[0]);
+    if (weight == NULL) {
+        tsffn_log_error("%s: not an FFN weight of an opened model", op->src[0]->name);
+        return GGML_STATUS_FAILED;
+    }
+    if (!tsffn_loaded_has(weight, weight->part)) {
+        tsffn_log_error("%s: gate, up and down of a layer are in bundles, but not all three are in buffers of this "
+                        "backend; load all FFN tensors into TSFFN, or convert with --ffn-layout rows",
+                        op->src[0]->name);
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    return check_operands(op, weight) ? compute(stream, ops[weight->part], weight, op->src[1], op->src[2], NULL, op)
+                                      : GGML_STATUS_FAILED;
+}
+
+// h = relu(gate) * relu(up); the predictor's mask is already in gate, as zeros.
+static enum ggml_status compute_glu(const tsffn_tensor * op) {
+    const tsffn_tensor * gate = op->src[0];
+    const tsffn_tensor * up = op->src[1];
+    struct tsffn_weight weight;
+    if (!comes_from_gate(gate, &weight)) {
+        return GGML_STATUS_FAILED;
+    }
+    if (!is_matmul(gate) && weight.model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
+        tsffn_log_error("%s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
+                        "with exact sparsity",
+                        op->name, (long long)weight.layer);
+        return GGML_STATUS_FAILED;
+    }
+    if ((!is_matmul(gate) || !is_matmul(up)) && weight.model->hot_first) {
+        tsffn_log_error("%s: an adapter changes the FFN of layer %lld, whose neurons are in another order; use a model "
+                        "that was converted without --profile",
+                        op->name, (long long)weight.layer);
+        return GGML_STATUS_FAILED;
+    }
+    for (int64_t k = 0; k < op->ne[2]; ++k) {
+        for (int64_t j = 0; j < op->ne[1]; ++j) {
+            const float * g =
+                (const float *)((const char *)gate->data + (size_t)j * gate->nb[1] + (size_t)k * gate->nb[2]);
+            const float * u = (const float *)((const char *)up->data + (size_t)j * up->nb[1] + (size_t)k * up->nb[2]);
+            float * h = (float *)((char *)op->data + (size_t)j * op->nb[1] + (size_t)k * op->nb[2]);
+            for (int64_t i = 0; i < op->ne[0]; ++i) {
+                h[i] = g[i] > 0.0f && u[i] > 0.0f ? g[i] * u[i] : 0.0f;
+            }
+        }
+    }
+    tsffn_model_count_single(weight.model, weight.layer);
+    return GGML_STATUS_SUCCESS;
+}
+
+static bool is_computed(const tsffn_tensor * node) {
+    return node->op != GGML_OP_NONE && node->op != GGML_OP_RESHAPE && node->op != GGML_OP_VIEW &&
+           node->op != GGML_OP_PERMUTE && node->op != GGML_OP_TRANSPOSE &&
+           (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !ggml_is_empty(node);
+}
+
+// Whether the four operations are one FFN whose intermediate results nobody else asks for.
+static bool is_ffn(tsffn_tensor * const op[4], const struct tsffn_weight ** weight) {
+    const tsffn_tensor * glu = op[2];
+    const tsffn_tensor * down = op[3];
+    if (!is_swiglu(glu) || !is_matmul(op[0]) || !is_matmul(op[1]) || !is_matmul(down) || down->src[1] != glu) {
+        return false;
+    }
+    const tsffn_tensor * gate = glu->src[0];
+    const tsffn_tensor * up = glu->src[1];
+    if (!((gate == op[0] && up == op[1]) || (gate == op[1] && up == op[0]))) {
+        return false;
+    }
+    const struct tsffn_weight * first = tsffn_weight_of(gate->src[0]);
+    const struct tsffn_weight * second = tsffn_weight_of(up->src[0]);
+    const struct tsffn_weight * third = tsffn_weight_of(down->src[0]);
+    if (first == NULL || second == NULL || third == NULL) {
+        return false;
+    }
+    // The three weights of a layer stand side by side.
+    *weight = first;
+    return first->part == TSFFN_PART_GATE && second == first + TSFFN_PART_UP && third == first + TSFFN_PART_DOWN &&
+           gate->src[1] == up->src[1] && gate->src[2] == up->src[2] && gate->src[2] == down->src[2] &&
+           ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT) == 0;
+}
+
+enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph) {
+    const int n_nodes = ggml_graph_n_nodes(graph);
+    int i = 0;
+    while (i < n_nodes) {
+        // The next four computed nodes, and where each ends.
+        tsffn_tensor * op[4];
+        int after[4];
+        int n_ops = 0;
+        for (int j = i; j < n_nodes && n_ops < 4; ++j) {
+            tsffn_tensor * node = ggml_graph_node(graph, j);
+            if (is_computed(node)) {
+                op[n_ops] = node;
+                after[n_ops] = j + 1;
+                ++n_ops;
+            }
+        }
+        if (n_ops == 0) {
+            break;
+        }
+        const struct tsffn_weight * weight;
+        enum ggml_status status;
+        if (n_ops == 4 && is_ffn(op, &weight)) {
+            const tsffn_tensor * gate = op[2]->src[0];
+            status = check_operands(gate, weight)
+                         ? compute(stream, TSFFN_OP_FUSED, weight, gate->src[1], gate->src[2], op[2], op[3])
+                         : GGML_STATUS_FAILED;
+            i = after[3];
+        } else {
+            status = is_matmul(op[0]) ? compute_matmul(stream, op[0]) : compute_glu(op[0]);
+            i = after[0];
+        }
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}

@@ -1,0 +1,23 @@
+// Recognition of FFN operations in ggml graphs, and their computation.
+#ifndef TSFFN_GRAPH_H
+#define TSFFN_GRAPH_H
+
+#include "buffer.h"
+
+// The context of one backend instance (one llama_context): its threads and its scratch memory.
+struct tsffn_stream {
+    int n_threads;
+    const struct tsffn_device * device; // of the models that are computed; NULL before the first
+    void * scratch;                     // of the device
+    struct tsffn_row * rows;            // [n_rows]
+    int64_t n_rows;
+    int64_t next_layer; // the one after that whose FFN was computed last as a whole; 0: none was
+    uint64_t last_end_ns;
+};
+
+// True for MUL_MAT and MUL_MAT_ID with an FFN weight of an opened model, and for the SWIGLU between them.
+bool tsffn_supports_op(const tsffn_tensor * op);
+
+enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph);
+
+#endif

@@ -1,0 +1,157 @@
+// Opening, sharing and closing of a model.
+#include "model.h"
+
+#include "../memory/mapping.h"
+#include "sidecar.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// llama.cpp loads a model in the thread that asked for it: what one thread arms, loads of others never see.
+static _Thread_local struct tsffn_model * armed_by_thread;
+static _Atomic(struct tsffn_model *) armed_for_process;
+
+static bool resolve_sparsity(enum tsffn_sparsity asked, const struct tsffn_identity * id, const char * model_path,
+                             struct tsffn_model * model, char * error, size_t error_size) {
+    const bool has_predictor = strcmp(id->predictor_kind, "none") != 0;
+    if (asked == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
+        return tsffn_fail(error, error_size,
+                          "%s: the model has no predictor; run with exact sparsity, or convert with --predictor",
+                          model_path);
+    }
+    const enum tsffn_sparsity own = has_predictor ? TSFFN_SPARSITY_PREDICTOR : TSFFN_SPARSITY_EXACT;
+    model->sparsity = asked == TSFFN_SPARSITY_DEFAULT ? own : asked;
+    return true;
+}
+
+static bool allocate(struct tsffn_model * model, char * error, size_t error_size) {
+    const size_t n_layer = (size_t)model->n_layer;
+    model->predictors = calloc(n_layer * (size_t)tsffn_model_ffns_per_layer(model), sizeof(*model->predictors));
+    model->pred_scale = calloc(n_layer, sizeof(*model->pred_scale));
+    model->threshold = calloc(n_layer, sizeof(*model->threshold));
+    model->stats = calloc(n_layer, sizeof(*model->stats));
+    model->load.claimed = calloc(n_layer * TSFFN_N_PARTS, sizeof(*model->load.claimed));
+    if (model->predictors == NULL || model->pred_scale == NULL || model->threshold == NULL || model->stats == NULL ||
+        model->load.claimed == NULL) {
+        return tsffn_fail(error, error_size, "out of memory");
+    }
+    return true;
+}
+
+struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path, enum tsffn_sparsity sparsity,
+                                      char * error, size_t error_size) {
+    if (!tsffn_check_abi(error, error_size)) {
+        return NULL;
+    }
+    const struct tsffn_device * device = tsffn_device(error, error_size);
+    if (device == NULL) {
+        return NULL;
+    }
+    struct tsffn_model * model = calloc(1, sizeof(*model));
+    if (model == NULL) {
+        tsffn_fail(error, error_size, "out of memory");
+        return NULL;
+    }
+    model->fd = -1;
+    model->computes = device;
+    model->activation = TSFFN_ACTIVATION_DRELU;
+    model->load.is_ours = true;
+    atomic_init(&model->references, 1);
+    pthread_mutex_init(&model->residency_mutex, NULL);
+    pthread_mutex_init(&model->stats_mutex, NULL);
+    pthread_mutex_init(&model->profile_mutex, NULL);
+
+    struct tsffn_gguf file;
+    struct tsffn_identity id;
+    bool ok = tsffn_gguf_open(&file, model_path, error, error_size);
+    if (ok) {
+        model->device = file.device;
+        model->inode = file.inode;
+        model->file_bytes = file.file_size;
+        model->path = strdup(model_path);
+        ok = model->path != NULL || tsffn_fail(error, error_size, "out of memory");
+        ok = ok && tsffn_read_model_file(&file, model, &id) && allocate(model, error, error_size) &&
+             resolve_sparsity(sparsity, &id, model_path, model, error, error_size);
+        model->fd = tsffn_gguf_take_fd(&file);
+        tsffn_gguf_close(&file);
+    }
+    if (ok && model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
+        ok = tsffn_load_sidecar(model, model_path, sidecar_path, &id, error, error_size);
+    }
+    if (!ok) {
+        tsffn_model_close(model);
+        return NULL;
+    }
+    return model;
+}
+
+struct tsffn_model * tsffn_model_retain(struct tsffn_model * model) {
+    if (model != NULL) {
+        atomic_fetch_add(&model->references, 1);
+    }
+    return model;
+}
+
+void tsffn_model_close(struct tsffn_model * model) {
+    if (model == NULL || atomic_fetch_sub(&model->references, 1) != 1) {
+        return;
+    }
+    if (model->sidecar != NULL) {
+        munmap(model->sidecar, model->sidecar_size);
+    }
+    if (model->fd >= 0) {
+        close(model->fd);
+    }
+    pthread_mutex_destroy(&model->residency_mutex);
+    pthread_mutex_destroy(&model->stats_mutex);
+    pthread_mutex_destroy(&model->profile_mutex);
+    free(model->path);
+    free(model->ffn_offset);
+    free(model->load.claimed);
+    free(model->predictors);
+    free(model->pred_scale);
+    free(model->threshold);
+    free(model->stats);
+    free(model->profile);
+    free(model);
+}
+
+void tsffn_model_arm(struct tsffn_model * model) {
+    struct tsffn_model * before = armed_by_thread;
+    armed_by_thread = tsffn_model_retain(model);
+    tsffn_model_close(before);
+}
+
+void tsffn_model_arm_for_process(struct tsffn_model * model) {
+    model->armed_for_process = true;
+    tsffn_model_close(atomic_exchange(&armed_for_process, tsffn_model_retain(model)));
+}
+
+struct tsffn_model * tsffn_model_armed(void) {
+    return armed_by_thread != NULL ? armed_by_thread : atomic_load(&armed_for_process);
+}
+
+uint64_t tsffn_model_file_bytes(const struct tsffn_model * model) {
+    return model != NULL ? model->file_bytes : 0;
+}
+
+int tsffn_model_cache(const struct tsffn_model * model, uint64_t offset, uint64_t size) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    if (model == NULL || offset % page != 0 || offset > model->file_bytes) {
+        return EINVAL;
+    }
+    const uint64_t left = model->file_bytes - offset;
+    size = size < left ? size : left;
+    return size > 0 ? tsffn_cache_pages(model->fd, offset, size) : 0;
+}
+
+enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model) {
+    return model != NULL ? model->sparsity : TSFFN_SPARSITY_DEFAULT;
+}
+
+int32_t tsffn_model_n_layer(const struct tsffn_model * model) {
+    return model != NULL ? (int32_t)model->n_layer : 0;
+}

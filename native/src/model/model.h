@@ -1,0 +1,92 @@
+// An opened model: what its file promises, the mapped predictor sidecar, and the counters.
+#ifndef TSFFN_MODEL_H
+#define TSFFN_MODEL_H
+
+#include "../ffn/device.h"
+#include "tsffn.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+// The weight tensors of an FFN layer, in this order wherever they are counted.
+enum tsffn_part {
+    TSFFN_PART_GATE,
+    TSFFN_PART_UP,
+    TSFFN_PART_DOWN,
+    TSFFN_N_PARTS,
+};
+
+// The predictor of one layer, or of one expert of it; data NULL in exact mode.
+struct tsffn_predictor {
+    struct tsffn_weights fc1; // [rank][n_embd]
+    struct tsffn_weights fc2; // [n_ff][rank]
+};
+
+struct tsffn_buffer;
+
+struct tsffn_loaded;
+
+// What llama.cpp was told when it loaded the model last: it asks where each weight may go before it loads any.
+struct tsffn_load {
+    int64_t number;               // of loads so far
+    bool is_ours;                 // it is the model's file that is loaded, as far as can be told
+    char other[256];              // else: the path of another model of tsconv that may be; empty for none
+    bool * claimed;               // [n_layer][TSFFN_N_PARTS] FFN tensors that this backend takes
+    struct tsffn_loaded * loaded; // the weights that came of it; NULL before the first, and when they are gone
+};
+
+struct tsffn_model {
+    atomic_int references;
+    const struct tsffn_device * computes;
+    enum tsffn_sparsity sparsity;
+    enum tsffn_activation activation;
+    int64_t n_layer, n_embd, n_ff;
+    int64_t n_expert;       // 0 for a dense model
+    bool hot_first;         // the neurons are not in the order of the checkpoint
+    bool bundled;           // gate, up and down of a layer are one matrix of bundles in three pieces
+    char * path;            // of the model file, for messages
+    int fd;                 // the file that was checked
+    uint64_t file_bytes;    //
+    uint64_t device, inode; //
+    uint64_t * ffn_offset;  // [n_layer][TSFFN_N_PARTS] where gate, up and down begin in it
+    void * sidecar;         // the mapped file, NULL in exact mode
+    size_t sidecar_size;
+    struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
+    const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
+    float * threshold;                   // [n_layer]
+    bool on_when_equal;
+    pthread_mutex_t residency_mutex; // held while pages are asked for, and while buffers come and go
+    struct tsffn_buffer * buffers;   // those with weights
+    struct tsffn_load load;          // the last one; guarded by residency_mutex
+    bool armed_for_process;          // by TSFFN_MODEL: a load of any file may be going on
+    pthread_mutex_t stats_mutex;
+    struct tsffn_layer_stats * stats; // [n_layer]
+    pthread_mutex_t profile_mutex;    // held while a call adds to the profile
+    uint64_t * profile;               // [n_layer][profile_per_layer], see profile.c; NULL when it is off
+    size_t profile_per_layer;
+};
+
+struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
+
+// The model that this thread armed, or else the one of TSFFN_MODEL; NULL for none.
+struct tsffn_model * tsffn_model_armed(void);
+// Arms the model of TSFFN_MODEL, for all threads that arm none of their own and until the process ends. Call it once,
+// before anything is loaded.
+void tsffn_model_arm_for_process(struct tsffn_model * model);
+
+// Adds one fused computation of `rows` rows to the counters of `layer`, and the time since that of the layer before.
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
+                       const struct tsffn_counts * counts);
+// Adds one operation that was computed alone.
+void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
+
+// When activation statistics are on: where those of `layer` go, and true with the lock held until
+// tsffn_model_unlock_profile.
+bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile);
+void tsffn_model_unlock_profile(struct tsffn_model * model);
+
+static inline int64_t tsffn_model_ffns_per_layer(const struct tsffn_model * model) {
+    return model->n_expert > 0 ? model->n_expert : 1;
+}
+
+#endif

@@ -1,0 +1,73 @@
+// Activation statistics of a model: one struct tsffn_profile per layer, over one block of memory.
+#include "../ggml/ggml_iface.h"
+#include "model.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+_Static_assert(TSFFN_N_COUNTS == TSFFN_PROFILE_COUNTS && TSFFN_N_HISTOGRAMS == TSFFN_PROFILE_HISTOGRAMS &&
+                   TSFFN_N_BINS == TSFFN_PROFILE_BINS,
+               "the public limits are those of the computation");
+
+enum { HISTOGRAM_VALUES = TSFFN_PROFILE_HISTOGRAMS * TSFFN_PROFILE_BINS };
+
+static size_t neuron_values(const struct tsffn_model * model) {
+    return (size_t)TSFFN_PROFILE_COUNTS * (size_t)tsffn_model_ffns_per_layer(model) * (size_t)model->n_ff;
+}
+
+bool tsffn_model_profile(struct tsffn_model * model, bool on) {
+    if (model == NULL) {
+        return false;
+    }
+    const size_t n_ffns = (size_t)tsffn_model_ffns_per_layer(model);
+    const size_t per_layer = n_ffns + neuron_values(model) + HISTOGRAM_VALUES;
+    uint64_t * values = on ? calloc((size_t)model->n_layer * per_layer, sizeof(*values)) : NULL;
+    if (on && values == NULL) {
+        return false;
+    }
+    pthread_mutex_lock(&model->profile_mutex);
+    free(model->profile);
+    model->profile = values;
+    model->profile_per_layer = per_layer;
+    pthread_mutex_unlock(&model->profile_mutex);
+    return true;
+}
+
+bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile) {
+    pthread_mutex_lock(&model->profile_mutex);
+    if (model->profile == NULL) {
+        pthread_mutex_unlock(&model->profile_mutex);
+        return false;
+    }
+    uint64_t * values = model->profile + (size_t)layer * model->profile_per_layer;
+    profile->tokens = values;
+    profile->neurons = values + tsffn_model_ffns_per_layer(model);
+    profile->histograms = profile->neurons + neuron_values(model);
+    return true;
+}
+
+void tsffn_model_unlock_profile(struct tsffn_model * model) {
+    pthread_mutex_unlock(&model->profile_mutex);
+}
+
+bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, uint64_t * tokens, uint64_t * neurons,
+                              uint64_t * histograms) {
+    struct tsffn_profile profile;
+    struct tsffn_model * locked = (struct tsffn_model *)model;
+    if (model == NULL || tokens == NULL || neurons == NULL || histograms == NULL || layer < 0 ||
+        layer >= model->n_layer || !tsffn_model_lock_profile(locked, layer, &profile)) {
+        return false;
+    }
+    memcpy(tokens, profile.tokens, (size_t)tsffn_model_ffns_per_layer(model) * sizeof(*tokens));
+    memcpy(neurons, profile.neurons, neuron_values(model) * sizeof(*neurons));
+    memcpy(histograms, profile.histograms, HISTOGRAM_VALUES * sizeof(*histograms));
+    tsffn_model_unlock_profile(locked);
+    return true;
+}
+
+bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data) {
+    (void)user_data;
+    // The scheduler asks whether a node's result is wanted, and then, when it is there, whether to go on. The last node
+    // before the output matrix has this name (llama.cpp, src/models/llama.cpp).
+    return ask && strcmp(((const tsffn_tensor *)tensor)->name, "result_norm") == 0;
+}
