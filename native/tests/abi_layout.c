@@ -3,7 +3,7 @@
 #ifdef TSFFN_UPSTREAM_HEADER
 #include "ggml-backend-impl.h"
 #else
-#include "ggml/ggml_iface.h"
+#include "ggml_iface.h"
 #endif
 
 #include <stddef.h>

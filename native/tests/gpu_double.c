@@ -2,7 +2,7 @@
 // host must not touch (its buffer type is not a host type), and which, as ggml-cuda does, takes every operation that it
 // can compute. For tests of what goes wrong when such a device is there. It is loaded like any backend
 // (ggml_backend_load); native/src/backend/ggml_iface.h says what its interfaces are.
-#include "../src/ggml/ggml_iface.h"
+#include "../src/ggml_iface.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-"""What compilers may do around AMX's tile loads (native/src/cpu/amx.h), seen in machine code: that needs no AMX."""
+"""What compilers may do around AMX's tile loads (native/src/cpu/kernels/amx.h): seen in machine code, without AMX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from native_build import ROOT
 
-CPU = ROOT / "native" / "src" / "cpu"
+CPU = ROOT / "native" / "src" / "cpu" / "kernels"
 SOURCE = """
 #include "amx.h"
 #include <immintrin.h>

@@ -2,7 +2,7 @@
 #include "row_types.h"
 
 #include "../ffn/layer.h"
-#include "../ggml/ggml_iface.h"
+#include "../ggml_iface.h"
 #include "ggml-cpu.h"
 #include "kernels/kernels.h"
 

@@ -1,7 +1,7 @@
 // Which device computes.
 #include "device.h"
 
-#include "../model/gguf_file.h"
+#include "../error.h"
 
 #include <dlfcn.h>
 #include <pthread.h>

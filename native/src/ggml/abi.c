@@ -1,7 +1,7 @@
 // Versions, and whether the running ggml is the one this library was built for.
 #include "../cpu/kernels/kernels.h"
+#include "../ggml_iface.h"
 #include "../model/gguf_file.h"
-#include "ggml_iface.h"
 #include "tsffn.h"
 
 #include <string.h>

@@ -10,7 +10,7 @@
 enum { ALIGNMENT = 64 };
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
-    struct tsffn_buffer * context = buffer->context;
+    struct tsffn_region * context = buffer->context;
     tsffn_residency_forget(context);
     tsffn_loaded_release(context->model, context->loaded);
     tsffn_model_close(context->model);
@@ -21,11 +21,11 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
 }
 
 static void * buffer_get_base(ggml_backend_buffer_t buffer) {
-    return ((const struct tsffn_buffer *)buffer->context)->base;
+    return ((const struct tsffn_region *)buffer->context)->base;
 }
 
 static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tensor) {
-    struct tsffn_buffer * context = buffer->context;
+    struct tsffn_region * context = buffer->context;
     struct tsffn_weight weight;
     if (!tsffn_identify(tensor, &weight)) {
         return GGML_STATUS_SUCCESS;
@@ -89,11 +89,11 @@ static const struct ggml_backend_buffer_i buffer_interface = {
 };
 
 ggml_backend_buffer_t tsffn_buffer_new(void * base, size_t size, bool owned, struct tsffn_model * model) {
-    struct tsffn_buffer * context = malloc(sizeof(*context));
+    struct tsffn_region * context = malloc(sizeof(*context));
     if (context == NULL) {
         return NULL;
     }
-    *context = (struct tsffn_buffer){
+    *context = (struct tsffn_region){
         .base = base,
         .size = size,
         .owned = owned,

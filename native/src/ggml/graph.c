@@ -326,3 +326,10 @@ enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_c
     }
     return GGML_STATUS_SUCCESS;
 }
+
+bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data) {
+    (void)user_data;
+    // The scheduler asks whether a node's result is wanted, and then, when it is there, whether to go on. The last node
+    // before the output matrix has this name (llama.cpp, src/models/llama.cpp).
+    return ask && strcmp(((const tsffn_tensor *)tensor)->name, "result_norm") == 0;
+}

@@ -103,12 +103,12 @@ bool tsffn_check_loaded(struct tsffn_model * model, char * error, size_t error_s
     int64_t n_missing = 0, first = 0, of_another = -1;
     pthread_mutex_lock(&model->residency_mutex);
     bool measures = true;
-    for (const struct tsffn_buffer * b = model->buffers; b != NULL; b = b->next) {
+    for (const struct tsffn_region * b = model->regions; b != NULL; b = b->next) {
         measures &= b->load != model->load.number;
     }
     for (int64_t i = n - 1; i >= 0; --i) {
         bool is_here = (measures && model->load.claimed[i]) || !model->load.is_ours;
-        for (const struct tsffn_buffer * b = model->buffers; b != NULL; b = b->next) {
+        for (const struct tsffn_region * b = model->regions; b != NULL; b = b->next) {
             const struct tsffn_weights * m = &b->weights[i];
             is_here |= b->load == model->load.number && m->data != NULL;
             of_another = b->owned && m->data != NULL && !is_of_file(model, i, m) ? i : of_another;

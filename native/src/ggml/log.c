@@ -1,6 +1,6 @@
 #include "log.h"
 
-#include "ggml_iface.h"
+#include "../ggml_iface.h"
 
 #include <stdarg.h>
 #include <stdio.h>

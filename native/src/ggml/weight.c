@@ -43,7 +43,7 @@ static struct tsffn_model * model_of(const tsffn_tensor * w) {
     if (w->buffer == NULL || w->buffer->buft != tsffn_buffer_type()) {
         return NULL;
     }
-    return tsffn_is_asked_for(w) ? tsffn_model_armed() : ((const struct tsffn_buffer *)w->buffer->context)->model;
+    return tsffn_is_asked_for(w) ? tsffn_model_armed() : ((const struct tsffn_region *)w->buffer->context)->model;
 }
 
 bool tsffn_identify(const tsffn_tensor * w, struct tsffn_weight * weight) {

@@ -2,8 +2,8 @@
 #ifndef TSFFN_WEIGHT_H
 #define TSFFN_WEIGHT_H
 
+#include "../ggml_iface.h"
 #include "../model/loaded.h"
-#include "ggml_iface.h"
 
 // Whether llama.cpp only asks whether `w` could be in a buffer of this backend: it is in a dummy one.
 bool tsffn_is_asked_for(const tsffn_tensor * w);

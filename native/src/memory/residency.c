@@ -30,51 +30,51 @@ struct pages {
     uintptr_t size_of; // a page
 };
 
-// ---- which weights a buffer holds
+// ---- which weights a region holds
 
 // The buffers over mappings that llama.cpp may still be loading from, of all models. Locked before a residency_mutex.
 static pthread_mutex_t loading_mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct tsffn_buffer * loading;
+static struct tsffn_region * loading;
 
-static void start_loading(struct tsffn_buffer * buffer) {
+static void start_loading(struct tsffn_region * region) {
     pthread_mutex_lock(&loading_mutex);
-    buffer->next_loading = loading;
-    loading = buffer;
+    region->next_loading = loading;
+    loading = region;
     pthread_mutex_unlock(&loading_mutex);
 }
 
-static void end_loading(const struct tsffn_buffer * buffer) {
+static void end_loading(const struct tsffn_region * region) {
     pthread_mutex_lock(&loading_mutex);
-    struct tsffn_buffer ** link = &loading;
-    while (*link != NULL && *link != buffer) {
+    struct tsffn_region ** link = &loading;
+    while (*link != NULL && *link != region) {
         link = &(*link)->next_loading;
     }
     if (*link != NULL) {
-        *link = buffer->next_loading;
+        *link = region->next_loading;
     }
     pthread_mutex_unlock(&loading_mutex);
 }
 
-bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
+bool tsffn_residency_remember(struct tsffn_region * region, const struct tsffn_weight * weight,
                               const struct tsffn_weights * weights) {
     struct tsffn_model * model = weight->model;
     pthread_mutex_lock(&model->residency_mutex);
-    const bool is_first = buffer->weights == NULL;
+    const bool is_first = region->weights == NULL;
     if (is_first) {
-        buffer->weights = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*buffer->weights));
-        if (buffer->weights != NULL) {
-            buffer->next = model->buffers;
-            model->buffers = buffer;
+        region->weights = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*region->weights));
+        if (region->weights != NULL) {
+            region->next = model->regions;
+            model->regions = region;
         }
     }
-    const bool ok = buffer->weights != NULL;
+    const bool ok = region->weights != NULL;
     if (ok) {
-        buffer->load = model->load.number;
-        buffer->weights[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part] = *weights;
+        region->load = model->load.number;
+        region->weights[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part] = *weights;
     }
     pthread_mutex_unlock(&model->residency_mutex);
-    if (ok && is_first && !buffer->owned) {
-        start_loading(buffer);
+    if (ok && is_first && !region->owned) {
+        start_loading(region);
     }
     return ok;
 }
@@ -106,35 +106,35 @@ void tsffn_residency_loaded(void) {
     pthread_mutex_unlock(&loading_mutex);
 }
 
-static void unlock(const struct tsffn_model * model, struct tsffn_buffer * buffer) {
+static void unlock(const struct tsffn_model * model, struct tsffn_region * region) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    for (int64_t i = 0; buffer->locked && i < model->n_layer * TSFFN_N_PARTS; ++i) {
-        const struct tsffn_weights * m = &buffer->weights[i];
+    for (int64_t i = 0; region->locked && i < model->n_layer * TSFFN_N_PARTS; ++i) {
+        const struct tsffn_weights * m = &region->weights[i];
         if (m->data != NULL) {
             const struct span span =
                 pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_weights_bytes(m), page);
             munlock((void *)span.begin, span.end - span.begin);
         }
     }
-    buffer->locked = false;
+    region->locked = false;
 }
 
-void tsffn_residency_forget(struct tsffn_buffer * buffer) {
-    struct tsffn_model * model = buffer->model;
+void tsffn_residency_forget(struct tsffn_region * region) {
+    struct tsffn_model * model = region->model;
     if (model == NULL) {
         return;
     }
-    end_loading(buffer);
+    end_loading(region);
     pthread_mutex_lock(&model->residency_mutex);
-    if (buffer->weights != NULL) {
-        unlock(model, buffer);
-        struct tsffn_buffer ** link = &model->buffers;
-        while (*link != buffer) {
+    if (region->weights != NULL) {
+        unlock(model, region);
+        struct tsffn_region ** link = &model->regions;
+        while (*link != region) {
             link = &(*link)->next;
         }
-        *link = buffer->next;
-        free(buffer->weights);
-        buffer->weights = NULL;
+        *link = region->next;
+        free(region->weights);
+        region->weights = NULL;
     }
     pthread_mutex_unlock(&model->residency_mutex);
 }
@@ -197,24 +197,24 @@ static int by_begin(const void * a, const void * b) {
 static bool find_pages(const struct tsffn_model * model, const int32_t * hot, struct pages * pages) {
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
     const int64_t n_matrices = model->n_layer * TSFFN_N_PARTS;
-    size_t n_buffers = 0;
-    for (const struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
-        n_buffers += 1;
+    size_t n_regions = 0;
+    for (const struct tsffn_region * region = model->regions; region != NULL; region = region->next) {
+        n_regions += 1;
     }
-    const size_t n_prefixes = n_buffers * (size_t)(n_matrices * n_ffns);
+    const size_t n_prefixes = n_regions * (size_t)(n_matrices * n_ffns);
     *pages = (struct pages){
         .hot = malloc(n_prefixes * sizeof(struct span)),
-        .cold = malloc((n_prefixes + n_buffers * (size_t)n_matrices) * sizeof(struct span)),
+        .cold = malloc((n_prefixes + n_regions * (size_t)n_matrices) * sizeof(struct span)),
         .size_of = (uintptr_t)sysconf(_SC_PAGESIZE),
     };
     if (pages->hot == NULL || pages->cold == NULL) {
         return false;
     }
-    for (const struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
+    for (const struct tsffn_region * region = model->regions; region != NULL; region = region->next) {
         for (int64_t i = 0; i < n_matrices; ++i) {
-            if (buffer->weights[i].data != NULL) {
-                add_tensor(pages, model, &buffer->weights[i], i % TSFFN_N_PARTS, hot + i / TSFFN_N_PARTS * n_ffns,
-                           !buffer->owned);
+            if (region->weights[i].data != NULL) {
+                add_tensor(pages, model, &region->weights[i], i % TSFFN_N_PARTS, hot + i / TSFFN_N_PARTS * n_ffns,
+                           !region->owned);
             }
         }
     }
@@ -286,8 +286,8 @@ static struct span slice(struct span span, int round, uintptr_t page) {
 static void lock_hottest_first(struct tsffn_model * model, const struct pages * pages, struct span sidecar,
                                struct tsffn_placed * placed) {
     placed->sidecar_locked = lock(sidecar, pages->size_of, &placed->lock_errno);
-    for (struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
-        buffer->locked = true;
+    for (struct tsffn_region * region = model->regions; region != NULL; region = region->next) {
+        region->locked = true;
     }
     for (int round = 0; round < LOCK_ROUNDS; ++round) {
         for (size_t i = 0; placed->lock_errno == 0 && i < pages->n_hot; ++i) {
@@ -306,8 +306,8 @@ static void place(struct tsffn_model * model, const struct pages * pages, uint32
     for (size_t i = 0; i < pages->n_hot; ++i) {
         placed->hot += pages->hot[i].end - pages->hot[i].begin;
     }
-    for (struct tsffn_buffer * buffer = model->buffers; buffer != NULL; buffer = buffer->next) {
-        unlock(model, buffer);
+    for (struct tsffn_region * region = model->regions; region != NULL; region = region->next) {
+        unlock(model, region);
     }
     if (sidecar.begin < sidecar.end) {
         munlock((void *)sidecar.begin, sidecar.end - sidecar.begin);
@@ -358,7 +358,7 @@ bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n
     tsffn_residency_loaded(); // before anything is brought in
     pthread_mutex_lock(&model->residency_mutex);
     struct pages pages = {0};
-    bool ok = model->buffers != NULL;
+    bool ok = model->regions != NULL;
     if (!ok) {
         tsffn_fail(error, error_size, "the FFN weights are not loaded: expected llama.cpp to have loaded the model");
     } else {

@@ -2,10 +2,10 @@
 #ifndef TSFFN_RESIDENCY_H
 #define TSFFN_RESIDENCY_H
 
-#include "../ggml/buffer.h"
+#include "region.h"
 
 // Notes where an FFN weight lies. False: out of memory.
-bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_weight * weight,
+bool tsffn_residency_remember(struct tsffn_region * region, const struct tsffn_weight * weight,
                               const struct tsffn_weights * weights);
 
 // llama.cpp has loaded its models: takes the mappings of their files out of the process, once. What llama.cpp has
@@ -13,6 +13,6 @@ bool tsffn_residency_remember(struct tsffn_buffer * buffer, const struct tsffn_w
 void tsffn_residency_loaded(void);
 
 // Before a buffer goes: unlocks its pages and takes it off its model's list.
-void tsffn_residency_forget(struct tsffn_buffer * buffer);
+void tsffn_residency_forget(struct tsffn_region * region);
 
 #endif

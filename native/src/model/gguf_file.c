@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,14 +12,6 @@
 enum { READ_BYTES = 64 << 10 }; // of the header, at a time
 
 static const char CONVERT_AGAIN[] = "the file is damaged or was edited: convert or download it again";
-
-bool tsffn_fail(char * error, size_t error_size, const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(error, error_size, format, args);
-    va_end(args);
-    return false;
-}
 
 static bool check_bounds(const struct tsffn_gguf * file) {
     const uint64_t data = gguf_get_data_offset(file->ctx);

@@ -3,6 +3,7 @@
 #ifndef TSFFN_GGUF_FILE_H
 #define TSFFN_GGUF_FILE_H
 
+#include "../error.h"
 #include "ggml.h"
 #include "gguf.h"
 
@@ -25,9 +26,6 @@ struct tsffn_gguf_tensor {
     uint64_t offset; // of its data, from the start of the file
     uint64_t size;
 };
-
-// Writes one line to the caller's error buffer and returns false.
-bool tsffn_fail(char * error, size_t error_size, const char * format, ...) __attribute__((format(printf, 3, 4)));
 
 // Opens `path`, reads its header, and checks that the data of every tensor lies inside the file. No tensor data is
 // read, and the kernel reads none ahead. `path` must outlive `file`.

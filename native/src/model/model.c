@@ -1,10 +1,8 @@
 // Opening, sharing and closing of a model.
 #include "model.h"
 
-#include "../memory/mapping.h"
 #include "sidecar.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -136,16 +134,6 @@ struct tsffn_model * tsffn_model_armed(void) {
 
 uint64_t tsffn_model_file_bytes(const struct tsffn_model * model) {
     return model != NULL ? model->file_bytes : 0;
-}
-
-int tsffn_model_cache(const struct tsffn_model * model, uint64_t offset, uint64_t size) {
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    if (model == NULL || offset % page != 0 || offset > model->file_bytes) {
-        return EINVAL;
-    }
-    const uint64_t left = model->file_bytes - offset;
-    size = size < left ? size : left;
-    return size > 0 ? tsffn_cache_pages(model->fd, offset, size) : 0;
 }
 
 enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model) {

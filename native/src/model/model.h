@@ -22,7 +22,7 @@ struct tsffn_predictor {
     struct tsffn_weights fc2; // [n_ff][rank]
 };
 
-struct tsffn_buffer;
+struct tsffn_region;
 
 struct tsffn_loaded;
 
@@ -56,7 +56,7 @@ struct tsffn_model {
     float * threshold;                   // [n_layer]
     bool on_when_equal;
     pthread_mutex_t residency_mutex; // held while pages are asked for, and while buffers come and go
-    struct tsffn_buffer * buffers;   // those with weights
+    struct tsffn_region * regions;   // those with weights
     struct tsffn_load load;          // the last one; guarded by residency_mutex
     bool armed_for_process;          // by TSFFN_MODEL: a load of any file may be going on
     pthread_mutex_t stats_mutex;

@@ -1,5 +1,4 @@
 // Activation statistics of a model: one struct tsffn_profile per layer, over one block of memory.
-#include "../ggml/ggml_iface.h"
 #include "model.h"
 
 #include <stdlib.h>
@@ -63,11 +62,4 @@ bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, u
     memcpy(histograms, profile.histograms, HISTOGRAM_VALUES * sizeof(*histograms));
     tsffn_model_unlock_profile(locked);
     return true;
-}
-
-bool tsffn_stop_before_output(const void * tensor, bool ask, void * user_data) {
-    (void)user_data;
-    // The scheduler asks whether a node's result is wanted, and then, when it is there, whether to go on. The last node
-    // before the output matrix has this name (llama.cpp, src/models/llama.cpp).
-    return ask && strcmp(((const tsffn_tensor *)tensor)->name, "result_norm") == 0;
 }
