@@ -18,7 +18,7 @@ import llama_cpp
 from tsconv.errors import BackendError
 
 GGML_LOG_LEVEL_ERROR = 4  # enum ggml_log_level (ggml.h)
-OWN = "tsffn: "  # begins every message of the native backend (native/src/backend/log.c)
+OWN = "tsffn: "  # begins every message of the native backend (native/src/ggml/log.c)
 
 
 class _Router:

@@ -1,7 +1,7 @@
 """Where the memory of a loaded model's weights is: brought into RAM, locked there, or read on demand.
 
 The FFN weights stay mapped from the file; hot neurons are a prefix of each FFN (a model in hot_first order), so that
-what belongs in RAM is one range of pages per matrix. The native side (native/src/backend/residency.c) does the work.
+what belongs in RAM is one range of pages per matrix. The native side (native/src/memory/residency.c) does the work.
 
 All other weights are llama.cpp's. It maps the file with MAP_POPULATE, which reads all of it once, and then either uses
 them in place or repacks them into memory of its own; only computing a token touches exactly what it uses of them
