@@ -1,7 +1,7 @@
 // A ggml backend that looks like a GPU to llama.cpp and computes with ggml-cpu: a device of GPU type whose memory the
 // host must not touch (its buffer type is not a host type), and which, as ggml-cuda does, takes every operation that it
 // can compute. For tests of what goes wrong when such a device is there. It is loaded like any backend
-// (ggml_backend_load); native/src/backend/ggml_iface.h says what its interfaces are.
+// (ggml_backend_load); native/src/ggml_iface.h says what its interfaces are.
 #include "../src/ggml_iface.h"
 
 #include <stdlib.h>

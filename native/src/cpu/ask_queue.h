@@ -1,11 +1,9 @@
 // What to ask memory for in advance, and in which order (kernels.h: struct tsffn_asks).
 //
-// A core has 16 fill buffers (Golden Cove), which hold a line for the latency of memory: 16 * 64 bytes / 140 ns = 7
-// GB/s. The second-level cache's own prefetcher has 48 and follows up to 32 ascending streams, a page each, but needs
-// time to run ahead. So rows are asked for a line of each in turn, GROUP rows at a time: when a row's turn comes again,
-// its next line is on its way already and frees its buffer at once. Two cores read random rows of 2304 bytes at 13.3
-// GB/s row by row and at 18.0 so, rows of 8192 bytes at 18.0 and 24.7 (25 is what reading in the order of addresses
-// reaches there).
+// A core has few fill buffers, each of which holds a line for the latency of memory. The prefetcher of the second-level
+// cache has more and follows some tens of ascending streams, but needs time to run ahead. So rows are asked for a line
+// of each in turn, GROUP rows at a time: when a row's turn comes again, its next line is on its way already and frees
+// its buffer at once (docs/notes/2026-11-23-reading-rows.md).
 #ifndef TSFFN_ASK_QUEUE_H
 #define TSFFN_ASK_QUEUE_H
 

@@ -1,8 +1,7 @@
 // A place where the threads of a call meet.
 //
-// libgomp's own makes a system call each time, to wake threads that may have gone to sleep. Those of a layer wait for
-// microseconds: without the calls a token of a 7B model takes 1 % less (two cores of Zen 5, each with its own way to
-// memory). Who waits longer lets others have the processor.
+// libgomp's own makes a system call each time, to wake threads that may have gone to sleep. The threads of a layer wait
+// for microseconds only, and spin (docs/notes/2026-11-28-threads.md). Who waits longer lets others have the processor.
 #ifndef TSFFN_BARRIER_H
 #define TSFFN_BARRIER_H
 

@@ -17,8 +17,8 @@
 
 enum {
     COLUMN_BLOCK = 256, // columns per unit of work in phase D: whole cache lines, no false sharing
-    // Up to so many rows every thread converts the activations for itself. That takes 1 microsecond a row; shared, it
-    // took 12 per layer, because the lines go from core to core, and two more barriers are waited for.
+    // Up to so many rows every thread converts the activations for itself: shared, their lines go from core to core,
+    // and two more barriers are waited for (docs/notes/2026-11-28-threads.md).
     COPIED_ROWS = 4,
 };
 

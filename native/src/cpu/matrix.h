@@ -62,7 +62,7 @@ static inline size_t tsffn_matrix_stride(const struct tsffn_matrix * m, int64_t 
     return last - first == (size_t)(n - 1) * stride ? stride : 0;
 }
 
-// Row i times each of n activation vectors, which are in the format of the type; asks meanwhile.
+// s[j] = dot(row i, x[j]) for n activations already converted to the row type's format. Prefetches along the way.
 static inline void tsffn_matrix_dots(const struct tsffn_matrix * m, int64_t i, int n, const void * const * x, float * s,
                                      const struct tsffn_asks * asks) {
     const struct tsffn_row_type * type = m->type;
@@ -82,8 +82,8 @@ static inline float tsffn_matrix_dot(const struct tsffn_matrix * m, int64_t i, c
     return s;
 }
 
-// y += a[k] * rows[k] for n rows of m, in their order; asks meanwhile. The host's formats are widened to f32 first,
-// into `scratch` [n_cols].
+// y += sum_k a[k] * rows[k] for n rows of m, in their order. Prefetches along the way. The host's formats are widened
+// to f32 first, into `scratch` [n_cols].
 static inline void tsffn_matrix_axpys(const struct tsffn_matrix * m, int n, const float * a, const void * const * rows,
                                       float * y, float * scratch, const struct tsffn_asks * asks) {
     const struct tsffn_row_type * type = m->type;

@@ -8,11 +8,9 @@
 //             chunk c - 1  up and down of its neurons with gate > 0 are asked for
 //             chunk c - 2  up, down
 //
-// What a step asks for is spread over its products, so that it is there when its own step comes. Random rows reach
-// the sequential bandwidth only when they are asked for early, and all of them the memory's bandwidth only if the
-// asking never pauses: asked for in bursts, weights came at 12 GB/s where reading alone reaches 25 (two cores). But
-// what is on its way should stay little: chunks of 16 instead of 8 neurons cost 3 %, of 64 25 %, another step of delay
-// 6 %; of F16 rows, which are longer, chunks of 8 instead of 3 cost 5 %.
+// What a step asks for is spread over its products, so that it is there when its own step comes. Random rows come as
+// fast as rows in order only if they are asked for early and the asking never pauses. Yet little should be on its way
+// at a time: that is what bounds the neurons of a chunk (docs/notes/2026-11-23-reading-rows.md).
 #include "call.h"
 
 #include <string.h>
@@ -49,9 +47,9 @@ static int64_t list_work(const struct tsffn_matrix * m, const struct worklist * 
     return work;
 }
 
-// Row `neuron[k]` of m times the activations of its rows, one after the other; asks for what of the queue falls to
-// this, and once more for the next row: some of it was dropped, or is in L2 by now (Zen 5: a layer of Q4_0 -1.5 %, of
-// F16 up to -4 %).
+// v[j] = row neuron[k] of m times the activations of the j-th row that needs it. Prefetches its share of the queue
+// along the way, and the list's next row once more: some of that was dropped, or is only in the second-level cache by
+// now.
 static void dots(const struct segment * g, const struct tsffn_matrix * m, const struct worklist * list, int k,
                  const char * x, size_t x_bytes, struct tsffn_ask_queue * asked, float * v) {
     const uint64_t rows = list->rows[k];
@@ -382,7 +380,7 @@ void tsffn_list_neurons(const struct segment * g) {
 
 // The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. With a predictor a row's threads
 // share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do not depend
-// on them. (Fixed chunks in turn left the threads 1 to 2 % of a layer apart.)
+// on them (docs/notes/2026-11-28-threads.md).
 struct share {
     int32_t first[TILE_ROWS], end[TILE_ROWS];
     int64_t first_of_any, first_of_all, end_of_all, end_of_any;

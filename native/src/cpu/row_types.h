@@ -1,4 +1,4 @@
-// The row type (src/ffn/row_type.h) of each ggml type: own kernels where there are some, ggml's type traits otherwise;
+// The row type (row_type.h) of each ggml type: own kernels where there are some, ggml's type traits otherwise;
 // and that of Q3_NL.
 #ifndef TSFFN_ROW_TYPES_H
 #define TSFFN_ROW_TYPES_H

@@ -94,8 +94,7 @@ void tsffn_residency_loaded(void) {
             const struct tsffn_weights * m = &loading->weights[i];
             if (m->data != NULL) {
                 // Makes mappings of their own of the FFNs, and is no other change: pages of files are not dumped. A
-                // page fault brings in neighbours (fault-around, large folios), but never those of another mapping:
-                // 60 MB less of the tensors between the FFNs of a 4 GB model came back.
+                // page fault brings in neighbours (fault-around, large folios), but never those of another mapping.
                 const struct span span =
                     pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_weights_bytes(m), page);
                 madvise((void *)span.begin, span.end - span.begin, MADV_DONTDUMP);
@@ -169,7 +168,7 @@ static void add_tensor(struct pages * pages, const struct tsffn_model * model, c
             const uintptr_t begin = (uintptr_t)m->data + (size_t)r0 * row_bytes;
             const uintptr_t end = (uintptr_t)m->data + (size_t)r1 * row_bytes;
             const struct span span = pages_around(begin, end, pages->size_of);
-            // What begins in the tensor before is one span, if it is one piece of memory: its end is the coldest.
+            // Extend the previous span if this piece continues it.
             struct span * last = pages->n_hot > 0 ? &pages->hot[pages->n_hot - 1] : NULL;
             if (first < 0 && last != NULL && last->begin <= span.begin && span.begin <= last->end) {
                 last->end = span.end;

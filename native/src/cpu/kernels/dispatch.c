@@ -139,9 +139,7 @@ const struct tsffn_kernels * tsffn_kernels_best(void) {
     return choice;
 }
 
-// Without asking a predictor takes 30 % longer (Sapphire Rapids), 10 % (Zen 5). On Sapphire Rapids 4096 bytes took 4 %
-// longer than 2048; on Zen 5 8192 took 10 % less where memory gave 60 GB/s and as much where it gave 50, and up to
-// 32768 no other time.
+// The distances that were fastest on the processors tried (docs/notes/2026-11-23-reading-rows.md).
 int64_t tsffn_stream_ahead(void) {
     enum { NEAR = 2048, FAR = 8192 };
 #if defined(TSFFN_HAVE_X86)

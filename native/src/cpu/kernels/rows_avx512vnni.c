@@ -7,8 +7,7 @@
 // The weights are d (nibble - 8): the eights are taken off with the sums of whole blocks, 16 at a time,
 //   row . x = sum_blocks d (nibbles . q) - 8 sum_blocks d sum(q)
 // That takes 18 instructions for 128 weights where words (kernels_avx512.c) take 40. Half of them are shared by all
-// vectors; of the rest, a product with an operand in memory takes 0.76 cycles instead of half a cycle (measured), so
-// that eight vectors take 61 ns each for 4096 weights, four 68, one 133.
+// vectors (docs/notes/2026-11-28-prefill.md).
 #include "half.h"
 #include "rows_avx512.h"
 
