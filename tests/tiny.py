@@ -19,7 +19,7 @@ import tsconv
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ROOT / "checkpoints"
 TSCONV = (sys.executable, "-m", "tsconv")
-TIMEOUT_S = 120
+TIMEOUT_S = 600  # for a machine that is busy with other things too
 
 
 @functools.cache

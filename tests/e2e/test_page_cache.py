@@ -63,7 +63,9 @@ def test_opening_a_model(dropped):
 @pytest.mark.parametrize("command", [["inspect"], ["inspect", "--json"], ["doctor"]], ids=" ".join)
 def test_commands_that_compute_nothing(dropped, command):
     model = [dropped[0]] if command[0] == "inspect" else []
-    done = subprocess.run([*tiny.TSCONV, *command, *model], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*tiny.TSCONV, *command, *model], capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert only_headers(dropped)
 
@@ -123,6 +125,8 @@ print(available_memory(), mine(None))
 
 def test_available_memory_of_this_process():
     """What the library finds is what Python finds, but for what other processes took in between."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False
+    )
     python, native = map(int, done.stdout.split())
     assert native == pytest.approx(python, rel=0.1)

@@ -457,7 +457,7 @@ def test_settings_of_matplotlib_are_left_alone(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     env = os.environ | {"PYTHONPATH": path}
-    subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path / "a")], check=True, env=env, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path / "a")], check=True, env=env, timeout=600)
     write_report(sampled()[0], tmp_path / "b")
     assert (tmp_path / "a" / "sparsity.svg").read_bytes() == (tmp_path / "b" / "sparsity.svg").read_bytes()
 
