@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from tsconv.errors import ModelFileError
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 from tsconv.runtime.backend import load_backend
 
 EXTREMES = (b"\xff" * 8, b"\0" * 8, *(n.to_bytes(8, "little") for n in (1, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1)))

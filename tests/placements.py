@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsconv.export.gguf_header import read_header
-from tsconv.profile.hardware.machine import Cpu, Machine
-from tsconv.profile.placement.file import BUDGETS, PREDICTED, LayerPlacement, Placement
+from tsconv.format.header import read_header
+from tsconv.machine.profile import Cpu, Machine
+from tsconv.placement.file import BUDGETS, PREDICTED, LayerPlacement, Placement
 
 
 def machine(cores: int = 8, memory_bytes: int = 64 << 30) -> Machine:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tsconv.export.gguf_header import read_header
-from tsconv.profile import stats as activation_stats
-from tsconv.profile.collect import subject_of
-from tsconv.profile.stats import COUNTS, Counts, Part, Source, Stats
+from tsconv.format.header import read_header
+from tsconv.stats import file as stats_file
+from tsconv.stats.collect import subject_of
+from tsconv.stats.counts import COUNTS, Counts, Part, Source, Stats
 
 TEXT = Source("some/text", "plain", "0123abc", 512, "q4_0")
 
@@ -30,7 +30,7 @@ def random_stats(model: Path, sparsity: str = "predictor", seed: int = 0, **chan
 
 def save_stats(stats: Stats, path: Path) -> Path:
     """`stats` as a file; returns `path`."""
-    activation_stats.save(stats, path, force=True)
+    stats_file.save(stats, path, force=True)
     return path
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tsconv.profile.stats import Counts, Part, Source, Stats, Subject
+from tsconv.stats.counts import Counts, Part, Source, Stats, Subject
 
 # Edges of the histograms' bins, from their definition: four linear steps to each octave from 2^-20 to 2^12.
 EDGES = [2.0**octave * (1 + step / 4) for octave in range(-20, 12) for step in range(4)] + [2.0**12]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tsconv.profile.placement.cost import Layer, Rates, Workload
-from tsconv.profile.placement.file import CPU, GPU, LayerPlacement
+from tsconv.placement.cost import Layer, Rates, Workload
+from tsconv.placement.file import CPU, GPU, LayerPlacement
 
 # Seconds per byte: sequential, random, disk, gpu, pcie; latency.
 MACHINES = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tsconv.conversion import convert
-    from tsconv.placing import place
-    from tsconv.reordering import reorder
+    from tsconv.commands.convert import convert
+    from tsconv.commands.place import place
+    from tsconv.commands.reorder import reorder
     from tsconv.runtime.model import SparseLlama, load
 
 __version__ = "0.1.0"
@@ -18,10 +18,10 @@ __all__ = ["SparseLlama", "__version__", "convert", "load", "place", "reorder"]
 
 _LAZY = {
     "SparseLlama": "tsconv.runtime.model",
-    "convert": "tsconv.conversion",
+    "convert": "tsconv.commands.convert",
     "load": "tsconv.runtime.model",
-    "place": "tsconv.placing",
-    "reorder": "tsconv.reordering",
+    "place": "tsconv.commands.place",
+    "reorder": "tsconv.commands.reorder",
 }
 
 

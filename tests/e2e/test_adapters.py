@@ -18,7 +18,7 @@ from tiny import nmse
 
 import tsconv
 from tsconv.errors import BackendError, ModelFileError
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 from tsconv.runtime.log import quiet_unless
 
 TOKENS = list(range(10, 60))

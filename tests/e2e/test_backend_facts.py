@@ -20,7 +20,7 @@ import tiny
 
 import tsconv
 from tsconv.bench.synthetic import Shape, tensor_shapes, to_bf16
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 from tsconv.runtime.backend import library_path
 
 TOKENS = [1, 20, 300, 7]

@@ -17,7 +17,7 @@ from tsconv.bench.generate import GENERATION, PRESETS, generated
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.bench.worker import ENGINES
 from tsconv.errors import TsconvError
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 
 QUIET = {"OMP_WAIT_POLICY": "passive"}
 

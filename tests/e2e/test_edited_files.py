@@ -18,7 +18,7 @@ from panels import FFN_LAYOUT, LAYOUT, VERSION, stored_rows, write_rows
 from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
 FC2 = "blk.1.ffn_pred_fc2.weight"

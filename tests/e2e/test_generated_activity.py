@@ -13,8 +13,8 @@ import tsconv
 from tsconv.bench.activity import CAP, ActiveWeights, frequencies
 from tsconv.bench.generate import PRESETS
 from tsconv.bench.synthetic import Shape, write_checkpoint
-from tsconv.profile.collect import collect
-from tsconv.profile.stats import COUNTS
+from tsconv.stats.collect import collect
+from tsconv.stats.counts import COUNTS
 
 N_VOCAB = 2048
 N_TOKENS, N_DECODED = 400, 64

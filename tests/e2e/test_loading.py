@@ -171,7 +171,7 @@ def test_the_sidecar_can_be_named(elsewhere, tmp_path):
 QUOTA = """
 import sys, tsconv
 from pathlib import Path
-from tsconv.runtime import limits
+from tsconv.machine import limits
 limits.PROC = Path(sys.argv[2])
 llama = tsconv.load(sys.argv[1])
 print(llama.n_threads, llama.n_threads_batch)

@@ -13,7 +13,7 @@ from memory_map import cached_bytes, drop_cache
 
 import tsconv
 from tsconv.bench.synthetic import Shape
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 from tsconv.runtime import model as runtime_model
 from tsconv.runtime.backend import load_backend
 
@@ -106,7 +106,7 @@ def test_bringing_a_model_in(dropped, monkeypatch):
 )
 def test_loading(files, monkeypatch, available, arguments, brought):
     """Before llama.cpp maps the file it is brought in where it fits into what the process may use."""
-    monkeypatch.setattr("tsconv.runtime.limits.available_memory", lambda: available)
+    monkeypatch.setattr("tsconv.machine.limits.available_memory", lambda: available)
     calls = []
     monkeypatch.setattr(runtime_model.NativeModel, "cache_file", lambda self, progress: calls.append(self.path))
     tsconv.load(files[0], n_threads=1, n_ctx=64, **arguments).close()
@@ -116,7 +116,7 @@ def test_loading(files, monkeypatch, available, arguments, brought):
 MEMORY = """
 import ctypes, sys
 from tsconv.runtime.backend import load_backend
-from tsconv.runtime.limits import available_memory
+from tsconv.machine.limits import available_memory
 mine = load_backend()._lib.tsffn_available_memory
 mine.restype = ctypes.c_uint64
 print(available_memory(), mine(None))

@@ -17,8 +17,8 @@ from reference import Reference
 import tsconv
 from tsconv.errors import ModelFileError
 from tsconv.eval.perplexity import check_baseline, log_softmax, measure, pieces
-from tsconv.export.gguf_header import read_header
-from tsconv.export.keys import FINGERPRINT
+from tsconv.format.header import read_header
+from tsconv.format.keys import FINGERPRINT
 
 NAME = "tiny-turbosparse-mistral"
 REPO = "turbosparse.source.repo"

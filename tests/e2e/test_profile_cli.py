@@ -16,9 +16,9 @@ import pytest
 import tiny
 from random_stats import random_stats, save_stats
 
-from tsconv import profiling
-from tsconv.errors import OutputError
-from tsconv.profile import stats as statistics
+from tsconv.commands import profile as profiling
+from tsconv.errors import ModelFileError, OutputError
+from tsconv.stats import file as stats_file
 
 QUIET = {"OMP_WAIT_POLICY": "passive"}
 
@@ -73,7 +73,7 @@ def test_json(model, text):
     assert found["n_tokens"] == 128
     assert found["tokens_per_s"] == pytest.approx(128 / found["seconds"])
     assert found["stopped"] is None
-    loaded = statistics.load(Path(found["outfile"]))
+    loaded = stats_file.load(Path(found["outfile"]))
     assert loaded.n_tokens == 128
     assert loaded.parts[0].seeds == (3,)
 
@@ -81,13 +81,13 @@ def test_json(model, text):
 def test_builtin_text(model):
     done = profile(model, "--calib", "builtin", "--tokens", "1k", "--chunk", 100)
     assert done.returncode == 0, done.stderr
-    assert statistics.load(model.with_suffix(".stats.gguf")).n_tokens == 1000
+    assert stats_file.load(model.with_suffix(".stats.gguf")).n_tokens == 1000
 
 
 def test_chunks_are_whole(model, text):
     """More tokens than asked for, up to a whole chunk; never half a chunk."""
     profile(model, "--calib", text, "--chunk", 100, "--tokens", 150)
-    (part,) = statistics.load(model.with_suffix(".stats.gguf")).parts
+    (part,) = stats_file.load(model.with_suffix(".stats.gguf")).parts
     assert (part.n_tokens, part.n_chunks) == (200, 2)
 
 
@@ -107,7 +107,7 @@ def test_interrupted(model, number):
     assert process.returncode == 130, err
     assert err.decode().endswith("stopped early: interrupted\n")
     assert out.startswith(b"counted ")
-    (part,) = statistics.load(model.with_suffix(".stats.gguf")).parts
+    (part,) = stats_file.load(model.with_suffix(".stats.gguf")).parts
     assert part.n_chunks > 0 and part.n_tokens == 32 * part.n_chunks
     assert (part.counts.tokens == part.n_tokens).all()
 
@@ -121,7 +121,7 @@ def test_text_that_breaks_half_way(model, tmp_path):
     assert done.returncode == 1
     assert b"stopped early: " in done.stderr and b"line 3" in done.stderr
     assert b"Traceback" not in done.stderr
-    assert statistics.load(model.with_suffix(".stats.gguf")).n_tokens > 0
+    assert stats_file.load(model.with_suffix(".stats.gguf")).n_tokens > 0
 
 
 def test_output_that_cannot_be_written_at_the_end(model, text, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_output_that_cannot_be_written_at_the_end(model, text, tmp_path, monkeyp
     with pytest.raises(OutputError, match="the statistics are in ") as error:
         profiling.profile(model, str(text), folder / "s.gguf", chunk=64, should_stop=remove, n_threads=1)
     rescued = Path(str(error.value).rsplit("the statistics are in ", 1)[1])
-    assert statistics.load(rescued).n_tokens == 64
+    assert stats_file.load(rescued).n_tokens == 64
     shutil.rmtree(rescued.parent)
 
     folder.mkdir()
@@ -197,7 +197,7 @@ def test_existing_output(model, text):
     assert "output exists" in refused(model, model, "--calib", text)
     assert stats.read_bytes() == b"precious"
     assert profile(model, "--calib", text, "--chunk", 64, "--force").returncode == 0
-    assert statistics.load(stats).n_tokens > 0
+    assert stats_file.load(stats).n_tokens > 0
 
 
 def test_output_without_a_folder(model, text, tmp_path):
@@ -230,8 +230,8 @@ def test_truncated_statistics(model, text, tmp_path):
         cut.write_bytes(whole[: len(whole) * part // 16])
         line = refused(model, model, "--calib", text, "--merge", cut) if part in (0, 7, 15) else None
         assert line is None or str(cut) in line
-        with pytest.raises(statistics.ModelFileError):
-            statistics.load(cut)
+        with pytest.raises(ModelFileError):
+            stats_file.load(cut)
 
 
 def test_shape_that_the_file_cannot_hold(model, tmp_path):

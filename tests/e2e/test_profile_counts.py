@@ -14,10 +14,10 @@ import torch
 from reference import Reference
 
 import tsconv
-from tsconv import profiling
-from tsconv.profile import stats as statistics
-from tsconv.profile.collect import collect
-from tsconv.profile.stats import COUNTS, HISTOGRAMS, N_BINS, Stats
+from tsconv.commands import profile as profiling
+from tsconv.stats import file as stats_file
+from tsconv.stats.collect import collect
+from tsconv.stats.counts import COUNTS, HISTOGRAMS, N_BINS, Stats, bin_edges
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
 TEXT_BYTES = 6000
@@ -116,7 +116,7 @@ def expected(name: str, text: Path, chunk: int, sparsity: str = "predictor") -> 
 def profile(model: Path, text: Path, outfile: Path, **options) -> Stats:
     result = profiling.profile(model, str(text), outfile, n_threads=2, **options)
     assert result.stopped is None
-    return statistics.load(outfile)
+    return stats_file.load(outfile)
 
 
 def assert_same(stats: Stats, want: Expected) -> None:
@@ -189,7 +189,7 @@ def test_f16(tmp_path, text, name):
 def test_histograms(tmp_path, text, name):
     """Cumulatively, as values on an edge may fall on either side of it."""
     stats = profile(tiny.converted(name, "f32"), text, tmp_path / "s.gguf", chunk=256, sparsity="exact")
-    edges = np.append(statistics.bin_edges(), np.inf)
+    edges = np.append(bin_edges(), np.inf)
     assert len(edges) == N_BINS
     for layer, kinds in enumerate(expected(name, text, 256, "exact").magnitudes):
         for kind, values in enumerate(kinds):
@@ -227,8 +227,8 @@ def test_merged_in_any_order(tmp_path, text, name):
     pair = profiling.merge(files[1:], tmp_path / "pair.gguf").outfile
     merged.append(profiling.merge([pair, files[0]], tmp_path / "grouped.gguf").outfile.read_bytes())
     assert len(set(merged)) == 1
-    alone = [statistics.load(file) for file in files]
-    total = statistics.load(tmp_path / "all-0.gguf").total
+    alone = [stats_file.load(file) for file in files]
+    total = stats_file.load(tmp_path / "all-0.gguf").total
     for field in ("tokens", "neurons", "histograms"):
         assert (getattr(total, field) == sum(getattr(stats.total, field) for stats in alone)).all()
 

@@ -21,7 +21,7 @@ from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
 from tsconv.errors import BackendError, ModelFileError
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 from tsconv.runtime.backend import load_backend
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6

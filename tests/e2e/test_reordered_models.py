@@ -18,9 +18,9 @@ from reordered import check_alike, check_rows, tensors
 from tiny import nmse
 
 import tsconv
-from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order
-from tsconv.reordering import reorder
+from tsconv.commands.reorder import reorder
+from tsconv.format.header import read_header
+from tsconv.format.order import neuron_order
 from tsconv.transform.neuron_order import inverse
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]

@@ -18,12 +18,12 @@ from placements import machine, placement_for
 from random_stats import random_stats, save_stats
 
 import tsconv
-from tsconv.export.gguf_header import read_header
-from tsconv.fitting import load_on_machine
-from tsconv.profile.hardware.machine import load_machine, save_machine
-from tsconv.reordering import reorder
+from tsconv.commands.reorder import reorder
+from tsconv.format.header import read_header
+from tsconv.machine.limits import usable_cores
+from tsconv.machine.profile import load_machine, save_machine
+from tsconv.placement.fit import load_on_machine
 from tsconv.runtime.generate import Generation, Sampling, prompt_tokens
-from tsconv.runtime.limits import usable_cores
 
 PROMPT = "In the beginning"
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]

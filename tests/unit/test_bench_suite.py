@@ -12,9 +12,9 @@ from tsconv.bench.sizes import Bytes
 from tsconv.bench.suite import SPARE_BYTES, SUITES, Item, layers_that_fit, run_suite
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.bench.workload import Workload
-from tsconv.conversion import convert
-from tsconv.export.gguf_header import read_header
-from tsconv.export.pair import sidecar_path
+from tsconv.commands.convert import convert
+from tsconv.format.header import read_header
+from tsconv.format.pair import sidecar_path
 
 DENSE = Shape(320, 256, 512, 4, 2, 2, ranks=(64, 128))
 MOE = Shape(320, 256, 512, 4, 2, 2, ranks=(64, 64), n_expert=4)

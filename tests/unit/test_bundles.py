@@ -15,10 +15,10 @@ from synthetic import SHAPES, random_tensors, save
 
 from tsconv import convert
 from tsconv.errors import TsconvError
-from tsconv.export import writer
-from tsconv.export.gguf_header import read_header
-from tsconv.export.writer import HUGE_PAGE, StreamedFile
+from tsconv.format.header import read_header
 from tsconv.transform.bundles import from_bundles, names_of_layer, to_bundles
+from tsconv.write import writer
+from tsconv.write.writer import HUGE_PAGE, StreamedFile
 
 
 def layout(model: Path) -> tuple[int, str | None]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tsconv.errors import TsconvError
-from tsconv.profile.text import chunks as module
-from tsconv.profile.text.chunks import chunks, parse_count, pieces
+from tsconv.stats.text import chunks as module
+from tsconv.stats.text.chunks import chunks, parse_count, pieces
 
 BOS = 1000
 

@@ -16,7 +16,7 @@ import pytest
 from synthetic import SHAPES, random_tensors, save
 
 from tsconv.bench.synthetic import Shape, write_checkpoint
-from tsconv.export.writer import OutputFiles, StreamedFile, sigterm_exits
+from tsconv.write.writer import OutputFiles, StreamedFile, sigterm_exits
 
 OUTPUT = 6
 TIMEOUT_S = 240  # beside other programs

@@ -20,7 +20,7 @@ from tsconv import convert
 from tsconv.bench.synthetic import Shape
 from tsconv.checkpoint.config import read_config
 from tsconv.checkpoint.safetensors_reader import open_checkpoint
-from tsconv.export.gguf_header import TensorEntry, read_header
+from tsconv.format.header import TensorEntry, read_header
 from tsconv.transform.quantize import TYPES
 
 ALL_TYPES = list(TYPES)

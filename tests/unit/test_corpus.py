@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tsconv.errors import TsconvError
-from tsconv.profile.text import corpus as corpus_module
-from tsconv.profile.text import text_files
-from tsconv.profile.text.builtin import FOLDER
-from tsconv.profile.text.corpus import open_corpus
-from tsconv.profile.text.parquet import ParquetFile
+from tsconv.stats.text import corpus as corpus_module
+from tsconv.stats.text import text_files
+from tsconv.stats.text.builtin import FOLDER
+from tsconv.stats.text.corpus import open_corpus
+from tsconv.stats.text.parquet import ParquetFile
 
 TEXTS = fineweb.texts(100)
 
@@ -104,7 +104,7 @@ def test_other_kinds_of_strings(kind: pa.DataType, tmp_path: Path) -> None:
 
 def test_a_large_row_group_is_decoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fineweb.write(tmp_path / "a.parquet", TEXTS, 100)
-    monkeypatch.setattr("tsconv.profile.text.parquet.BATCH_BYTES", 1000)
+    monkeypatch.setattr("tsconv.stats.text.parquet.BATCH_BYTES", 1000)
     parts = []
     batches = ParquetFile._batches
     monkeypatch.setattr(

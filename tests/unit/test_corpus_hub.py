@@ -20,10 +20,10 @@ import pytest
 import tiny
 from huggingface_hub import constants
 
-from tsconv import profiling
+from tsconv.commands import profile as profiling
 from tsconv.errors import HubError, TsconvError
-from tsconv.profile.text.corpus import open_corpus
-from tsconv.profile.text.hub_dataset import FINEWEB_REVISION
+from tsconv.stats.text.corpus import open_corpus
+from tsconv.stats.text.hub_dataset import FINEWEB_REVISION
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = "fedcba9876543210fedcba9876543210fedcba98"
@@ -342,7 +342,7 @@ def test_network_that_stays_down(
 def test_failures_within_a_row_group(
     seed: int | None, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsconv.profile.text.parquet.BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr("tsconv.stats.text.parquet.BATCH_BYTES", 1 << 20)
     folder = publish(hub, "owner/name", tmp_path / "remote")
     documents = [hashlib.shake_256(bytes([i])).hexdigest(1 << 17) for i in range(40)]
     pages = {"write_batch_size": 1, "data_page_size": 1 << 18, "use_dictionary": False}

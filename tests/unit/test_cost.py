@@ -16,12 +16,12 @@ from workloads import MACHINES, held, seconds_of, workload
 
 import tsconv
 from tsconv.errors import ModelFileError, TsconvError
-from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order
-from tsconv.profile.hardware.machine import Cpu, Disk, Gpu, Machine
-from tsconv.profile.placement.cost import Rates, Workload, evaluate, read_workload
-from tsconv.profile.placement.file import CPU, GPU, LayerPlacement
-from tsconv.profile.stats import Stats
+from tsconv.format.header import read_header
+from tsconv.format.order import neuron_order
+from tsconv.machine.profile import Cpu, Disk, Gpu, Machine
+from tsconv.placement.cost import Rates, Workload, evaluate, read_workload
+from tsconv.placement.file import CPU, GPU, LayerPlacement
+from tsconv.stats.counts import Stats
 
 
 def random_placement(work: Workload, rates: Rates, rng: np.random.Generator) -> list[LayerPlacement]:

@@ -12,10 +12,10 @@ import tiny
 from placements import machine, placement_for
 
 from tsconv.errors import ModelFileError
-from tsconv.export.gguf_header import read_header
-from tsconv.fitting import MARGIN_BYTES, fit
+from tsconv.format.header import read_header
+from tsconv.machine.limits import available_memory, usable_cores
+from tsconv.placement.fit import MARGIN_BYTES, fit
 from tsconv.runtime.backend import load_backend
-from tsconv.runtime.limits import available_memory, usable_cores
 
 
 def fitted(model: Path, **changes: object):

@@ -16,7 +16,7 @@ from synthetic import SHAPES, random_tensors, save
 
 from tsconv import convert
 from tsconv.errors import ModelFileError
-from tsconv.export.gguf_header import read_header
+from tsconv.format.header import read_header
 
 Run = Callable[..., tuple[int, str, str]]
 MODEL_FILE = 4

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from sampled_stats import sampled
 
-from tsconv.export.gguf_header import read_header
-from tsconv.profile import stats as activation_stats
-from tsconv.profile.report.summary import summarise
-from tsconv.profile.report.tables import tables
-from tsconv.profile.stats import COUNTS, Stats
+from tsconv.format.header import read_header
+from tsconv.report.summary import summarise
+from tsconv.report.tables import tables
+from tsconv.stats import file as stats_file
+from tsconv.stats.counts import COUNTS, Part, Source, Stats
 
 Run = Callable[..., tuple[int, str, str]]
 MODEL_FILE = 4
@@ -36,7 +36,7 @@ def stats(request: pytest.FixtureRequest) -> Stats:
 @pytest.fixture
 def file(stats: Stats, tmp_path: Path) -> Path:
     path = tmp_path / "s.gguf"
-    activation_stats.save(stats, path)
+    stats_file.save(stats, path)
     return path
 
 
@@ -70,9 +70,9 @@ def test_json(stats: Stats, file: Path, run: Run) -> None:
 def test_control_characters_are_not_printed(tmp_path: Path, run: Run) -> None:
     stats, _ = sampled()
     (part,) = stats.parts
-    source = activation_stats.Source("a\x1b[31mb\nc", "\x07" * 200, "", 16, "q4_0")
+    source = Source("a\x1b[31mb\nc", "\x07" * 200, "", 16, "q4_0")
     path = tmp_path / "s.gguf"
-    activation_stats.save(Stats(stats.subject, (activation_stats.Part(source, *list(vars(part).values())[1:]),)), path)
+    stats_file.save(Stats(stats.subject, (Part(source, *list(vars(part).values())[1:]),)), path)
     stdout = run(path)[1]
     assert not {c for c in stdout if not c.isprintable()} - {"\n"}
     assert json.loads(run(path, "--json")[1])["texts"][0]["source"]["dataset"] == source.dataset
@@ -93,7 +93,7 @@ def refused(run: Run, path: Path, *parts: str) -> None:
 def test_truncated(tmp_path: Path, run: Run) -> None:
     """Cut at every sixteenth, around the end of the header, and by its last byte."""
     path = tmp_path / "s.gguf"
-    activation_stats.save(sampled(n_expert=4, n_texts=3)[0], path)
+    stats_file.save(sampled(n_expert=4, n_texts=3)[0], path)
     data = path.read_bytes()
     last = max(tensor.offset + tensor.n_bytes for tensor in read_header(path).tensors)
     begin = min(tensor.offset for tensor in read_header(path).tensors)
@@ -128,7 +128,7 @@ def test_flipped_bytes_never_escape(file: Path, run: Run) -> None:
 )
 def test_format_violations(old: bytes, new: bytes, part: str, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "s.gguf"
-    activation_stats.save(sampled(sparsity="exact")[0], path)
+    stats_file.save(sampled(sparsity="exact")[0], path)
     path.write_bytes(path.read_bytes().replace(old, new))
     refused(run, path, part)
 

@@ -11,9 +11,9 @@ from synthetic import SHAPES, random_tensors, save
 import tsconv
 from tsconv.checkpoint import config
 from tsconv.cli import place
-from tsconv.export import layouts
-from tsconv.profile import stats
-from tsconv.profile.placement import file as placement_file
+from tsconv.format import layouts
+from tsconv.placement import file as placement_file
+from tsconv.stats import counts
 from tsconv.transform import q3_nl
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ IN_PYTHON = {
     "MAX_EXPERTS": (config.MAX_EXPERTS,),
     "MAX_DIM": (config.MAX_DIM,),
     "MAX_CONTEXT": (config.MAX_CONTEXT, place.MAX_CONTEXT, placement_file.MAX_CONTEXT),
-    "N_COUNTS": (len(stats.COUNTS),),
-    "N_HISTOGRAMS": (len(stats.HISTOGRAMS),),
-    "N_BINS": (stats.N_BINS,),
+    "N_COUNTS": (len(counts.COUNTS),),
+    "N_HISTOGRAMS": (len(counts.HISTOGRAMS),),
+    "N_BINS": (counts.N_BINS,),
 }
 
 

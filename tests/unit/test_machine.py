@@ -14,8 +14,8 @@ import pytest
 
 from tsconv.cli.text import table as as_text
 from tsconv.errors import OutputError, TsconvError
-from tsconv.profile.hardware import machine as machines
-from tsconv.profile.hardware.machine import (
+from tsconv.machine import profile as machines
+from tsconv.machine.profile import (
     GIB,
     Cpu,
     Disk,
@@ -26,7 +26,7 @@ from tsconv.profile.hardware.machine import (
     machine_names,
     save_machine,
 )
-from tsconv.profile.hardware.schema import SCHEMA
+from tsconv.machine.schema import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ROOT / "profiles"
@@ -129,7 +129,7 @@ def test_profiles_of_an_installed_package(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path = [f for f in sys.meta_path "
         "if not type(f).__name__.startswith('ScikitBuild')]\n"
-        "import tsconv; from tsconv.profile.hardware.machine import load_machine, machine_names, profile_folders\n"
+        "import tsconv; from tsconv.machine.profile import load_machine, machine_names, profile_folders\n"
         "print(tsconv.__file__, profile_folders()[0], machine_names(), load_machine('cpu-only').name)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -317,7 +317,7 @@ def test_nothing_half_written(tmp_path):
     before = path.read_text()
     code = f"""
 import resource, signal; from pathlib import Path
-from tsconv.profile.hardware.machine import load_machine, save_machine
+from tsconv.machine.profile import load_machine, save_machine
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 save_machine(load_machine("cpu-only"), Path({str(path)!r}), force=True)

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from tsconv.errors import BackendError, TsconvError
-from tsconv.profile.hardware import disk as measure_disk
-from tsconv.profile.hardware import gpu as measure_gpu
-from tsconv.profile.hardware import measure
-from tsconv.profile.hardware.machine import GIB, described, load_machine, save_machine
-from tsconv.runtime import limits
+from tsconv.machine import disk as measure_disk
+from tsconv.machine import gpu as measure_gpu
+from tsconv.machine import limits, measure
+from tsconv.machine.profile import GIB, described, load_machine, save_machine
 from tsconv.runtime.backend import load_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +57,7 @@ def test_affinity_is_respected():
     """A process bound to one CPU finds one core, whatever the machine has."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tsconv.profile.hardware import measure; from tsconv.runtime.backend import load_backend\n"
+        "from tsconv.machine import measure; from tsconv.runtime.backend import load_backend\n"
         "print(measure.measure_cores(load_backend())[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -188,7 +187,7 @@ def test_disk_that_fills_up(small_file, tmp_path):
     """A limit on the size of files stands in for a full disk; in a process of its own, which is the one limited."""
     code = f"""
 import resource, signal; from pathlib import Path
-from tsconv.profile.hardware import disk as measure_disk
+from tsconv.machine import disk as measure_disk
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 print(measure_disk.measure_disk(Path({str(tmp_path)!r}), 1, 2304))

@@ -15,12 +15,12 @@ from synthetic import SHAPES, random_tensors, save, save_adapter, write_predicto
 
 from tsconv import convert
 from tsconv.errors import ModelFileError
-from tsconv.export.adapter import refuse_adapter
-from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order
-from tsconv.export.summary import summarise
-from tsconv.profile.heat import described, hot_first, hot_order, rows_read
-from tsconv.profile.stats import Counts, merge
+from tsconv.format.adapter import refuse_adapter
+from tsconv.format.header import read_header
+from tsconv.format.order import neuron_order
+from tsconv.format.summary import summarise
+from tsconv.stats.counts import Counts, merge
+from tsconv.stats.heat import described, hot_first, hot_order, rows_read
 from tsconv.transform.neuron_order import between, by_tensor, inverse
 
 KEY = "turbosparse.neuron_order"

@@ -18,10 +18,10 @@ from synthetic import SHAPES, random_tensors, save
 from tsconv import convert
 from tsconv.bench.synthetic import Shape
 from tsconv.errors import ModelFileError, OutputError
-from tsconv.export import writer
-from tsconv.export.writer import OutputFiles, StreamedFile, write_file
-from tsconv.profile.report.write import PAGE, write_report
+from tsconv.report.write import PAGE, write_report
 from tsconv.runtime.backend import load_backend
+from tsconv.write import writer
+from tsconv.write.writer import OutputFiles, StreamedFile, write_file
 
 OUTPUT = 6
 PAIR, ALONE = SHAPES["mistral"], SHAPES["bamboo"]  # with a sidecar, without

@@ -20,12 +20,12 @@ from workloads import held, seconds_of
 import tsconv
 from tsconv.cli.place import Size
 from tsconv.errors import OutputError
-from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order
-from tsconv.profile import stats as activation_stats
-from tsconv.profile.hardware.machine import GIB, load_machine
-from tsconv.profile.placement.cost import Rates, read_workload
-from tsconv.profile.placement.file import Placement
+from tsconv.format.header import read_header
+from tsconv.format.order import neuron_order
+from tsconv.machine.profile import GIB, load_machine
+from tsconv.placement.cost import Rates, read_workload
+from tsconv.placement.file import Placement
+from tsconv.stats import file as stats_file
 
 Run = Callable[..., tuple[int, str, str]]
 USAGE, MODEL_FILE, OUTPUT = 2, OutputError.exit_code - 2, OutputError.exit_code
@@ -115,7 +115,7 @@ def test_writes_what_it_says(files: Files, run: Run) -> None:
 
     header = read_header(files.model)
     sidecar = read_header(sidecar_of(files.model)) if placement.sparsity == "predictor" else None
-    work = read_workload(header, sidecar, activation_stats.load(files.stats), 256)
+    work = read_workload(header, sidecar, stats_file.load(files.stats), 256)
     rates = Rates.of(load_machine(files.machine))
     vram, ram = held(work, placement.layers, placement.output)
     assert (vram, ram) == (placement.budgets["vram_used"], placement.budgets["ram_used"])

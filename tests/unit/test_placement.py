@@ -18,8 +18,8 @@ from synthetic import SHAPES, random_tensors, save
 
 import tsconv
 from tsconv.errors import ModelFileError, OutputError
-from tsconv.export.gguf_header import read_header
-from tsconv.profile.placement.file import MAX_FILE, LayerPlacement, Placement
+from tsconv.format.header import read_header
+from tsconv.placement.file import MAX_FILE, LayerPlacement, Placement
 
 LAYERS = (
     LayerPlacement("gpu", "gpu", (3, 0), (5, 96)),

@@ -11,8 +11,8 @@ from synthetic import SHAPES, random_tensors, save, save_adapter
 
 from tsconv import convert
 from tsconv.errors import ModelFileError, TsconvError
-from tsconv.export.adapter import refuse_adapter
-from tsconv.export.gguf_header import read_header
+from tsconv.format.adapter import refuse_adapter
+from tsconv.format.header import read_header
 
 PARTS = ("q", "k", "v")
 

@@ -17,12 +17,13 @@ from refused import sidecar_of
 from reordered import check_alike, check_rows, make
 from synthetic import SHAPES, random_tensors, save, write_predictors
 
-from tsconv import convert, reordering
+from tsconv import convert
 from tsconv.bench.synthetic import Shape, write_checkpoint
-from tsconv.export import stream
-from tsconv.export.gguf_header import read_header
-from tsconv.export.order import neuron_order
-from tsconv.reordering import reorder
+from tsconv.commands import reorder as reordering
+from tsconv.commands.reorder import reorder
+from tsconv.format.header import read_header
+from tsconv.format.order import neuron_order
+from tsconv.write import stream
 
 KEY, PAIR_ID = "turbosparse.neuron_order", "turbosparse.pair_id"
 Run = Callable[..., tuple[int, str, str]]
@@ -250,7 +251,7 @@ def test_convert_says_it(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> N
 
 MEMORY = """
 import resource, sys
-from tsconv.reordering import reorder
+from tsconv.commands.reorder import reorder
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = reorder(*sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before << 10, result.model_bytes)

@@ -24,10 +24,10 @@ from reordered import check_rows, make
 from synthetic import SHAPES, random_tensors, save
 
 from tsconv import convert
+from tsconv.commands.reorder import reorder
 from tsconv.errors import TsconvError
-from tsconv.export.gguf_header import read_header
-from tsconv.profile.stats import Stats
-from tsconv.reordering import reorder
+from tsconv.format.header import read_header
+from tsconv.stats.counts import Stats
 
 MODEL_FILE, OUTPUT, USAGE = 4, 6, 2
 KEY, PAIR_ID, FINGERPRINT = "turbosparse.neuron_order", "turbosparse.pair_id", "turbosparse.source.fingerprint"
@@ -261,7 +261,7 @@ CUT = """
 import os, sys
 from tsconv import convert
 from tsconv.errors import TsconvError
-from tsconv.reordering import reorder
+from tsconv.commands.reorder import reorder
 command, signal, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 model, out, profile = (f"{folder}/{name}.gguf" for name in ("m", "m-hot", "stats"))
 def half(done, total):

@@ -25,12 +25,12 @@ from PIL import Image
 from sampled_stats import EDGES, Sample, sampled
 
 from tsconv.errors import OutputError
-from tsconv.profile.report import figures
-from tsconv.profile.report.figures import NAMES
-from tsconv.profile.report.summary import CURVE, Activity, Concentration, hot_size, labels, summarise
-from tsconv.profile.report.tables import tables
-from tsconv.profile.report.write import PAGE, check_writable, write_report
-from tsconv.profile.stats import Counts, Source, Stats
+from tsconv.report import figures
+from tsconv.report.figures import NAMES
+from tsconv.report.summary import CURVE, Activity, Concentration, hot_size, labels, summarise
+from tsconv.report.tables import tables
+from tsconv.report.write import PAGE, check_writable, write_report
+from tsconv.stats.counts import Counts, Source, Stats
 
 CASES = [
     {"n_expert": n_expert, "sparsity": sparsity, "n_texts": n_texts, "seed": seed}
@@ -449,7 +449,7 @@ def test_settings_of_matplotlib_are_left_alone(tmp_path: Path) -> None:
     """In a process of its own: no pyplot, no setting changed, and a user's own setting neither used nor lost."""
     code = (
         "import sys, matplotlib, pathlib; from sampled_stats import sampled\n"
-        "from tsconv.profile.report.write import write_report\n"
+        "from tsconv.report.write import write_report\n"
         "def settings(): return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "matplotlib.rcParams['font.size'] = 31; before = settings()\n"
         "write_report(sampled()[0], pathlib.Path(sys.argv[1]))\n"

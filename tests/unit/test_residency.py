@@ -30,7 +30,7 @@ from panels import FFN_LAYOUT
 import tsconv
 from tsconv.bench.synthetic import Shape, tensor_shapes, to_bf16
 from tsconv.errors import BackendError
-from tsconv.export.gguf_header import Header, read_header
+from tsconv.format.header import Header, read_header
 
 TOKENS = [1, 20, 300, 7]
 STEP = 32  # predictors let every so manieth neuron through

@@ -11,12 +11,12 @@ import pytest
 from workloads import MACHINES, EveryPlacement, held, layer_held, seconds_of, total_bytes, uniform, workload
 
 from tsconv.errors import TsconvError
-from tsconv.profile.placement import frontier
-from tsconv.profile.placement.cost import Layer, Rates, Workload
-from tsconv.profile.placement.file import CPU, GPU, LayerPlacement
-from tsconv.profile.placement.frontier import pooled, undominated
-from tsconv.profile.placement.search import Chain, Options, best_prices, search
-from tsconv.profile.placement.solve import Problem, Solution, solve
+from tsconv.placement import frontier
+from tsconv.placement.cost import Layer, Rates, Workload
+from tsconv.placement.file import CPU, GPU, LayerPlacement
+from tsconv.placement.frontier import pooled, undominated
+from tsconv.placement.search import Chain, Options, best_prices, search
+from tsconv.placement.solve import Problem, Solution, solve
 
 GIB = 1 << 30
 REFUSED = "budgets do not hold|does not fit|cannot be divided"

@@ -21,12 +21,12 @@ from typing import Any
 import tsconv
 from tsconv.bench.workload import Workload
 from tsconv.errors import BackendError
-from tsconv.export.gguf_header import Header
-from tsconv.export.pair import read_pair
-from tsconv.profile.hardware.measure import measure_memory
+from tsconv.format.header import Header
+from tsconv.format.pair import read_pair
+from tsconv.machine.cpu import cpu_model
+from tsconv.machine.limits import usable_cores
+from tsconv.machine.measure import measure_memory
 from tsconv.runtime.backend import load_backend
-from tsconv.runtime.cpu import cpu_model
-from tsconv.runtime.limits import usable_cores
 from tsconv.transform.plan import PREDICTOR
 from tsconv.transform.quantize import type_name
 

@@ -22,7 +22,7 @@ import click
 
 from tsconv.bench.generate import PRESETS
 from tsconv.bench.synthetic import Shape, mistral_7b, tensor_shapes, write_checkpoint
-from tsconv.runtime.cpu import cpu_model
+from tsconv.machine.cpu import cpu_model
 
 # Runs in a process of its own, so that ru_maxrss is the conversion's and not that of making its input.
 CHILD = "import sys; from tsconv.bench.convert import child; child(*sys.argv[1:])"
@@ -30,7 +30,7 @@ CHILD = "import sys; from tsconv.bench.convert import child; child(*sys.argv[1:]
 
 def child(checkpoint: str, outfile: str, outtype: str) -> None:
     """Converts and prints seconds, input and output bytes, processor time and peak resident memory as JSON."""
-    from tsconv.conversion import convert
+    from tsconv.commands.convert import convert
 
     result = convert(checkpoint, outfile, outtype)
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -71,7 +71,7 @@ def generated(
         OutputError: the cache folder cannot be written or has no room.
         TsconvError: a type is unknown.
     """
-    from tsconv.conversion import convert
+    from tsconv.commands.convert import convert
 
     folder = cache_folder() / "bench"
     active = PRESETS[preset].active if active is None else active

@@ -21,14 +21,14 @@ import numpy as np
 from tsconv.bench.activity import ActiveWeights
 from tsconv.bench.generate import PRESETS
 from tsconv.bench.synthetic import write_checkpoint
-from tsconv.runtime.cpu import cpu_model
+from tsconv.machine.cpu import cpu_model
 
 PRESET = PRESETS["turbosparse-mistral-7b"]
 
 
 def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: str | None) -> dict[str, object]:
     """Generates a model, times both ways of computing `n_tokens` tokens in turn, deletes the model."""
-    from tsconv.conversion import convert
+    from tsconv.commands.convert import convert
     from tsconv.runtime.backend import load_backend
     from tsconv.runtime.layers import LayersContext
     from tsconv.runtime.model import load

@@ -10,7 +10,7 @@ from tsconv.bench.compare import Row, compare
 from tsconv.bench.generate import PRESETS, drop_from_page_cache, generated
 from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
-from tsconv.runtime.limits import available_memory
+from tsconv.machine.limits import available_memory
 
 # KV cache and compute buffers of an engine; this process while it measures memory takes less.
 SPARE_BYTES = 1 << 30

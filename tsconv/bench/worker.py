@@ -28,7 +28,7 @@ from llama_cpp import llama_cpp as library
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
-from tsconv.export.kv_cache import padded
+from tsconv.format.kv_cache import padded
 
 N_UBATCH = 512
 

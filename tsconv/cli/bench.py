@@ -90,7 +90,7 @@ def command(
     from tsconv.bench.suite import run_suite
     from tsconv.bench.workload import parse_threads, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
-    from tsconv.export.writer import check_output, write_file
+    from tsconv.write.writer import check_output, write_file
 
     given = [name for name in OF_ONE_MODEL if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if suite and given:

@@ -1,4 +1,4 @@
-"""`tsconv convert`: parses options, calls tsconv.conversion.convert, prints what it did."""
+"""`tsconv convert`: parses options, calls tsconv.commands.convert.convert, prints what it did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tsconv.cli.output import echo, json_text, progress_bar, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.conversion import ConversionResult
+    from tsconv.commands.convert import ConversionResult
 
 TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
 
@@ -62,7 +62,7 @@ def command(
 
     SRC is a directory with config.json and *.safetensors, or a repository on the Hugging Face Hub (OWNER/NAME).
     """
-    from tsconv.conversion import convert
+    from tsconv.commands.convert import convert
 
     with progress_bar("converting") as progress:
         result = convert(src, progress=progress, **options)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from tsconv.cli.output import echo, json_text
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.export.summary import Summary
-    from tsconv.profile.report.summary import Summary as StatsSummary
+    from tsconv.format.summary import Summary
+    from tsconv.report.summary import Summary as StatsSummary
 
 SHOWN_CHARACTERS = 72
 SHOWN_ELEMENTS = 8
@@ -28,11 +28,11 @@ ORDER_OF_LAYER = re.compile(r"turbosparse\.neuron_order\.\d+")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(file: Path, as_json: bool) -> None:
     """Show what is in a converted model, predictor sidecar or activation statistics FILE."""
-    from tsconv.export.gguf_header import read_header
-    from tsconv.export.summary import summarise
-    from tsconv.profile import stats
+    from tsconv.format.header import read_header
+    from tsconv.format.summary import summarise
+    from tsconv.stats import file as stats_file
 
-    if stats.is_stats(read_header(file)):
+    if stats_file.is_stats(read_header(file)):
         _show_stats(file, as_json)
         return
     summary = summarise(file)
@@ -40,10 +40,10 @@ def command(file: Path, as_json: bool) -> None:
 
 
 def _show_stats(file: Path, as_json: bool) -> None:
-    from tsconv.profile import stats
-    from tsconv.profile.report.summary import summarise
+    from tsconv.report.summary import summarise
+    from tsconv.stats.file import load
 
-    summary = summarise(stats.load(file))
+    summary = summarise(load(file))
     file_bytes = file.stat().st_size
     if as_json:
         head = {"path": str(file), "kind": "statistics", "file_bytes": file_bytes}
@@ -53,7 +53,7 @@ def _show_stats(file: Path, as_json: bool) -> None:
 
 
 def _stats_text(file: Path, file_bytes: int, summary: StatsSummary) -> str:
-    from tsconv.profile.report.tables import shortened, tables
+    from tsconv.report.tables import shortened, tables
 
     subject = summary.subject
     experts = f" x {subject.n_expert} experts ({subject.n_expert_used} per token)" if subject.n_expert else ""

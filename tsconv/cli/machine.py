@@ -12,7 +12,7 @@ from tsconv.cli.output import progress_bar, say
 from tsconv.cli.text import size
 
 if TYPE_CHECKING:
-    from tsconv.fitting import Fit
+    from tsconv.placement.fit import Fit
     from tsconv.runtime.model import SparseLlama
     from tsconv.runtime.residency import Residency
 
@@ -79,7 +79,7 @@ def load_model(
             )
         return llama, None
 
-    from tsconv.fitting import AUTO, load_on_machine, machine_file
+    from tsconv.placement.fit import AUTO, load_on_machine, machine_file
 
     with progress_bar("loading", DELAY) as progress:
         llama, fit, residency = load_on_machine(

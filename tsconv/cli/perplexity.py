@@ -45,7 +45,7 @@ def command(
     from tqdm import tqdm
 
     from tsconv.eval.perplexity import check_baseline, measure, pieces
-    from tsconv.export.pair import read_model
+    from tsconv.format.pair import read_model
     from tsconv.runtime.model import load
 
     if baseline:

@@ -1,4 +1,4 @@
-"""`tsconv place`: parses options, calls tsconv.placing.place, prints the placement."""
+"""`tsconv place`: parses options, calls tsconv.commands.place.place, prints the placement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.placing import Placed
-    from tsconv.profile.placement.cost import LayerTime
+    from tsconv.commands.place import Placed
+    from tsconv.placement.cost import LayerTime
 
 MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT
 MAX_BYTES = 1 << 62
@@ -81,7 +81,7 @@ def command(model: Path, as_json: bool, **options: Any) -> None:
     MODEL has its hot neurons first (tsconv reorder). The placement is the one with the least expected time per token,
     by the cost model of docs/placement.md.
     """
-    from tsconv.placing import place
+    from tsconv.commands.place import place
 
     placed = place(model, **options)
     for note in placed.notes:

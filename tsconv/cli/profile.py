@@ -1,4 +1,4 @@
-"""`tsconv profile`: parses options, calls tsconv.profiling or measures this machine, prints what came out."""
+"""`tsconv profile`: parses options, calls tsconv.commands.profile or measures this machine, prints what came out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import table
 
 if TYPE_CHECKING:
-    from tsconv.profiling import ProfileResult
+    from tsconv.commands.profile import ProfileResult
 
 
 @click.command("profile")
@@ -74,15 +74,15 @@ def command(
     if model is None and outfile is None:
         raise click.UsageError("--merge without a MODEL needs an --outfile.")
 
-    from tsconv import profiling
-    from tsconv.profile.text.chunks import parse_count
+    from tsconv.commands.profile import merge, profile
+    from tsconv.stats.text.chunks import parse_count
 
     if model is None:
-        result = profiling.merge(merge_with, outfile, report=report, force=force)
+        result = merge(merge_with, outfile, report=report, force=force)
     else:
         n_tokens = parse_count(tokens)
         with _progress_bar(n_tokens) as progress, interruptible((signal.SIGINT, signal.SIGTERM)) as interrupted:
-            result = profiling.profile(
+            result = profile(
                 model,
                 calib,
                 outfile,
@@ -119,7 +119,7 @@ def _progress_bar(n_tokens: int) -> Iterator[Callable[[int], None] | None]:
 
 
 def _as_dict(result: ProfileResult) -> dict[str, Any]:
-    from tsconv.profile.report.summary import summarise
+    from tsconv.report.summary import summarise
 
     return {
         "outfile": str(result.outfile),
@@ -134,8 +134,8 @@ def _as_dict(result: ProfileResult) -> dict[str, Any]:
 
 
 def _text(result: ProfileResult, model: str | None) -> str:
-    from tsconv.profile.heat import described
-    from tsconv.profile.report.summary import overall
+    from tsconv.report.summary import overall
+    from tsconv.stats.heat import described
 
     lines = []
     if result.seconds:
@@ -164,8 +164,8 @@ def _text(result: ProfileResult, model: str | None) -> str:
 def _measure(path: Path, force: bool, as_json: bool) -> None:
     import dataclasses
 
-    from tsconv.profile.hardware.machine import check_output, described, save_machine
-    from tsconv.profile.hardware.measure import measure_machine
+    from tsconv.machine.measure import measure_machine
+    from tsconv.machine.profile import check_output, described, save_machine
 
     check_output(path, force)
     machine = measure_machine(path.stem, progress=say)

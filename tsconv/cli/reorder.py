@@ -1,4 +1,4 @@
-"""`tsconv reorder`: parses options, calls tsconv.reordering.reorder, prints what it did."""
+"""`tsconv reorder`: parses options, calls tsconv.commands.reorder.reorder, prints what it did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tsconv.cli.output import echo, json_text, progress_bar, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.reordering import ReorderResult
+    from tsconv.commands.reorder import ReorderResult
 
 
 @click.command("reorder")
@@ -33,7 +33,7 @@ def command(model: Path, profile: Path, outfile: Path | None, force: bool, as_js
 
     The function stays, and every weight's bytes: only the rows change places.
     """
-    from tsconv.reordering import reorder
+    from tsconv.commands.reorder import reorder
 
     with progress_bar("reordering") as progress:
         result = reorder(model, profile, outfile, force=force, progress=progress)

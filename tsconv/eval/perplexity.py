@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, TsconvError
-from tsconv.export.gguf_header import Header, read_header
-from tsconv.export.keys import FINGERPRINT
+from tsconv.format.header import Header, read_header
+from tsconv.format.keys import FINGERPRINT
 from tsconv.runtime.model import SparseLlama
 
 # What all conversions of a checkpoint have alike, whatever their types, order and layout. The fingerprint tells

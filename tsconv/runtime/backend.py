@@ -387,7 +387,7 @@ class NativeModel:
 
     def read_profile(self, layer: int, tokens: Ints, neurons: Ints, histograms: Ints) -> None:
         """Copies one layer's counts into contiguous int64 arrays: tokens [n_ffn], neurons [6, n_ffn, n_ff] in the order
-        of the file, histograms [3, 130]; tsconv.profile.stats says of what.
+        of the file, histograms [3, 130]; tsconv.stats.counts says of what.
 
         Raises:
             BackendError: counting is off, other arrays than these, or the model is closed.
@@ -404,8 +404,8 @@ class NativeModel:
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:
         """n_layer, n_ffn, n_ff."""
-        from tsconv.export.gguf_header import read_header
-        from tsconv.export.order import shape_of
+        from tsconv.format.header import read_header
+        from tsconv.format.order import shape_of
 
         return shape_of(read_header(self.path))
 

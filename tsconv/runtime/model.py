@@ -18,12 +18,12 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tsconv.checkpoint.config import MAX_CONTEXT
 from tsconv.errors import BackendError, ModelFileError, TsconvError
-from tsconv.export.adapter import refuse_adapter
-from tsconv.export.gguf_header import read_header
-from tsconv.export.kv_cache import padded
+from tsconv.format.adapter import refuse_adapter
+from tsconv.format.header import read_header
+from tsconv.format.kv_cache import padded
+from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.runtime.backend import NativeModel, load_backend
 from tsconv.runtime.guard import CLOSED, Gone, Guard, check_threads, use_threads
-from tsconv.runtime.limits import fits_in_memory, usable_cores
 from tsconv.runtime.log import OWN, computing, quiet_unless
 from tsconv.runtime.residency import Residency, place_in_memory
 

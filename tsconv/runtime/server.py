@@ -19,7 +19,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from tsconv.errors import TsconvError
-from tsconv.export.keys import as_text
+from tsconv.format.keys import as_text
 from tsconv.runtime.model import SparseLlama
 
 CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server would read other models from the file it names

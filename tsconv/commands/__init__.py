@@ -1,0 +1,1 @@
+"""What each command does, as functions; `tsconv.cli` parses their options and prints their results."""

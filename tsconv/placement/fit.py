@@ -1,0 +1,276 @@
+"""Fits a model to a machine: how many threads, which weights belong in RAM; and loads it so.
+
+A machine profile says what to aim for, possibly of another machine; what is really here caps it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.cache import cache_folder
+from tsconv.errors import OutputError, TsconvError
+from tsconv.format.header import Header, read_header
+from tsconv.format.kv_cache import kv_bytes_per_token, padded
+from tsconv.format.order import shape_of
+from tsconv.format.summary import PARTS, sidecar_path
+from tsconv.machine.limits import available_memory, usable_cores
+from tsconv.runtime.residency import Residency
+
+if TYPE_CHECKING:
+    from tsconv.machine.profile import Machine
+    from tsconv.placement.file import Placement
+    from tsconv.runtime.model import SparseLlama
+
+AUTO = "auto"
+MARGIN_BYTES = 1 << 30  # left free: compute buffers, Python, and what other programs come to need
+
+Strategy = Literal["all", "placement", "on_demand"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen, and from what.
+
+    Attributes:
+        machine: name of the profile, which has machine_cores and machine_bytes of memory.
+        n_threads: as given (threads_given), else machine_cores, but not more than usable_cores, those of this process.
+        sparsity: "predictor" or "exact".
+        model_bytes, sidecar_bytes, context_bytes, margin_bytes: what would have to fit in memory for nothing to be
+            read from disk while the model runs.
+        available_bytes: what this process can come to use, here and now.
+        strategy: "all" (it fits: all of it is brought into RAM), "placement" (a placement says which neurons), or
+            "on_demand" (it does not fit: only what every token reads).
+        hot: int32 [n_layer, n_ffn], neurons at the front of each FFN that belong in RAM.
+        asked_bytes, hot_bytes: of the FFN weights that the placement wants in RAM, and that fit; all or nothing of them
+            without a placement.
+        gpu_neurons: of `hot`, those that the placement gives to a GPU. They are computed on the CPU.
+        lock: whether hot weights and predictors are to be locked in RAM.
+        read_ahead: whether the kernel may read more around a row that is not in memory.
+    """
+
+    machine: str
+    machine_cores: int
+    machine_bytes: int
+    usable_cores: int
+    n_threads: int
+    threads_given: bool
+    sparsity: str
+    model_bytes: int
+    sidecar_bytes: int
+    context_bytes: int
+    margin_bytes: int
+    available_bytes: int
+    strategy: Strategy
+    hot: npt.NDArray[np.int32]
+    asked_bytes: int
+    hot_bytes: int
+    gpu_neurons: int
+    lock: bool
+    read_ahead: bool
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.model_bytes + self.sidecar_bytes + self.context_bytes + self.margin_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """What may be used: of the memory here, and no more than the profile's machine has."""
+        return min(self.available_bytes, self.machine_bytes)
+
+
+def fit(
+    header: Header,
+    machine: Machine,
+    *,
+    sidecar_bytes: int,
+    sparsity: str,
+    n_ctx: int,
+    n_threads: int | None = None,
+    placement: Placement | None = None,
+    cores: int | None = None,
+    available_bytes: int | None = None,
+) -> Fit:
+    """Chooses threads and the weights that belong in RAM.
+
+    Args:
+        header: of the model file.
+        sidecar_bytes: size of the predictor sidecar; 0 when it is not used.
+        sparsity: "predictor" or "exact".
+        n_ctx: tokens of context.
+        n_threads: None for the machine's cores.
+        cores, available_bytes: what this process may use; None to ask the system.
+
+    Raises:
+        ModelFileError: the placement is of another model, or the model lacks a key.
+    """
+    cores = cores or usable_cores()
+    available = available_memory() if available_bytes is None else available_bytes
+    rows = _row_bytes(header)  # of a neuron in each layer: gate, up and down
+    n_layer, n_ffn, n_ff = shape_of(header)
+    ffn_bytes = int(rows.sum()) * n_ffn * n_ff
+    context_bytes = n_ctx * n_layer * kv_bytes_per_token(header)
+    fixed = header.file_bytes - ffn_bytes + sidecar_bytes + context_bytes + MARGIN_BYTES
+    budget = min(available, machine.cpu.memory_bytes)
+    asked = np.full((n_layer, n_ffn), n_ff, dtype=np.int32)
+    strategy: Strategy
+    if placement is not None:
+        placement.check_model(header)
+        strategy, asked = "placement", np.array(placement.hot_prefix(), dtype=np.int32)
+    else:
+        strategy = "all" if fixed + ffn_bytes <= budget else "on_demand"
+    asked_bytes = int((asked * rows[:, None]).sum())
+    if strategy == "all":
+        share = 1.0
+    elif strategy == "placement":
+        share = min(1.0, max(0, budget - fixed) / max(1, asked_bytes))
+    else:
+        share = 0.0  # which neurons are hot is not known: the kernel keeps what was used last
+    hot = np.floor(asked * share).astype(np.int32)
+    return Fit(
+        machine=machine.name,
+        machine_cores=machine.cpu.cores,
+        machine_bytes=machine.cpu.memory_bytes,
+        usable_cores=cores,
+        n_threads=n_threads or min(machine.cpu.cores, cores),
+        threads_given=n_threads is not None,
+        sparsity=sparsity,
+        model_bytes=header.file_bytes,
+        sidecar_bytes=sidecar_bytes,
+        context_bytes=context_bytes,
+        margin_bytes=MARGIN_BYTES,
+        available_bytes=available,
+        strategy=strategy,
+        hot=hot,
+        asked_bytes=asked_bytes,
+        hot_bytes=int((hot * rows[:, None]).sum()),
+        gpu_neurons=0 if placement is None else sum(sum(layer.gpu) for layer in placement.layers),
+        # Where everything fits, nothing competes for the memory. Locked memory is taken from all others: only when
+        # the rest of what every token needs has room beside it.
+        lock=strategy != "all" and fixed <= budget,
+        # Without a predictor all gate rows of a token are read one after the other; predictors pick rows.
+        read_ahead=strategy == "all" or sparsity != "predictor",
+    )
+
+
+def load_on_machine(
+    model_path: str | os.PathLike[str],
+    machine: str | Machine,
+    *,
+    placement_path: str | os.PathLike[str] | None = None,
+    predictor_path: str | os.PathLike[str] | None = None,
+    sparsity: str | None = None,
+    n_ctx: int = 512,
+    n_threads: int | None = None,
+    available_bytes: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **kwargs: Any,
+) -> tuple[SparseLlama, Fit, Residency]:
+    """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token.
+
+    Args:
+        machine: a profile, its name or path, or "auto" for this machine (`this_machine`).
+        placement_path: made by `tsconv place` for this model.
+        predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
+        available_bytes: as for `fit`.
+        say: called with one line when something takes a while.
+        **kwargs: as `SparseLlama`.
+
+    Raises:
+        ModelFileError: model, sidecar or placement missing, damaged, or of another model.
+        TsconvError: no such machine profile.
+    """
+    from tsconv.placement.file import Placement
+    from tsconv.runtime.backend import load_backend
+    from tsconv.runtime.model import load
+
+    path = Path(model_path)
+    named = None if predictor_path is None else Path(predictor_path)
+    sidecar = named or sidecar_path(path)
+    native = load_backend().open_model(path, named, sparsity)  # checks both files before anything is decided
+    native.close()
+    header = read_header(path)
+    if machine == AUTO:
+        machine = this_machine(say)
+    elif isinstance(machine, str):
+        from tsconv.machine.profile import load_machine
+
+        machine = load_machine(machine)
+    chosen = fit(
+        header,
+        machine,
+        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
+        sparsity=native.sparsity,
+        n_ctx=padded(n_ctx),
+        n_threads=n_threads,
+        placement=None if placement_path is None else Placement.load(placement_path),
+        available_bytes=available_bytes,
+    )
+    if chosen.strategy != "all":
+        kwargs = {"preload": False} | kwargs
+    llama = load(
+        path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
+    )
+    try:
+        residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
+        llama.warm_up()
+    except BaseException:
+        llama.close()
+        raise
+    return llama, chosen, residency
+
+
+def machine_file() -> Path:
+    """Where `this_machine` keeps its profile: ${XDG_CACHE_HOME:-~/.cache}/tsconv/machine-HOST.toml."""
+    host = re.sub(r"[^\w.-]", "_", socket.gethostname()) or "unnamed"
+    return cache_folder() / f"machine-{host}.toml"
+
+
+def this_machine(progress: Callable[[str], None] = lambda line: None) -> Machine:
+    """The profile of this machine: measured once, and kept in `machine_file()`.
+
+    Raises:
+        OutputError: the profile cannot be written.
+    """
+    from tsconv.machine.measure import measure_machine
+    from tsconv.machine.profile import load_machine, save_machine
+
+    path = machine_file()
+    if path.exists():
+        try:
+            return load_machine(path)
+        except TsconvError:
+            pass  # of another version: measured again
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep what is measured of this machine: {error.strerror}",
+            where=path.parent,
+            fix="set XDG_CACHE_HOME",
+        ) from None
+    progress(f"measuring this machine once: {path}")
+    machine = measure_machine(progress=progress)
+    if any(note.startswith("busy") for note in machine.notes):
+        progress("other programs kept this machine busy: what was measured is used now, and not kept")
+    else:
+        save_machine(machine, path, force=True)
+    return machine
+
+
+def _row_bytes(header: Header) -> npt.NDArray[np.int64]:
+    """Bytes of one neuron's gate, up and down rows: int64 [n_layer]."""
+    n_layer, n_ffn, n_ff = shape_of(header)
+    totals = np.zeros(n_layer, dtype=np.int64)
+    for tensor in header.tensors:
+        if re.search(PARTS["ffn"], tensor.name):
+            totals[int(tensor.name.split(".")[1])] += tensor.n_bytes
+    return totals // (n_ffn * n_ff)

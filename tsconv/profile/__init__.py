@@ -1,1 +1,0 @@
-"""Which neurons are hot, on what text, and where they should live."""

@@ -1,1 +1,0 @@
-"""Machine profiles: what bounds the speed on a machine, described, shipped and measured."""

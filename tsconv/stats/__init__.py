@@ -1,0 +1,1 @@
+"""Activation statistics: which neurons are hot, on what text."""

@@ -1,0 +1,1 @@
+"""Writing GGUF files: a plan of tensors streamed to the disk, all or nothing."""
