@@ -8,15 +8,15 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-import tiny
 import torch
-from edited import edited
-from random_stats import random_stats, save_stats
 from reference import Reference
-from synthetic import save_adapter
-from tiny import nmse
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.edited import edited
+from support.random_stats import random_stats, save_stats
+from support.synthetic import save_adapter
+from support.tiny import nmse
 from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import read_header
 from tsconv.runtime.log import quiet_unless
@@ -56,7 +56,7 @@ def load(adapter: Path, sparsity: str) -> tsconv.SparseLlama:
 
 @pytest.fixture
 def reference() -> Reference:
-    return Reference.load(tiny.CHECKPOINTS / "tiny-turbosparse-mistral")
+    return Reference.load(CHECKPOINTS / "tiny-turbosparse-mistral")
 
 
 @pytest.mark.parametrize(

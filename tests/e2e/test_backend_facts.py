@@ -11,14 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import edited
 import llama_cpp
 import numpy as np
 import pytest
-import synthetic
-import tiny
 
 import tsconv
+from support import edited, synthetic, tiny
 from tsconv.bench.synthetic import Shape, tensor_shapes, to_bf16
 from tsconv.format.header import read_header
 from tsconv.runtime.backend import library_path

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from reference import Reference
 from safetensors.torch import load_file, save_file
-from tiny import nmse
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.tiny import nmse
 from tsconv.errors import CheckpointError, ModelFileError
 
-SOURCE = tiny.CHECKPOINTS / "tiny-turbosparse-mistral"
+SOURCE = CHECKPOINTS / "tiny-turbosparse-mistral"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def bamboo(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def tokens() -> list[int]:
     model = tsconv.load(tiny.converted(), n_threads=1)
-    found = model.tokenize((tiny.CHECKPOINTS / "heldout.txt").read_bytes()[:2000])[:256]
+    found = model.tokenize((CHECKPOINTS / "heldout.txt").read_bytes()[:2000])[:256]
     model.close()
     return found
 

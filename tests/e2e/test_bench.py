@@ -8,11 +8,11 @@ import json
 import re
 
 import pytest
-import tiny
 from llama_cpp import llama_cpp as library
-from refused import sidecar_of
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.refused import sidecar_of
 from tsconv.bench.generate import GENERATION, PRESETS, generated
 from tsconv.bench.synthetic import Shape, write_checkpoint
 from tsconv.bench.worker import ENGINES
@@ -67,7 +67,7 @@ def test_bytes_of_a_token(rows):
 
 def test_norepack_and_another_predictor(tmp_path):
     """Our backend still computes the FFNs, and reads the predictor that is there: of f16 nearly twice the bytes."""
-    checkpoint = tiny.CHECKPOINTS / "tiny-turbosparse-mistral"
+    checkpoint = CHECKPOINTS / "tiny-turbosparse-mistral"
     wide = tsconv.convert(checkpoint, tmp_path / "m.gguf", "q8_0", predictor_outtype="f16").model
     n_bytes, read = {}, {}
     for kind, model in (("q8_0", tiny.converted("tiny-turbosparse-mistral", "q8_0")), ("f16", wide)):

@@ -12,9 +12,9 @@ from typing import Any
 
 import llama_cpp
 import pytest
-import tiny
 
 import tsconv
+from support import ROOT, tiny
 
 
 def diagnose(env: dict[str, str] | None = None) -> tuple[int, bool, dict[str, dict[str, Any]]]:
@@ -122,7 +122,7 @@ def test_llama_cpp_that_cannot_compute(tmp_path, instead, found):
 def test_fewer_cpus():
     cpu = min(os.sched_getaffinity(0))
     result = subprocess.run(
-        ["taskset", "-c", str(cpu), *tiny.TSCONV, "doctor", "--json"], capture_output=True, cwd=tiny.ROOT, check=False
+        ["taskset", "-c", str(cpu), *tiny.TSCONV, "doctor", "--json"], capture_output=True, cwd=ROOT, check=False
     )
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert f"1 cores usable (1 of {os.cpu_count()} CPUs)" in checks["CPU"]["value"]

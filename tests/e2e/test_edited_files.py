@@ -9,15 +9,13 @@ import sys
 import gguf
 import numpy as np
 import pytest
-import q3_nl
-import synthetic
-import tiny
-from edited import edited
 from llama_cpp import GGML_TYPE_F32 as F32
-from panels import FFN_LAYOUT, LAYOUT, VERSION, stored_rows, write_rows
-from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
+from support import TESTS, q3_nl, synthetic, tiny
+from support.edited import edited
+from support.panels import FFN_LAYOUT, LAYOUT, VERSION, stored_rows, write_rows
+from support.refused import assert_in, put, refusal, sidecar_of
 from tsconv.format.header import read_header
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
@@ -293,8 +291,8 @@ def test_every_key_with_wrong_values(tmp_path):
     checkpoint = synthetic.save(tmp_path / "checkpoint", shape, synthetic.random_tensors(shape))
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     model = tsconv.convert(checkpoint, tmp_path / "original.gguf", "f32").model
-    command = [sys.executable, tiny.ROOT / "tests" / "sweep_keys.py", model, tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False)
+    command = [sys.executable, "-m", "support.sweep_keys", model, tmp_path]
+    result = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False)
     assert result.returncode == 0, result.stderr
     ends = [line.split("\t") for line in result.stdout.splitlines()]
     assert not [end for end in ends if end[2] not in ("works", "refused")]

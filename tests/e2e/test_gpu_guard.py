@@ -10,9 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny
-from edited import as_ordinary
-from native_build import ROOT, build
+
+from support import tiny
+from support.edited import as_ordinary
+from support.native_build import ROOT, build
 
 MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}
 KEEP_FFN = b"ffn_(gate|up|down)(_exps)?.weight"

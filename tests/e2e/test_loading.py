@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from edited import edited
-from refused import refusal, sidecar_of
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.edited import edited
+from support.refused import refusal, sidecar_of
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.runtime.model import _load_error
 
@@ -152,7 +152,7 @@ def test_the_sidecar_can_be_named(elsewhere, tmp_path):
     """What the refusal advises works in every command that loads a model."""
     model, sidecar = elsewhere
     assert "name it" in refusal(model)
-    text = tiny.CHECKPOINTS / "heldout.txt"
+    text = CHECKPOINTS / "heldout.txt"
     result = tiny.run("run", "-m", model, "-p", "In the", "-n", 2, "-t", 1, "--predictor", sidecar, "--json")
     assert json.loads(result.stdout)["sparsity"] == "predictor"
     for command in (

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import llama_cpp
-import tiny
 
 import tsconv
+from support import tiny
 from tsconv.runtime.log import quiet_unless
 
 ERROR = 4  # enum ggml_log_level (ggml.h)

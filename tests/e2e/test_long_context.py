@@ -6,10 +6,10 @@ import json
 
 import gguf
 import pytest
-import tiny
-from edited import edited
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.edited import edited
 
 WINDOW_KEY = "turbosparse.source.sliding_window"
 PROMPT = "In the beginning " * 12
@@ -48,7 +48,7 @@ def test_json_is_not_disturbed(model):
 
 
 def test_perplexity(model):
-    arguments = ("perplexity", "-m", model[0], "-f", tiny.CHECKPOINTS / "heldout.txt", "--chunks", 3, "-c")
+    arguments = ("perplexity", "-m", model[0], "-f", CHECKPOINTS / "heldout.txt", "--chunks", 3, "-c")
     (line,) = warnings(*arguments, 64)
     assert line.startswith("warning: 64 tokens are more than ")
     assert model[1] in line
@@ -57,7 +57,7 @@ def test_perplexity(model):
 
 def test_profile(model, tmp_path):
     """More than the trained context is refused there."""
-    arguments = ("profile", model[0], "--calib", tiny.CHECKPOINTS / "heldout.txt", "--tokens", 128, "--chunk", 64)
+    arguments = ("profile", model[0], "--calib", CHECKPOINTS / "heldout.txt", "--tokens", 128, "--chunk", 64)
     if "window" not in model[1]:
         assert "the chunk is longer than the model's context" in tiny.error_line(tiny.run(*arguments))
         return

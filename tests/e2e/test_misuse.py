@@ -13,9 +13,9 @@ import threading
 import llama_cpp
 import numpy as np
 import pytest
-import tiny
 
 import tsconv
+from support import tiny
 from tsconv.errors import BackendError
 from tsconv.runtime.generate import Generation, Sampling, prompt_tokens
 

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import synthetic
-import tiny
-from memory_map import cached_bytes, drop_cache
 
 import tsconv
+from support import synthetic, tiny
+from support.memory_map import cached_bytes, drop_cache
 from tsconv.bench.synthetic import Shape
 from tsconv.format.header import read_header
 from tsconv.runtime import model as runtime_model

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from edited import edited
-from random_stats import random_stats, save_stats
 from reference import Reference
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.edited import edited
+from support.random_stats import random_stats, save_stats
 from tsconv.errors import ModelFileError
 from tsconv.eval.perplexity import check_baseline, log_softmax, measure, pieces
 from tsconv.format.header import read_header
@@ -22,7 +22,7 @@ from tsconv.format.keys import FINGERPRINT
 
 NAME = "tiny-turbosparse-mistral"
 REPO = "turbosparse.source.repo"
-HELDOUT = tiny.CHECKPOINTS / "heldout.txt"
+HELDOUT = CHECKPOINTS / "heldout.txt"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def sequences(model) -> list[list[int]]:
 
 def torch_log_p(sequences: list[list[int]], sparsity: str) -> torch.Tensor:
     """log p of every position of every sequence, float64 [n, n_vocab]."""
-    reference = Reference.load(tiny.CHECKPOINTS / NAME)
+    reference = Reference.load(CHECKPOINTS / NAME)
     logits = [reference.logits(sequence, sparsity=sparsity)[:-1].detach().double() for sequence in sequences]
     return torch.log_softmax(torch.cat(logits), dim=1)
 
@@ -92,7 +92,7 @@ def test_command():
 def others(tmp_path_factory) -> dict[str, Path]:
     """Models by name that are, and are not, conversions of the checkpoint."""
     folder, source = tmp_path_factory.mktemp("baselines"), tiny.converted(NAME, "f32")
-    checkpoint = tiny.CHECKPOINTS / NAME
+    checkpoint = CHECKPOINTS / NAME
     shutil.copytree(checkpoint, changed := folder / "changed")
     flip_a_bit(changed, "model.layers.0.mlp.gate_proj.weight")
     stats = save_stats(random_stats(source), folder / "stats.gguf")

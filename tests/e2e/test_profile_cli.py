@@ -13,9 +13,9 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tiny
-from random_stats import random_stats, save_stats
 
+from support import CHECKPOINTS, tiny
+from support.random_stats import random_stats, save_stats
 from tsconv.commands import profile as profiling
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.stats import file as stats_file
@@ -36,7 +36,7 @@ def model(tmp_path) -> Path:
 @pytest.fixture
 def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_bytes((tiny.CHECKPOINTS / "heldout.txt").read_bytes()[:4000])
+    path.write_bytes((CHECKPOINTS / "heldout.txt").read_bytes()[:4000])
     return path
 
 
@@ -114,7 +114,7 @@ def test_interrupted(model, number):
 
 def test_text_that_breaks_half_way(model, tmp_path):
     """What came before the bad line is in the file, and the exit code tells."""
-    good = json.dumps({"text": (tiny.CHECKPOINTS / "heldout.txt").read_text()[:3000]})
+    good = json.dumps({"text": (CHECKPOINTS / "heldout.txt").read_text()[:3000]})
     broken = tmp_path / "broken.jsonl"
     broken.write_text(f"{good}\n{good}\n{{not json\n{good}\n")
     done = profile(model, "--calib", broken, "--chunk", 64)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from reference import Reference
 
 import tsconv
+from support import CHECKPOINTS, tiny
 from tsconv.commands import profile as profiling
 from tsconv.stats import file as stats_file
 from tsconv.stats.collect import collect
@@ -29,7 +29,7 @@ NEAR = 3e-6
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_bytes((tiny.CHECKPOINTS / "heldout.txt").read_bytes()[:TEXT_BYTES])
+    path.write_bytes((CHECKPOINTS / "heldout.txt").read_bytes()[:TEXT_BYTES])
     return path
 
 
@@ -105,7 +105,7 @@ class Expected:
 
 @cache
 def reference(name: str) -> Reference:
-    return Reference.load(tiny.CHECKPOINTS / name)
+    return Reference.load(CHECKPOINTS / name)
 
 
 @cache
@@ -148,7 +148,7 @@ def assert_nearly_same(stats: Stats, want: Expected, limit: float, limit_of_toke
 @pytest.mark.parametrize("name", NAMES)
 def test_f32_exactly(name, chunk):
     """Chunks in which no mask hangs on the order of f32 sums: every count is the reference's."""
-    text = (tiny.CHECKPOINTS / "heldout.txt").read_bytes()[: 100 * chunk]
+    text = (CHECKPOINTS / "heldout.txt").read_bytes()[: 100 * chunk]
     model = tsconv.load(tiny.converted(name, "f32"), n_threads=2)
     chunks = in_chunks(model.tokenize(text, add_bos=False, special=False), chunk)
     decided = [piece for piece in chunks if not Expected(reference(name), [piece], "predictor").undecided]

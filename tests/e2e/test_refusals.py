@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny
-from edited import edited
-from native_build import OTHER_GGML, library_for_other_ggml
-from refused import assert_in, put, refusal, sidecar_of
 
 import tsconv
+from support import CHECKPOINTS, ROOT, TESTS, synthetic, tiny
+from support.edited import edited
+from support.native_build import OTHER_GGML, library_for_other_ggml
+from support.refused import assert_in, put, refusal, sidecar_of
 from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import read_header
 from tsconv.runtime.backend import load_backend
@@ -43,7 +42,7 @@ UNARMED = "from tsconv.runtime.backend import load_backend; load_backend()" + ST
 
 def stock(script: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, cwd=tiny.ROOT, timeout=tiny.TIMEOUT_S, check=False)
+    return subprocess.run(command, capture_output=True, cwd=ROOT, timeout=tiny.TIMEOUT_S, check=False)
 
 
 @pytest.mark.parametrize("name", ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"])
@@ -75,7 +74,7 @@ def test_override_without_the_backend_uses_nothing_of_ours():
 
 
 def test_sidecar_of_another_conversion(tmp_path):
-    other = tsconv.convert(tiny.CHECKPOINTS / "tiny-turbosparse-mistral", tmp_path / "other.gguf", "f32").model
+    other = tsconv.convert(CHECKPOINTS / "tiny-turbosparse-mistral", tmp_path / "other.gguf", "f32").model
     model = put(tiny.converted(), tmp_path, with_sidecar=False)
     shutil.copy(sidecar_of(other), sidecar_of(model))
     found, expected = (read_header(path).keys["turbosparse.pair_id"] for path in (other, model))
@@ -198,7 +197,7 @@ def test_no_permission(tmp_path):
     model = put(tiny.converted(), tmp_path)
     for file in (sidecar_of(model), model):
         file.chmod(0)
-        result = subprocess.run([*command, model], capture_output=True, cwd=tiny.ROOT, check=False)
+        result = subprocess.run([*command, model], capture_output=True, cwd=ROOT, check=False)
         assert tiny.error_line(result) == f"error: {file}: cannot be opened: Permission denied"
 
 
@@ -254,8 +253,8 @@ def test_backend_for_another_ggml():
 def test_damaged_headers(tmp_path, name):
     """Hundreds of random edits of both headers: each file opens or is refused in one line; the process survives."""
     model = put(tiny.converted(name), tmp_path)
-    command = [sys.executable, tiny.ROOT / "tests" / "fuzz_headers.py", model, "1", "400"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False)
+    command = [sys.executable, "-m", "support.fuzz_headers", model, "1", "400"]
+    result = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=tiny.TIMEOUT_S, check=False)
     assert result.returncode == 0, f"after {result.stderr[-2000:]}"
     counts = dict(line.split() for line in result.stdout.splitlines())
     assert int(counts["opened"]) + int(counts["refused"]) == 800

@@ -9,15 +9,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny
-from edited import edited
 from llama_cpp import GGML_TYPE_F32 as F32
-from random_stats import expected_order, random_stats, save_stats
-from refused import assert_in, put, refusal, sidecar_of
-from reordered import check_alike, check_rows, tensors
-from tiny import nmse
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.edited import edited
+from support.random_stats import expected_order, random_stats, save_stats
+from support.refused import assert_in, put, refusal, sidecar_of
+from support.reordered import check_alike, check_rows, tensors
+from support.tiny import nmse
 from tsconv.commands.reorder import reorder
 from tsconv.format.header import read_header
 from tsconv.format.order import neuron_order
@@ -25,7 +25,7 @@ from tsconv.transform.neuron_order import inverse
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
 KEY = "turbosparse.neuron_order"
-TEXT = (tiny.CHECKPOINTS / "heldout.txt").read_bytes()[:4096]
+TEXT = (CHECKPOINTS / "heldout.txt").read_bytes()[:4096]
 N_TOKENS = 200
 
 
@@ -90,7 +90,7 @@ def test_convert_with_a_profile(name, outtype, tmp_path):
     """One pass over the checkpoint gives the bytes of two steps, but for the random pair_id."""
     two = hot(name, outtype)
     profile = two.with_name("stats-predictor.gguf")
-    one = tsconv.convert(tiny.CHECKPOINTS / name, tmp_path / "one.gguf", outtype, profile=profile).model
+    one = tsconv.convert(CHECKPOINTS / name, tmp_path / "one.gguf", outtype, profile=profile).model
     check_alike(one, two)
 
 

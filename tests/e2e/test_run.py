@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from edited import edited
 
 import tsconv
+from support import ROOT, tiny
+from support.edited import edited
 from tsconv.runtime.generate import Generation, Sampling, chat_tokens, combined, prompt_tokens
 
 PROMPT = "In the beginning"
@@ -162,7 +162,7 @@ def begun(model: Path) -> subprocess.Popen[bytes]:
         [*tiny.TSCONV, "run", "-m", str(model), "-t", "1", "-p", PROMPT, "-n", "-1", "--temp", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         bufsize=0,
         pipesize=4096,  # bytes: less than it has to say
     )
@@ -259,7 +259,7 @@ class Terminal:
             stdin=slave,
             stdout=slave,
             stderr=subprocess.PIPE,
-            cwd=tiny.ROOT,
+            cwd=ROOT,
             env=os.environ | {"TERM": "dumb"},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no other threads here

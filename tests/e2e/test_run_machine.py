@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
-from memory_map import locked_in_process, may_lock, present
-from placements import machine, placement_for
-from random_stats import random_stats, save_stats
 
 import tsconv
+from support import ROOT, tiny
+from support.memory_map import locked_in_process, may_lock, present
+from support.placements import machine, placement_for
+from support.random_stats import random_stats, save_stats
 from tsconv.commands.reorder import reorder
 from tsconv.format.header import read_header
 from tsconv.machine.limits import usable_cores
@@ -38,7 +38,7 @@ def run(
         [*tiny.TSCONV, "run", "-m", str(model), *map(str, options)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         env=os.environ | {"OMP_WAIT_POLICY": "passive"},
         preexec_fn=preexec,
         timeout=tiny.TIMEOUT_S,
@@ -258,7 +258,7 @@ def test_serve(hot_first, profile, tmp_path):
         [*tiny.TSCONV, "serve", "-m", str(model), *map(str, options)],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         text=True,
     )
     try:

@@ -12,11 +12,11 @@ import sys
 import llama_cpp
 import numpy as np
 import pytest
-import tiny
 from reference import Reference
-from tiny import nmse
 
 import tsconv
+from support import CHECKPOINTS, tiny
+from support.tiny import nmse
 from tsconv.runtime.backend import load_backend
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
@@ -47,7 +47,7 @@ def name(request) -> str:
 @pytest.fixture(scope="module")
 def tokens(name) -> list[int]:
     model = load(name, "f32", "exact")
-    text = (tiny.CHECKPOINTS / "heldout.txt").read_bytes()
+    text = (CHECKPOINTS / "heldout.txt").read_bytes()
     found = model.tokenize(text[:8192])[:N_TOKENS]
     model.close()
     assert len(found) == N_TOKENS
@@ -56,7 +56,7 @@ def tokens(name) -> list[int]:
 
 @pytest.fixture(scope="module")
 def reference(name, tokens) -> dict[str, np.ndarray]:
-    model = Reference.load(tiny.CHECKPOINTS / name)
+    model = Reference.load(CHECKPOINTS / name)
     return {sparsity: model.logits(tokens, sparsity=sparsity).detach().numpy() for sparsity in ("predictor", "exact")}
 
 
@@ -76,7 +76,7 @@ def test_q_k_and_v_apart(name, tokens, tmp_path, outtype):
     model = load(name, outtype, "predictor")
     expected = model.token_logits(tokens)
     model.close()
-    apart = tsconv.convert(tiny.CHECKPOINTS / name, tmp_path / "m.gguf", outtype, fuse_qkv=False).model
+    apart = tsconv.convert(CHECKPOINTS / name, tmp_path / "m.gguf", outtype, fuse_qkv=False).model
     model = tsconv.load(apart, n_threads=2, n_ctx=N_TOKENS, type_k=F32, type_v=F32)
     found = model.token_logits(tokens)
     model.close()
@@ -197,8 +197,8 @@ def test_counters_equal_the_reference(name, tokens):
     model.token_logits(tokens, n_batch=1)
     stats = model.ffn_stats()
     model.close()
-    expected = Reference.load(tiny.CHECKPOINTS / name).activity(tokens)
-    row = 4 * json.loads((tiny.CHECKPOINTS / name / "config.json").read_text())["hidden_size"]
+    expected = Reference.load(CHECKPOINTS / name).activity(tokens)
+    row = 4 * json.loads((CHECKPOINTS / name / "config.json").read_text())["hidden_size"]
     for layer, want in zip(stats, expected, strict=True):
         rows = layer["tokens"]
         assert rows == want["calls"]

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import openai
 import pytest
-import tiny
 
 import tsconv
+from support import ROOT, tiny
 
 MESSAGES = [{"role": "user", "content": "In the beginning"}]
 GREEDY = {"temperature": 0, "extra_body": {"repeat_penalty": 1.0}}  # the server's own default is 1.1
@@ -31,7 +31,7 @@ class Server:
             [*tiny.TSCONV, "serve", "-m", str(tiny.converted()), "-t", "1", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=tiny.ROOT,
+            cwd=ROOT,
             env=os.environ | HOSTILE_ENVIRONMENT,
             text=True,
         )
@@ -166,7 +166,7 @@ def test_open_to_others_without_a_key():
     process = subprocess.Popen(
         [*tiny.TSCONV, "serve", "-m", str(tiny.converted()), "-t", "1", "--host", "0.0.0.0", "--port", "0"],
         stderr=subprocess.PIPE,
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         text=True,
     )
     try:

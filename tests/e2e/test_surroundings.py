@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-from edited import edited
 
+from support import CHECKPOINTS, ROOT, tiny
+from support.edited import edited
 from tsconv.errors import BackendError, OutputError
 from tsconv.runtime.backend import library_path
 
-CHECKPOINT = tiny.CHECKPOINTS / "tiny-turbosparse-mistral"
+CHECKPOINT = CHECKPOINTS / "tiny-turbosparse-mistral"
 LATIN_1 = os.fsdecode("modèle".encode("latin-1"))  # as on old disks
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.mkdir()
     for end in (".gguf", ".predictor.gguf"):
         shutil.copy(tiny.converted().with_suffix(end), made / f"m{end}")
-    shutil.copy(tiny.ROOT / "profiles" / "pc-2080ti.toml", made / "pc.toml")
+    shutil.copy(ROOT / "profiles" / "pc-2080ti.toml", made / "pc.toml")
     (made / f"{LATIN_1}.txt").write_text("And it came to pass in the days of the king. " * 100)
     output(tsconv(*profiling(made)))
     output(tsconv("reorder", made / "m.gguf", "--profile", made / "m.stats.gguf"))
@@ -178,7 +178,7 @@ def test_closed_stdin(folder: Path) -> None:
     assert line.startswith("error: stdin: cannot read the prompt")
 
 
-@pytest.mark.parametrize("options", [("convert", CHECKPOINT, "--dry-run"), ("inspect", tiny.ROOT / "none")])
+@pytest.mark.parametrize("options", [("convert", CHECKPOINT, "--dry-run"), ("inspect", ROOT / "none")])
 def test_reader_that_has_seen_enough(options: tuple[object, ...], folder: Path) -> None:
     command, path, *more = options
     path = folder / "m.gguf" if command == "inspect" else path

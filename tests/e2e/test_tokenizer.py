@@ -16,14 +16,14 @@ import sentencepiece
 import tokenizers
 from llama_cpp import Llama
 
+from support import CHECKPOINTS, TESTS
 from tsconv.checkpoint.config import read_json
 from tsconv.checkpoint.end_tokens import KNOWN_TO_LLAMA_CPP
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-REAL = ROOT / "tests" / "data" / "turbosparse-mistral-instruct"
-TINY_MISTRAL = ROOT / "checkpoints" / "tiny-turbosparse-mistral"
-TINY_MIXTRAL = ROOT / "checkpoints" / "tiny-turbosparse-mixtral"
+REAL = TESTS / "data" / "turbosparse-mistral-instruct"
+TINY_MISTRAL = CHECKPOINTS / "tiny-turbosparse-mistral"
+TINY_MIXTRAL = CHECKPOINTS / "tiny-turbosparse-mixtral"
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>")
 
 HAND_PICKED = (

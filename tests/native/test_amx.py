@@ -7,7 +7,8 @@ import re
 import subprocess
 
 import pytest
-from native_build import ROOT
+
+from support.native_build import ROOT
 
 CPU = ROOT / "native" / "src" / "cpu" / "kernels"
 SOURCE = """

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 
 import pytest
-from native_build import ROOT, TOOLS
+
+from support.native_build import ROOT, TOOLS
 
 NEEDED = ["aarch64-linux-gnu-gcc", "qemu-aarch64"]
 missing = [tool for tool in NEEDED if shutil.which(tool) is None]

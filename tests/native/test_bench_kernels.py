@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import ROOT, build
+
+from support.native_build import ROOT, build
 
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 FRACTIONS = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 import tsconv
+from support import CHECKPOINTS, tiny
 
 
 def python(script: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -201,7 +201,7 @@ F32, F16 = 0, 1
 @pytest.fixture(scope="module")
 def moe_in_rows(tmp_path_factory) -> tuple[Path, list[int]]:
     """The small MoE model with gate, up and down each in its own tensor; n_embd, n_ff, n_expert."""
-    checkpoint = tiny.CHECKPOINTS / "tiny-turbosparse-mixtral"
+    checkpoint = CHECKPOINTS / "tiny-turbosparse-mixtral"
     target = tmp_path_factory.mktemp("rows") / "m.gguf"
     model = tsconv.convert(checkpoint, target, "f32", ffn_layout="rows").model
     config = json.loads((checkpoint / "config.json").read_text())

@@ -9,7 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from native_build import OTHER_GGML, ROOT, TOOLS, build, library_for_other_ggml
+
+from support.native_build import OTHER_GGML, ROOT, TOOLS, build, library_for_other_ggml
 
 BUILD = ROOT / "build" / "tests"
 LLAMA = "llama-cpp-python==0.3.36"
