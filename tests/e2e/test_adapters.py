@@ -19,7 +19,7 @@ from support.synthetic import save_adapter
 from support.tiny import nmse
 from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import read_header
-from tsconv.runtime.log import quiet_unless
+from tsconv.native.log import quiet_unless
 
 TOKENS = list(range(10, 60))
 RANK = 4

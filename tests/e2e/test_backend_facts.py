@@ -19,7 +19,7 @@ import tsconv
 from support import edited, synthetic, tiny
 from tsconv.bench.synthetic import Shape, tensor_shapes, to_bf16
 from tsconv.format.header import read_header
-from tsconv.runtime.backend import library_path
+from tsconv.native.library import library_path
 
 TOKENS = [1, 20, 300, 7]
 
@@ -241,7 +241,7 @@ def logits():
     return llama.scores[:4].tobytes()
 if sparse:
     import tsconv
-    from tsconv.runtime.backend import load_backend
+    from tsconv.native.library import load_backend
     load_backend()
     before = logits()
     model = tsconv.load(sparse, n_threads=1)
@@ -269,7 +269,7 @@ def test_ordinary_model_beside_ours(tmp_path):
 
 IN_ANOTHER_THREAD = """
 import sys, threading, llama_cpp
-from tsconv.runtime.backend import load_backend
+from tsconv.runtime.binding import open_model
 
 ours, plain = sys.argv[1:]
 found = []
@@ -282,7 +282,7 @@ def logits():
 
 
 logits()
-native = load_backend().open_model(ours, None, "exact")
+native = open_model(ours, None, "exact")
 with native.armed():
     other = threading.Thread(target=logits)
     other.start()

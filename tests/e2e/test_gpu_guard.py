@@ -97,7 +97,7 @@ def gpu() -> Path:
 
 
 def run(gpu: Path, model: Path, n_gpu_layers: int, out: Path, kept: bytes = b"", **env: str):
-    from tsconv.runtime.backend import library_path
+    from tsconv.native.library import library_path
 
     if env.pop("by_environment", None):
         env |= {"BACKEND": str(library_path()), "TSFFN_MODEL": str(model)} | env

@@ -74,7 +74,7 @@ def test_a_broken_template_beside_a_good_one(tmp_path):
 LIMITED = """
 import resource, sys, tsconv
 from tsconv.errors import TsconvError
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 load_backend()
 pages = int(open("/proc/self/statm").read().split()[0])
 size = pages * resource.getpagesize() + int(sys.argv[2])

@@ -12,7 +12,7 @@ import llama_cpp
 
 import tsconv
 from support import tiny
-from tsconv.runtime.log import quiet_unless
+from tsconv.native.log import quiet_unless
 
 ERROR = 4  # enum ggml_log_level (ggml.h)
 
@@ -90,7 +90,7 @@ def test_a_callback_of_the_user():
     script = """
 import ctypes, sys
 import llama_cpp, tsconv
-from tsconv.runtime.log import quiet_unless
+from tsconv.native.log import quiet_unless
 seen = []
 @llama_cpp.llama_log_callback
 def mine(level, text, data):

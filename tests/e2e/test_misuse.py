@@ -233,7 +233,7 @@ print(json.dumps([*answers, str(m.token_logits([1, 5]).argmax())]))"""
 
 def test_forked_before_anything_was_loaded():
     script = f"""{FORK}
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 load_backend()
 print(json.dumps(forked(lambda: tsconv.load(model, n_threads=2).token_logits([1]).shape[0])))"""
     assert python(script) == "1"
@@ -415,18 +415,17 @@ print(json.dumps(answers))"""
 # ---- memory that C is given
 
 ARRAYS = """
-from tsconv.runtime.backend import load_backend
-backend = load_backend()
+from tsconv.transform import q3_nl
 m = tsconv.load(model, n_threads=1)
 f = lambda *shape: np.zeros(shape, np.float32)
 i = lambda *shape: np.zeros(shape, np.int64)
 u, out = np.zeros(4, np.float16), np.zeros((4, 2 + 13), np.uint8)
 calls = [
-    lambda: backend.quantize_q3_nl(f(4, 32).astype(float), f(32), u, out),
-    lambda: backend.quantize_q3_nl(f(32, 4).T, f(32), u, out),
-    lambda: backend.quantize_q3_nl(f(4, 32), f(31), u, out),
-    lambda: backend.quantize_q3_nl(f(4, 32), f(32), u[:3], out),
-    lambda: backend.quantize_q3_nl(f(4, 32), f(32), u, out[:, :14]),
+    lambda: q3_nl.round_rows(f(4, 32).astype(float), f(32), u, out),
+    lambda: q3_nl.round_rows(f(32, 4).T, f(32), u, out),
+    lambda: q3_nl.round_rows(f(4, 32), f(31), u, out),
+    lambda: q3_nl.round_rows(f(4, 32), f(32), u[:3], out),
+    lambda: q3_nl.round_rows(f(4, 32), f(32), u, out[:, :14]),
     lambda: m._native.read_profile(0, i(1).astype(np.int32), i(6, 1, 512), i(3, 130)),
     lambda: m._native.read_profile(0, i(2), i(6, 1, 512), i(3, 130)),
     lambda: m._native.read_profile(0, i(1), i(5, 1, 512), i(3, 130)),
@@ -436,7 +435,7 @@ calls = [
     lambda: m._native.read_profile(0, i(1), i(6, 1, 1024)[:, :, ::2], i(3, 130)),
 ]
 answers = [error(call) for call in calls]
-answers += [error(backend.quantize_q3_nl, f(4, 33), f(33), u, out)]
+answers += [error(q3_nl.round_rows, f(4, 33), f(33), u, out)]
 answers += [error(m._native.stats, 6), error(m._native.stats, -1)]
 m.close()
 print(json.dumps(answers))"""

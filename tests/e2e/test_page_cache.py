@@ -14,7 +14,7 @@ from support.memory_map import cached_bytes, drop_cache
 from tsconv.bench.synthetic import Shape
 from tsconv.format.header import read_header
 from tsconv.runtime import model as runtime_model
-from tsconv.runtime.backend import load_backend
+from tsconv.runtime.binding import open_model
 
 READ_AT_ONCE = 64 << 10  # bytes of a header, which may end just behind the beginning of such a piece
 SHAPE = Shape(synthetic.N_VOCAB, 512, 2048, 8, 8, 2, ranks=(128, 128))
@@ -53,7 +53,7 @@ def test_reading_a_header(dropped):
 
 
 def test_opening_a_model(dropped):
-    model = load_backend().open_model(dropped[0], None, None)
+    model = open_model(dropped[0], None, None)
     assert model.file_bytes == dropped[0].stat().st_size
     model.close()
     assert only_headers(dropped)
@@ -71,9 +71,9 @@ def test_commands_that_compute_nothing(dropped, command):
 
 def test_bringing_a_model_in(dropped, monkeypatch):
     """Piece by piece, to the last byte; what is given up in between stays where it is."""
-    monkeypatch.setattr("tsconv.runtime.backend.CACHE_PIECE", 4 << 20)
+    monkeypatch.setattr("tsconv.runtime.binding.CACHE_PIECE", 4 << 20)
     file = dropped[0]
-    model = load_backend().open_model(file, None, None)
+    model = open_model(file, None, None)
     seen = []
 
     def stop(done: int, total: int) -> None:
@@ -114,9 +114,9 @@ def test_loading(files, monkeypatch, available, arguments, brought):
 
 MEMORY = """
 import ctypes, sys
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 from tsconv.machine.limits import available_memory
-mine = load_backend()._lib.tsffn_available_memory
+mine = load_backend().lib.tsffn_available_memory
 mine.restype = ctypes.c_uint64
 print(available_memory(), mine(None))
 """

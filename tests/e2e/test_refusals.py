@@ -21,7 +21,8 @@ from support.native_build import OTHER_GGML, library_for_other_ggml
 from support.refused import assert_in, put, refusal, sidecar_of
 from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import read_header
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
+from tsconv.runtime.binding import open_model
 
 N_EMBD, N_FF, N_LAYER = 128, 512, 6
 
@@ -37,7 +38,7 @@ llama.eval([1, 20, 300, 7])
 sys.stdout.buffer.write(llama.scores[:4].tobytes())
 assert "tsffn" not in open("/proc/self/maps").read()
 """
-UNARMED = "from tsconv.runtime.backend import load_backend; load_backend()" + STOCK.replace("not in open", "in open")
+UNARMED = "from tsconv.native.library import load_backend; load_backend()" + STOCK.replace("not in open", "in open")
 
 
 def stock(script: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
@@ -266,10 +267,10 @@ def test_files_that_are_refused_are_closed(tmp_path):
     """And so are those of a model that is opened and closed."""
     damaged = put(tiny.converted(), tmp_path)
     damaged.write_bytes(damaged.read_bytes()[:5000])
-    backend = load_backend()
+    load_backend()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with pytest.raises(ModelFileError):
-            backend.open_model(damaged, None, None)
-        backend.open_model(tiny.converted(), None, None).close()
+            open_model(damaged, None, None)
+        open_model(tiny.converted(), None, None).close()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -18,11 +18,11 @@ from support import ROOT, tiny
 from support.memory_map import locked_in_process, may_lock, present
 from support.placements import machine, placement_for
 from support.random_stats import random_stats, save_stats
+from tsconv.commands.load import load_on_machine
 from tsconv.commands.reorder import reorder
 from tsconv.format.header import read_header
 from tsconv.machine.limits import usable_cores
 from tsconv.machine.profile import load_machine, save_machine
-from tsconv.placement.fit import load_on_machine
 from tsconv.runtime.generate import Generation, Sampling, prompt_tokens
 
 PROMPT = "In the beginning"

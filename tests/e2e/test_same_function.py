@@ -17,7 +17,7 @@ from reference import Reference
 import tsconv
 from support import CHECKPOINTS, tiny
 from support.tiny import nmse
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 
 NAMES = ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"]
 N_TOKENS = 512
@@ -248,7 +248,7 @@ def test_two_models_in_one_process(tokens, name):
 
 LOGITS_SCRIPT = """
 import sys, numpy, tsconv
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 path, out, *tokens = sys.argv[1:]
 model = tsconv.load(path, n_threads=2, n_ctx=512, type_k=0, type_v=0)
 numpy.save(out, model.token_logits(list(map(int, tokens))))

@@ -17,7 +17,7 @@ import pytest
 from support import CHECKPOINTS, ROOT, tiny
 from support.edited import edited
 from tsconv.errors import BackendError, OutputError
-from tsconv.runtime.backend import library_path
+from tsconv.native.library import library_path
 
 CHECKPOINT = CHECKPOINTS / "tiny-turbosparse-mistral"
 LATIN_1 = os.fsdecode("modèle".encode("latin-1"))  # as on old disks

@@ -25,8 +25,8 @@ def python(script: str, *arguments: object, **env: str) -> subprocess.CompletedP
 
 NOTHING = """
 import ctypes, errno, sys
-from tsconv.runtime.backend import LayerStats, Placed, load_backend
-lib = load_backend()._lib
+from tsconv.native.library import LayerStats, Placed, load_backend
+lib = load_backend().lib
 model = lib.tsffn_model_open(sys.argv[1].encode(), None, 2, ctypes.create_string_buffer(100), 100)
 assert model and lib.tsffn_model_profile(model, True)
 full = [ctypes.create_string_buffer(1 << 20) for _ in range(3)]
@@ -60,8 +60,8 @@ def test_functions_without_a_model(function):
 
 QUANTIZE = """
 import numpy as np
-from tsconv.runtime.backend import load_backend
-quantize = load_backend()._lib.tsffn_quantize_q3_nl
+from tsconv.native.library import load_backend
+quantize = load_backend().lib.tsffn_quantize_q3_nl
 w, importance, d, rows = np.ones((2, 64), "f4"), np.ones(64, "f4"), np.ones(2, "f2"), np.zeros((2, 28), "u1")
 pointers = [array.ctypes.data for array in (w, importance, d, rows)]
 def call(n_rows, n_cols, w, *others):
@@ -81,7 +81,7 @@ def test_sizes_that_cannot_be_quantized():
 
 # ---- TSFFN_ISA
 
-ISA = "from tsconv.runtime.backend import load_backend; b = load_backend(); print(b.isa, b.isa)"
+ISA = "from tsconv.native.library import load_backend; b = load_backend(); print(b.isa, b.isa)"
 
 
 def test_kernels_that_are_unknown():
@@ -105,20 +105,21 @@ LATER = """
 import ctypes, sys
 from llama_cpp import llama_cpp
 from tsconv.errors import ModelFileError
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
+from tsconv.runtime.binding import open_model
 ggml = llama_cpp._lib
 ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
 cpu = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"CPU"))
-backend = load_backend()
+load_backend()
 ggml.ggml_backend_unload(cpu)
 assert not ggml.ggml_backend_reg_by_name(b"CPU")
 try:
-    backend.open_model(sys.argv[1], None, None)
+    open_model(sys.argv[1], None, None)
     raise SystemExit("opened without the CPU backend")
 except ModelFileError as error:
     print(error)
 ggml.ggml_backend_register(cpu)
-backend.open_model(sys.argv[1], None, None).close()
+open_model(sys.argv[1], None, None).close()
 """
 
 
@@ -134,7 +135,7 @@ PRODUCT = """
 import ctypes, json, sys
 import numpy as np
 from llama_cpp import llama_cpp
-from tsconv.runtime.backend import load_backend
+from tsconv.runtime.binding import open_model
 pointer, i64 = ctypes.c_void_p, ctypes.c_int64
 F32, F16, I32 = 0, 1, 26
 
@@ -164,7 +165,7 @@ read = declared("ggml_backend_tensor_get", None, pointer, pointer, ctypes.c_size
 
 path, n_embd, n_ff, n_expert, n_rows, kind = sys.argv[1], *map(int, sys.argv[2:])
 n_used, n_tokens = 4, 5
-model = load_backend().open_model(path, None, "exact")
+model = open_model(path, None, "exact")
 ctx = init(InitParams(1 << 20, None, True))
 w, ids = new_3d(ctx, F32, n_embd, n_ff, n_expert), new_2d(ctx, I32, n_used, n_tokens)
 x = new_3d(ctx, kind, n_embd, n_rows, n_tokens)

@@ -78,7 +78,7 @@ def test_struct_layout_equals_upstream(upstream_ggml, tmp_path):
 def test_wrong_ggml_version_is_refused():
     library = library_for_other_ggml()
     env = os.environ | {"TSCONV_BACKEND": str(library)}
-    code = "from tsconv.runtime.backend import load_backend; load_backend()"
+    code = "from tsconv.native.library import load_backend; load_backend()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert f"BackendError: libggml-tsffn.so: built for another ggml: expected ggml {OTHER_GGML}, found " in done.stderr
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from tsconv.arch.family import Family, Output
 from tsconv.checkpoint.config import MAX_DIM, ModelConfig
-from tsconv.checkpoint.predictor import embedded_names
 from tsconv.checkpoint.safetensors_reader import SourceTensor
 from tsconv.errors import CheckpointError
 
@@ -25,7 +24,10 @@ class Matched:
 
 def has_predictors(family: Family, config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> bool:
     """Whether the checkpoint holds predictor matrices, of any layer."""
-    return any(name in tensors for name in embedded_names(family, config))
+    experts: Iterable[int | None] = range(config.n_expert) if family.n_expert_predictors else (None,)
+    return any(
+        name in tensors for n in range(config.n_layer) for e in experts for name in family.predictor_sources(n, e)
+    )
 
 
 def predictor_ranks(family: Family, config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> list[int]:

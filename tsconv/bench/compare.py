@@ -23,11 +23,11 @@ from tsconv.bench.workload import Workload
 from tsconv.errors import BackendError
 from tsconv.format.header import Header
 from tsconv.format.pair import read_pair
+from tsconv.format.types import PREDICTOR
 from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
 from tsconv.machine.measure import measure_memory
-from tsconv.runtime.backend import load_backend
-from tsconv.transform.plan import PREDICTOR
+from tsconv.native.library import load_backend
 from tsconv.transform.quantize import type_name
 
 STOCK, DENSE_DRELU, NOREPACK = "llama.cpp", "dense-drelu", "llama.cpp-norepack"

@@ -29,7 +29,7 @@ PRESET = PRESETS["turbosparse-mistral-7b"]
 def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: str | None) -> dict[str, object]:
     """Generates a model, times both ways of computing `n_tokens` tokens in turn, deletes the model."""
     from tsconv.commands.convert import convert
-    from tsconv.runtime.backend import load_backend
+    from tsconv.native.library import load_backend
     from tsconv.runtime.layers import LayersContext
     from tsconv.runtime.model import load
 

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from tsconv.bench.compare import DENSE_DRELU, ENGINES, NOREPACK, STOCK
 from tsconv.bench.synthetic import Shape, tensor_shapes
-from tsconv.transform.plan import DEFAULTS, parse_predictor_type, parse_type, predictor_matrix_type
+from tsconv.format.types import DEFAULTS, parse_predictor_type, parse_type, predictor_matrix_type
 from tsconv.transform.quantize import row_bytes
 
 

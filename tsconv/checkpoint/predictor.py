@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tsconv.arch.family import Family
-from tsconv.checkpoint.config import ModelConfig, read_json
+from tsconv.checkpoint.config import read_json
 from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.checkpoint.names import plain_names
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
@@ -71,45 +70,48 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def external_tensors(directory: Path, family: Family, config: ModelConfig) -> dict[str, SourceTensor]:
-    """The predictors of a `model_N.pt` directory under the names of embedded ones; headers only are read.
+def external_tensors(
+    directory: Path, n_layer: int, names_of_layer: Callable[[int], tuple[str, ...]]
+) -> dict[str, SourceTensor]:
+    """The predictors of a `model_N.pt` directory; headers only are read.
+
+    Args:
+        names_of_layer: layer -> the names that fc1 and fc2 get.
 
     Raises:
-        CheckpointError: the family has no external predictors, a layer's file is missing or there are too many, keys
-            or types are not those expected, or `sparse_threshold` is not 0. Shapes are checked by the plan.
+        CheckpointError: a layer's file is missing or there are too many, keys or types are not those expected, or
+            `sparse_threshold` is not 0. Shapes are checked when they are matched with the model's.
     """
-    if family.n_expert_predictors:
-        raise CheckpointError("external predictors are for dense (Bamboo) models only", where=directory)
     _check_threshold(directory)
     numbered = {int(m[1]): path for path in directory.glob("model_*.pt") if (m := FILE.fullmatch(path.name))}
-    if sorted(numbered) != list(range(config.n_layer)):
-        missing = sorted(set(range(config.n_layer)) - set(numbered))
+    if sorted(numbered) != list(range(n_layer)):
+        missing = sorted(set(range(n_layer)) - set(numbered))
         raise CheckpointError(
             "wrong set of predictor files",
             where=directory,
-            expected=f"model_0.pt to model_{config.n_layer - 1}.pt",
+            expected=f"model_0.pt to model_{n_layer - 1}.pt",
             found=f"{len(numbered)} of them" + (f", model_{missing[0]}.pt missing" if missing else ""),
             fix="are these the predictors of this model?",
         )
-    return {tensor.name: tensor for n in sorted(numbered) for tensor in _layer_tensors(numbered[n], family, n)}
+    return {tensor.name: tensor for n in sorted(numbered) for tensor in _layer_tensors(numbered[n], names_of_layer(n))}
 
 
-def _layer_tensors(path: Path, family: Family, layer: int) -> Iterable[TorchTensor]:
+def _layer_tensors(path: Path, names: tuple[str, ...]) -> Iterable[TorchTensor]:
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     state = _load(path)
     stored = {plain: key for key, plain in plain_names(state, path).items()}
     if set(stored) != set(KEYS):
         raise CheckpointError("wrong keys", where=path, expected=" and ".join(KEYS), found=", ".join(sorted(state)))
-    for plain, name in zip(KEYS, family.predictor_sources(layer), strict=True):
+    for plain, name in zip(KEYS, names, strict=True):
         key = stored[plain]
-        if state[key].dtype not in names or state[key].dim() != 2:
+        if state[key].dtype not in dtypes or state[key].dim() != 2:
             found = f"{state[key].dtype} with {state[key].dim()} dimensions"
             raise CheckpointError(
                 "wrong tensor", where=f"{path}: {key}", expected="an f32/f16/bf16 matrix", found=found
             )
-        yield TorchTensor(name, names[state[key].dtype], tuple(state[key].shape), path, key)
+        yield TorchTensor(name, dtypes[state[key].dtype], tuple(state[key].shape), path, key)
 
 
 def _check_threshold(directory: Path) -> None:
@@ -126,9 +128,3 @@ def _check_threshold(directory: Path) -> None:
             fix="the runtime feeds a pre-norm predictor its input only up to a positive factor, which keeps the sign of"
             " a logit but not its size",
         )
-
-
-def embedded_names(family: Family, config: ModelConfig) -> list[str]:
-    """Source names of all predictor matrices that a checkpoint of this family may hold, layer by layer."""
-    experts: Iterable[int | None] = range(config.n_expert) if family.n_expert_predictors else (None,)
-    return [name for n in range(config.n_layer) for e in experts for name in family.predictor_sources(n, e)]

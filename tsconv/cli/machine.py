@@ -79,7 +79,8 @@ def load_model(
             )
         return llama, None
 
-    from tsconv.placement.fit import AUTO, load_on_machine, machine_file
+    from tsconv.commands.load import AUTO, load_on_machine
+    from tsconv.machine.this import machine_file
 
     with progress_bar("loading", DELAY) as progress:
         llama, fit, residency = load_on_machine(

@@ -25,13 +25,7 @@ from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvEr
 from tsconv.format import keys, layouts
 from tsconv.format.order import CHECKPOINT, HOT_FIRST
 from tsconv.format.summary import sidecar_path
-from tsconv.stats import file as stats_file
-from tsconv.stats.counts import Stats
-from tsconv.stats.heat import described, hot_order
-from tsconv.transform import q3_nl, qkv
-from tsconv.transform.bundles import GATE, names_of_layer
-from tsconv.transform.neuron_order import Order, by_tensor
-from tsconv.transform.plan import (
+from tsconv.format.types import (
     FC1,
     FC2,
     Choice,
@@ -41,6 +35,12 @@ from tsconv.transform.plan import (
     parse_predictor_type,
     parse_type,
 )
+from tsconv.stats import file as stats_file
+from tsconv.stats.counts import Stats
+from tsconv.stats.heat import described, hot_order
+from tsconv.transform import q3_nl, qkv
+from tsconv.transform.bundles import GATE, names_of_layer
+from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.quantize import type_name
 from tsconv.write.stream import Job, Predictor, write_tensors
 from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
@@ -235,7 +235,9 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
                 fix="leave out --predictor",
             )
         directory = resolve(predictor, None, PREDICTOR_FILES).directory
-        tensors |= external_tensors(directory, family, config)
+        if family.n_expert_predictors:
+            raise CheckpointError("external predictors are for dense (Bamboo) models only", where=directory)
+        tensors |= external_tensors(directory, config.n_layer, family.predictor_sources)
         kind = "external"
 
     ranks = predictor_ranks(family, config, tensors) if kind != "none" else []

@@ -26,12 +26,12 @@ from tsconv.format.keys import ARCHITECTURE, add_neuron_order
 from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.format.pair import read_pair
 from tsconv.format.summary import fingerprint, layout_of, sidecar_path
+from tsconv.format.types import takes_panels
 from tsconv.stats import file as stats_file
 from tsconv.stats.heat import described, hot_order
 from tsconv.transform.bundles import GATE, PARTS, names_of_layer
 from tsconv.transform.neuron_order import Order, between, by_tensor
 from tsconv.transform.panels import from_panels, panel_step, to_panels
-from tsconv.transform.plan import takes_panels
 from tsconv.transform.quantize import type_name
 from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
 

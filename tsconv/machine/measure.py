@@ -22,7 +22,7 @@ from tsconv.machine.cpu import cpu_model, physical_cores
 from tsconv.machine.disk import measure_disk
 from tsconv.machine.gpu import measure_gpu
 from tsconv.machine.profile import GIB, Cpu, Machine, check_name, floored, rounded
-from tsconv.runtime.backend import Backend, load_backend
+from tsconv.native.library import Backend, load_backend
 
 ROW_BYTES = 2304  # one neuron's row of 4096 weights in Q4_0
 

@@ -1,36 +1,25 @@
-"""Fits a model to a machine: how many threads, which weights belong in RAM; and loads it so.
+"""Fits a model to a machine: how many threads, which weights belong in RAM.
 
 A machine profile says what to aim for, possibly of another machine; what is really here caps it.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.cache import cache_folder
-from tsconv.errors import OutputError, TsconvError
-from tsconv.format.header import Header, read_header
-from tsconv.format.kv_cache import kv_bytes_per_token, padded
+from tsconv.format.header import Header
+from tsconv.format.kv_cache import kv_bytes_per_token
 from tsconv.format.order import shape_of
-from tsconv.format.summary import PARTS, sidecar_path
+from tsconv.format.summary import PARTS
 from tsconv.machine.limits import available_memory, usable_cores
-from tsconv.runtime.residency import Residency
+from tsconv.machine.profile import Machine
+from tsconv.placement.file import Placement
 
-if TYPE_CHECKING:
-    from tsconv.machine.profile import Machine
-    from tsconv.placement.file import Placement
-    from tsconv.runtime.model import SparseLlama
-
-AUTO = "auto"
 MARGIN_BYTES = 1 << 30  # left free: compute buffers, Python, and what other programs come to need
 
 Strategy = Literal["all", "placement", "on_demand"]
@@ -159,111 +148,6 @@ def fit(
         # Without a predictor all gate rows of a token are read one after the other; predictors pick rows.
         read_ahead=strategy == "all" or sparsity != "predictor",
     )
-
-
-def load_on_machine(
-    model_path: str | os.PathLike[str],
-    machine: str | Machine,
-    *,
-    placement_path: str | os.PathLike[str] | None = None,
-    predictor_path: str | os.PathLike[str] | None = None,
-    sparsity: str | None = None,
-    n_ctx: int = 512,
-    n_threads: int | None = None,
-    available_bytes: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    **kwargs: Any,
-) -> tuple[SparseLlama, Fit, Residency]:
-    """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token.
-
-    Args:
-        machine: a profile, its name or path, or "auto" for this machine (`this_machine`).
-        placement_path: made by `tsconv place` for this model.
-        predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
-        available_bytes: as for `fit`.
-        say: called with one line when something takes a while.
-        **kwargs: as `SparseLlama`.
-
-    Raises:
-        ModelFileError: model, sidecar or placement missing, damaged, or of another model.
-        TsconvError: no such machine profile.
-    """
-    from tsconv.placement.file import Placement
-    from tsconv.runtime.backend import load_backend
-    from tsconv.runtime.model import load
-
-    path = Path(model_path)
-    named = None if predictor_path is None else Path(predictor_path)
-    sidecar = named or sidecar_path(path)
-    native = load_backend().open_model(path, named, sparsity)  # checks both files before anything is decided
-    native.close()
-    header = read_header(path)
-    if machine == AUTO:
-        machine = this_machine(say)
-    elif isinstance(machine, str):
-        from tsconv.machine.profile import load_machine
-
-        machine = load_machine(machine)
-    chosen = fit(
-        header,
-        machine,
-        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
-        sparsity=native.sparsity,
-        n_ctx=padded(n_ctx),
-        n_threads=n_threads,
-        placement=None if placement_path is None else Placement.load(placement_path),
-        available_bytes=available_bytes,
-    )
-    if chosen.strategy != "all":
-        kwargs = {"preload": False} | kwargs
-    llama = load(
-        path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
-    )
-    try:
-        residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
-        llama.warm_up()
-    except BaseException:
-        llama.close()
-        raise
-    return llama, chosen, residency
-
-
-def machine_file() -> Path:
-    """Where `this_machine` keeps its profile: ${XDG_CACHE_HOME:-~/.cache}/tsconv/machine-HOST.toml."""
-    host = re.sub(r"[^\w.-]", "_", socket.gethostname()) or "unnamed"
-    return cache_folder() / f"machine-{host}.toml"
-
-
-def this_machine(progress: Callable[[str], None] = lambda line: None) -> Machine:
-    """The profile of this machine: measured once, and kept in `machine_file()`.
-
-    Raises:
-        OutputError: the profile cannot be written.
-    """
-    from tsconv.machine.measure import measure_machine
-    from tsconv.machine.profile import load_machine, save_machine
-
-    path = machine_file()
-    if path.exists():
-        try:
-            return load_machine(path)
-        except TsconvError:
-            pass  # of another version: measured again
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot keep what is measured of this machine: {error.strerror}",
-            where=path.parent,
-            fix="set XDG_CACHE_HOME",
-        ) from None
-    progress(f"measuring this machine once: {path}")
-    machine = measure_machine(progress=progress)
-    if any(note.startswith("busy") for note in machine.notes):
-        progress("other programs kept this machine busy: what was measured is used now, and not kept")
-    else:
-        save_machine(machine, path, force=True)
-    return machine
 
 
 def _row_bytes(header: Header) -> npt.NDArray[np.int64]:

@@ -18,7 +18,7 @@ import tsconv
 from tsconv.errors import BackendError
 from tsconv.machine import limits
 from tsconv.machine.cpu import cpu_model, physical_cores
-from tsconv.runtime.backend import library_path, load_backend
+from tsconv.native.library import library_path, load_backend
 
 OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers

@@ -6,12 +6,12 @@ threads do not exist in a forked process: there is no error for any of that, but
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tsconv.errors import BackendError
+from tsconv.native.threads import use_threads
 
 CLOSED = "the model is closed"
 FORKED = (
@@ -87,28 +87,3 @@ class Guard:
         """In the child: another thread may have held the lock, and it is not there to give it back."""
         self.lock, self._depth, self._changing = threading.RLock(), 0, 0
         self.gone = self.gone or FORKED
-
-
-_pool_of: list[int] = []  # the process that OpenMP's threads were first asked for in; at most one
-
-
-def check_threads(n_threads: int) -> None:
-    """Whether this process can compute with so many threads.
-
-    Raises:
-        BackendError: it was forked from one that had several; OpenMP would wait for those forever.
-    """
-    if n_threads > 1 and _pool_of and _pool_of[0] != os.getpid():
-        raise BackendError(
-            "this process was forked from one that had computed with several threads, which are not in it",
-            expected="1 thread",
-            found=n_threads,
-            fix="start processes with the method 'spawn', or use 1 thread",
-        )
-
-
-def use_threads(n_threads: int) -> None:
-    """To be called before a parallel region of so many threads; raises as `check_threads`."""
-    check_threads(n_threads)
-    if n_threads > 1 and not _pool_of:
-        _pool_of.append(os.getpid())

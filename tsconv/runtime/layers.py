@@ -12,9 +12,9 @@ import llama_cpp
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from tsconv.errors import BackendError, TsconvError
-from tsconv.runtime.backend import load_backend
-from tsconv.runtime.guard import use_threads
-from tsconv.runtime.log import computing, quiet_unless
+from tsconv.native.library import load_backend
+from tsconv.native.log import computing, quiet_unless
+from tsconv.native.threads import use_threads
 from tsconv.runtime.model import SparseLlama
 
 MAX_BATCH = 512  # tokens per call of llama_decode; llama.cpp's own default

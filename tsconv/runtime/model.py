@@ -22,9 +22,10 @@ from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
-from tsconv.runtime.backend import NativeModel, load_backend
-from tsconv.runtime.guard import CLOSED, Gone, Guard, check_threads, use_threads
-from tsconv.runtime.log import OWN, computing, quiet_unless
+from tsconv.native.log import OWN, computing, quiet_unless
+from tsconv.native.threads import check_threads, use_threads
+from tsconv.runtime.binding import NativeModel, open_model
+from tsconv.runtime.guard import CLOSED, Gone, Guard
 from tsconv.runtime.residency import Residency, place_in_memory
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -122,7 +123,7 @@ class SparseLlama(llama_cpp.Llama):
         check_threads(max(threads))
         if AMX in llama_cpp.llama_print_system_info():
             use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
-        native = load_backend().open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
+        native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
         self._native = native
         self.sparsity: str = native.sparsity
         self._arguments = {

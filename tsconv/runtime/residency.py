@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.runtime.backend import PLACE_LOCK, PLACE_PREFAULT, PLACE_RANDOM_REST, NativeModel
+from tsconv.runtime.binding import PLACE_LOCK, PLACE_PREFAULT, PLACE_RANDOM_REST, NativeModel
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from tsconv.errors import BackendError
+from tsconv.native.library import check_array, load_backend
+
 Floats = npt.NDArray[np.float32]
 
 KIND = GGMLQuantizationType.I8  # how a GGUF file declares it
@@ -73,10 +76,31 @@ def quantize(rows: Floats, importance: Floats) -> npt.NDArray[np.uint8]:
     Returns:
         uint8 [n, row_bytes(r)].
     """
-    from tsconv.runtime.backend import load_backend
-
     largest = np.abs(rows).max(axis=1)
     units = np.clip(largest / MAX_WEIGHT, UNITS.smallest_subnormal, UNITS.max) * (largest > 0)
     out = np.empty((len(rows), row_bytes(rows.shape[1])), np.uint8)
-    load_backend().quantize_q3_nl(rows, importance, units.astype(np.float16), out)
+    round_rows(rows, importance, units.astype(np.float16), out)
     return out
+
+
+def round_rows(rows: Floats, importance: Floats, units: npt.NDArray[np.float16], out: npt.NDArray[np.uint8]) -> None:
+    """`quantize` with the d of each row given. The GIL is released meanwhile.
+
+    Args:
+        units: float16 [n].
+        out: uint8 [n, row_bytes(r)], written.
+
+    Raises:
+        BackendError: out of memory, or arrays that do not fit each other.
+    """
+    n, r = rows.shape
+    if r % BLOCK:
+        raise BackendError("columns of rows for q3_nl", expected=f"a multiple of {BLOCK}", found=r)
+    arrays = (rows, importance, units, out)
+    dtypes = (np.float32, np.float32, np.float16, np.uint8)
+    shapes = ((n, r), (r,), (n,), (n, row_bytes(r)))
+    for array, dtype, shape in zip(arrays, dtypes, shapes, strict=True):
+        check_array(array, dtype, shape)
+    rounded = load_backend().lib.tsffn_quantize_q3_nl
+    if not rounded(rows.ctypes.data, n, r, importance.ctypes.data, units.ctypes.data, out.ctypes.data):
+        raise BackendError("no memory to quantize a row")

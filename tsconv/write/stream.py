@@ -23,12 +23,12 @@ from tsconv.arch.family import Output
 from tsconv.arch.match import Matched
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
+from tsconv.format.types import takes_panels
 from tsconv.transform import q3_nl
 from tsconv.transform.bundles import to_bundles
 from tsconv.transform.layout import columns_as_rows, reciprocal
 from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.panels import panel_step, to_panels
-from tsconv.transform.plan import takes_panels
 from tsconv.transform.quantize import BadWeightError, check_weights, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
 from tsconv.write.writer import StreamedFile

@@ -16,7 +16,7 @@ from tsconv.machine import disk as measure_disk
 from tsconv.machine import gpu as measure_gpu
 from tsconv.machine import limits, measure
 from tsconv.machine.profile import GIB, described, load_machine, save_machine
-from tsconv.runtime.backend import load_backend
+from tsconv.native.library import load_backend
 
 # ---- cores
 
@@ -56,7 +56,7 @@ def test_affinity_is_respected():
     """A process bound to one CPU finds one core, whatever the machine has."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tsconv.machine import measure; from tsconv.runtime.backend import load_backend\n"
+        "from tsconv.machine import measure; from tsconv.native.library import load_backend\n"
         "print(measure.measure_cores(load_backend())[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def test_affinity_is_respected():
 
 
 def test_no_more_threads_than_openmp_grants():
-    code = "from tsconv.runtime.backend import load_backend; print(load_backend().measure_compute(3, 0.01))"
+    code = "from tsconv.native.library import load_backend; print(load_backend().measure_compute(3, 0.01))"
     env = os.environ | {"OMP_THREAD_LIMIT": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr

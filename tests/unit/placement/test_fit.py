@@ -14,8 +14,8 @@ from support.placements import machine, placement_for
 from tsconv.errors import ModelFileError
 from tsconv.format.header import read_header
 from tsconv.machine.limits import available_memory, usable_cores
+from tsconv.native.library import load_backend
 from tsconv.placement.fit import MARGIN_BYTES, fit
-from tsconv.runtime.backend import load_backend
 
 
 def fitted(model: Path, **changes: object):

@@ -19,7 +19,7 @@ from tsconv import convert
 from tsconv.bench.synthetic import Shape
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.report.write import PAGE, write_report
-from tsconv.runtime.backend import load_backend
+from tsconv.runtime.binding import open_model
 from tsconv.write import writer
 from tsconv.write.writer import OutputFiles, StreamedFile, write_file
 
@@ -50,7 +50,7 @@ main()
 def opens(model: Path) -> bool:
     """Whether model and sidecar can be run; if not, one line says why."""
     try:
-        load_backend().open_model(model, None, None).close()
+        open_model(model, None, None).close()
     except ModelFileError as error:
         assert "\n" not in str(error)
         return False

@@ -6,7 +6,7 @@ import pytest
 
 from tsconv.arch.family import Output
 from tsconv.errors import TsconvError
-from tsconv.transform.plan import choose_types, fallback_note, parse_override, parse_predictor_type, parse_type
+from tsconv.format.types import choose_types, fallback_note, parse_override, parse_predictor_type, parse_type
 from tsconv.transform.quantize import type_name
 
 

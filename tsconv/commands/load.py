@@ -1,0 +1,82 @@
+"""`run` and `serve` with --machine: a model loaded as its weights fit the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tsconv.format.header import read_header
+from tsconv.format.kv_cache import padded
+from tsconv.format.summary import sidecar_path
+from tsconv.machine.profile import Machine, load_machine
+from tsconv.machine.this import this_machine
+from tsconv.placement.file import Placement
+from tsconv.placement.fit import Fit, fit
+from tsconv.runtime.binding import open_model
+from tsconv.runtime.model import SparseLlama, load
+from tsconv.runtime.residency import Residency
+
+AUTO = "auto"
+
+
+def load_on_machine(
+    model_path: str | os.PathLike[str],
+    machine: str | Machine,
+    *,
+    placement_path: str | os.PathLike[str] | None = None,
+    predictor_path: str | os.PathLike[str] | None = None,
+    sparsity: str | None = None,
+    n_ctx: int = 512,
+    n_threads: int | None = None,
+    available_bytes: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **kwargs: Any,
+) -> tuple[SparseLlama, Fit, Residency]:
+    """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token.
+
+    Args:
+        machine: a profile, its name or path, or "auto" for this machine (`this_machine`).
+        placement_path: made by `tsconv place` for this model.
+        predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
+        available_bytes: as for `fit`.
+        say: called with one line when something takes a while.
+        **kwargs: as `SparseLlama`.
+
+    Raises:
+        ModelFileError: model, sidecar or placement missing, damaged, or of another model.
+        TsconvError: no such machine profile.
+    """
+    path = Path(model_path)
+    named = None if predictor_path is None else Path(predictor_path)
+    sidecar = named or sidecar_path(path)
+    native = open_model(path, named, sparsity)  # checks both files before anything is decided
+    native.close()
+    header = read_header(path)
+    if machine == AUTO:
+        machine = this_machine(say)
+    elif isinstance(machine, str):
+        machine = load_machine(machine)
+    chosen = fit(
+        header,
+        machine,
+        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
+        sparsity=native.sparsity,
+        n_ctx=padded(n_ctx),
+        n_threads=n_threads,
+        placement=None if placement_path is None else Placement.load(placement_path),
+        available_bytes=available_bytes,
+    )
+    if chosen.strategy != "all":
+        kwargs = {"preload": False} | kwargs
+    llama = load(
+        path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
+    )
+    try:
+        residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
+        llama.warm_up()
+    except BaseException:
+        llama.close()
+        raise
+    return llama, chosen, residency

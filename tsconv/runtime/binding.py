@@ -1,0 +1,206 @@
+"""Opened models: what Python asks of `struct tsffn_model` (native/include/tsffn.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.format.header import read_header
+from tsconv.format.order import shape_of
+from tsconv.native.library import ERROR_SIZE, Backend, LayerStats, Placed, check_array, load_backend
+from tsconv.native.log import quiet_unless
+from tsconv.runtime.guard import CLOSED, FORKED
+
+Ints = npt.NDArray[np.int64]
+
+CACHE_PIECE = 64 << 20  # bytes of a file that are read before Ctrl-C is looked for
+
+# enum tsffn_sparsity (native/include/tsffn.h)
+SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2, "dense": 3}
+SPARSITY_NAMES = {1: "predictor", 2: "exact", 3: "dense"}
+
+# enum tsffn_place_flags (native/include/tsffn.h)
+PLACE_PREFAULT, PLACE_LOCK, PLACE_RANDOM_REST = 1, 2, 4
+
+
+def open_model(path: Path, sidecar: Path | None, sparsity: str | None) -> NativeModel:
+    """Opens and checks a model and its sidecar (docs/format.md).
+
+    Args:
+        path: the model, `NAME.gguf`.
+        sidecar: None looks for `NAME.predictor.gguf` beside it.
+        sparsity: "predictor", "exact", "dense", or None for the model's own.
+
+    Raises:
+        ModelFileError: a file that is missing, damaged, or not its partner's.
+    """
+    backend = load_backend()
+    if sparsity not in SPARSITY_VALUES:
+        raise TsconvError("sparsity", expected="'predictor', 'exact' or 'dense'", found=repr(sparsity))
+    message = ctypes.create_string_buffer(ERROR_SIZE)
+    with quiet_unless(False) as errors:
+        handle = backend.lib.tsffn_model_open(
+            os.fsencode(path),
+            None if sidecar is None else os.fsencode(sidecar),
+            SPARSITY_VALUES[sparsity],
+            message,
+            ERROR_SIZE,
+        )
+    if handle is None:
+        # The first thing that ggml's reader objected to, when it was ggml's reader.
+        reason = f" ({errors[0]})" if errors else ""
+        raise ModelFileError(message.value.decode(errors="replace") + reason)
+    return NativeModel(backend, handle, path)
+
+
+class NativeModel:
+    """An opened `struct tsffn_model`: the sidecar's mapping and the counters."""
+
+    def __init__(self, backend: Backend, handle: int, path: Path) -> None:
+        self._lib = lib = backend.lib
+        self.path = path
+        self._handle: int | None = handle
+        self._load_lock = backend.load_lock
+        self._gone = CLOSED
+        self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
+        self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
+        self.n_layer = lib.tsffn_model_n_layer(handle)
+        self.file_bytes = lib.tsffn_model_file_bytes(handle)
+
+    def cache_file(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Brings the model file into the page cache, in huge pages where its file system has them. Ctrl-C stops it.
+
+        Args:
+            progress: called with (bytes done, bytes in all), at most CACHE_PIECE bytes apart.
+
+        Raises:
+            ModelFileError: it cannot be read.
+            BackendError: the model is closed.
+        """
+        for start in range(0, self.file_bytes, CACHE_PIECE):
+            with self._opened() as handle:
+                failure = self._lib.tsffn_model_cache(handle, start, CACHE_PIECE)
+            if failure:
+                raise ModelFileError(f"cannot be read: {os.strerror(failure)}", where=self.path)
+            if progress is not None:
+                progress(min(start + CACHE_PIECE, self.file_bytes), self.file_bytes)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The handle, which stays open while this holds.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self.lock:
+            if self._handle is None:
+                raise BackendError(self._gone)
+            yield self._handle
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """While this holds, the backend claims the FFN weights that llama.cpp loads for this model.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self._load_lock:
+            with self._opened() as handle:
+                self._lib.tsffn_model_arm(handle)
+            try:
+                yield
+            finally:
+                self._lib.tsffn_model_arm(None)
+
+    def stats(self, layer: int) -> LayerStats:
+        """The counters of one layer.
+
+        Raises:
+            BackendError: no such layer, or the model is closed.
+        """
+        stats = LayerStats()
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_stats(handle, layer, ctypes.byref(stats)):
+                raise BackendError("layer", expected=f"0 to {self.n_layer - 1}", found=layer)
+        return stats
+
+    def reset_stats(self) -> None:
+        """Sets all counters to 0.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self._opened() as handle:
+            self._lib.tsffn_model_reset_stats(handle)
+
+    def profile(self, on: bool) -> None:
+        """Begins counting activations from 0, or stops and drops the counts. Not while the model computes.
+
+        Raises:
+            BackendError: no memory for the counters, or the model is closed.
+        """
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_profile(handle, on):
+                raise BackendError("no memory for the activation counters")
+
+    def read_profile(self, layer: int, tokens: Ints, neurons: Ints, histograms: Ints) -> None:
+        """Copies one layer's counts into contiguous int64 arrays: tokens [n_ffn], neurons [6, n_ffn, n_ff] in the order
+        of the file, histograms [3, 130]; tsconv.stats.counts says of what.
+
+        Raises:
+            BackendError: counting is off, other arrays than these, or the model is closed.
+        """
+        _, n_ffn, n_ff = self._shape
+        arrays = ((tokens, (n_ffn,)), (neurons, (6, n_ffn, n_ff)), (histograms, (3, 130)))
+        for array, shape in arrays:
+            check_array(array, np.int64, shape)
+        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array, _ in arrays)
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_read_profile(handle, layer, *pointers):
+                raise BackendError("activations are not being counted")
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        """n_layer, n_ffn, n_ff."""
+        return shape_of(read_header(self.path))
+
+    def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
+        """Decides which weights are in RAM; tsconv.runtime.residency says what that means.
+
+        Args:
+            hot: int32 [n_layer, n_ffn], neurons at the front of each FFN that belong in RAM.
+            flags: PLACE_PREFAULT | PLACE_LOCK | PLACE_RANDOM_REST, as wanted.
+
+        Raises:
+            BackendError: counts that do not fit the model, or llama.cpp has not loaded it, or no memory, or the model
+                is closed.
+        """
+        hot = np.ascontiguousarray(hot, dtype=np.int32)
+        place = self._lib.tsffn_model_place
+        placed, message = Placed(), ctypes.create_string_buffer(ERROR_SIZE)
+        with self._opened() as handle:
+            if not place(handle, hot.ctypes.data, hot.size, flags, ctypes.byref(placed), message, ERROR_SIZE):
+                raise BackendError(message.value.decode(errors="replace"))
+        return placed
+
+    def close(self) -> None:
+        """Drops this reference; llama.cpp's weight buffers hold their own."""
+        with self.lock:
+            if self._handle is not None:
+                self._lib.tsffn_model_close(self._handle)
+                self._handle = None
+
+    def after_fork(self) -> None:
+        """In the child: leaves the parent's model alone, of which the child has a copy nobody may compute with."""
+        self.lock = threading.RLock()
+        if self._handle is not None:
+            self._handle, self._gone = None, FORKED
