@@ -22,7 +22,7 @@ import tsconv
 from tsconv.bench.workload import Workload
 from tsconv.errors import BackendError
 from tsconv.format.header import Header
-from tsconv.format.pair import read_pair
+from tsconv.format.pair import open_pair
 from tsconv.format.types import PREDICTOR
 from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
@@ -173,7 +173,7 @@ def compare(
     """
     started = time.monotonic()
     counts = tuple(n_threads or (usable_cores(),))
-    headers = read_pair(path)
+    headers = open_pair(path).headers
     backend = load_backend()
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)
     cases = [(n, workload) for n in counts for workload in workloads]

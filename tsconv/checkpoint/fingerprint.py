@@ -11,7 +11,7 @@ from tsconv.checkpoint.safetensors_reader import SourceTensor
 ROW_STEP = 64  # rows of a gate matrix from one that is hashed to the next
 
 
-def fingerprint(config: ModelConfig, gates: Iterable[SourceTensor]) -> str:
+def compute_fingerprint(config: ModelConfig, gates: Iterable[SourceTensor]) -> str:
     """SHA-256 of the shape and of every 64th row of every gate matrix: 64 lower-case hex digits.
 
     It is of the checkpoint's own bytes, before any transformation, so that neither type nor order of a conversion

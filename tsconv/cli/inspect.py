@@ -14,8 +14,8 @@ from tsconv.cli.output import echo, json_text
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
-    from tsconv.format.summary import Summary
-    from tsconv.report.summary import Summary as StatsSummary
+    from tsconv.format.summary import FileSummary
+    from tsconv.report.summary import StatsSummary
 
 SHOWN_CHARACTERS = 72
 SHOWN_ELEMENTS = 8
@@ -29,21 +29,22 @@ ORDER_OF_LAYER = re.compile(r"turbosparse\.neuron_order\.\d+")
 def command(file: Path, as_json: bool) -> None:
     """Show what is in a converted model, predictor sidecar or activation statistics FILE."""
     from tsconv.format.header import read_header
-    from tsconv.format.summary import summarise
+    from tsconv.format.summary import summarise_file
     from tsconv.stats import file as stats_file
 
-    if stats_file.is_stats(read_header(file)):
+    header = read_header(file)
+    if stats_file.is_stats(header):
         _show_stats(file, as_json)
         return
-    summary = summarise(file)
+    summary = summarise_file(header)
     echo(json_text(summary.as_dict(), indent=2) if as_json else _text(summary))
 
 
 def _show_stats(file: Path, as_json: bool) -> None:
-    from tsconv.report.summary import summarise
+    from tsconv.report.summary import summarise_stats
     from tsconv.stats.file import load
 
-    summary = summarise(load(file))
+    summary = summarise_stats(load(file))
     file_bytes = file.stat().st_size
     if as_json:
         head = {"path": str(file), "kind": "statistics", "file_bytes": file_bytes}
@@ -71,7 +72,7 @@ def _stats_text(file: Path, file_bytes: int, summary: StatsSummary) -> str:
     return "\n\n".join(blocks)
 
 
-def _text(summary: Summary) -> str:
+def _text(summary: FileSummary) -> str:
     orders = {k: v for k, v in summary.keys.items() if ORDER_OF_LAYER.fullmatch(k)}
     own = {k: v for k, v in summary.keys.items() if k.startswith("turbosparse.") and k not in orders}
     other = {k: v for k, v in summary.keys.items() if not k.startswith("turbosparse.")}

@@ -48,10 +48,12 @@ def command(
     from tsconv.format.pair import read_model
     from tsconv.runtime.model import load
 
-    if baseline:
-        check_baseline(read_model(Path(model)), read_model(Path(baseline)))
-    found = load(model, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, predictor_path=predictor_path)
-    other = load(baseline, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity) if baseline else None
+    mine, theirs = (read_model(Path(model)), read_model(Path(baseline))) if baseline else (None, None)
+    if mine and theirs:
+        check_baseline(mine, theirs)
+    options = {"n_ctx": n_ctx, "n_threads": n_threads, "sparsity": sparsity}
+    found = load(model, predictor_path=predictor_path, header=mine, **options)
+    other = load(baseline, header=theirs, **options) if baseline else None
     sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]
     warn_of_long_context(found, n_ctx)
     with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:

@@ -119,7 +119,7 @@ def _progress_bar(n_tokens: int) -> Iterator[Callable[[int], None] | None]:
 
 
 def _as_dict(result: ProfileResult) -> dict[str, Any]:
-    from tsconv.report.summary import summarise
+    from tsconv.report.summary import summarise_stats
 
     return {
         "outfile": str(result.outfile),
@@ -129,7 +129,7 @@ def _as_dict(result: ProfileResult) -> dict[str, Any]:
         "tokens_per_s": result.n_tokens / result.seconds if result.seconds else None,
         "notes": result.notes,
         "stopped": None if result.stopped is None else str(result.stopped),
-        "stats": summarise(result.stats).as_dict(),
+        "stats": summarise_stats(result.stats).as_dict(),
     }
 
 

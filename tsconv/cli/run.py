@@ -15,7 +15,7 @@ from tsconv.cli.output import echo, json_text, say
 from tsconv.errors import TsconvError
 
 if TYPE_CHECKING:
-    from tsconv.runtime.generate import Generation, Sampling, Summary
+    from tsconv.runtime.generate import Generation, GenerationSummary, Sampling
     from tsconv.runtime.model import SparseLlama
 
 DEFAULT_LIMIT = 256
@@ -136,7 +136,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
     chat_tokens(llama, [{"role": "user", "content": "Hello."}])  # a model that cannot chat says so at once
     say(CHAT_HELP)
     messages: list[dict[str, str]] = []
-    summaries: list[Summary] = []
+    summaries: list[GenerationSummary] = []
     warned = False
     while True:
         try:
@@ -171,7 +171,7 @@ def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
         say(_line(combined(summaries)))
 
 
-def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: Summary) -> dict[str, Any]:
+def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: GenerationSummary) -> dict[str, Any]:
     return {
         "model": llama.model_path,
         "sparsity": llama.sparsity,
@@ -185,7 +185,7 @@ def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: Summary) -> di
     }
 
 
-def _line(summary: Summary) -> str:
+def _line(summary: GenerationSummary) -> str:
     """The measurements in one line."""
     rate = summary.decode_tokens_per_s
     decode = "no decode" if rate is None else f"decode {summary.n_decoded} tokens, {rate:.1f} tokens/s"

@@ -14,7 +14,7 @@ from tsconv.arch import FAMILIES
 from tsconv.arch.family import Family
 from tsconv.arch.match import Matched, has_predictors, match, predictor_ranks, refuse_leftovers
 from tsconv.checkpoint.config import ModelConfig, read_config
-from tsconv.checkpoint.fingerprint import fingerprint
+from tsconv.checkpoint.fingerprint import compute_fingerprint
 from tsconv.checkpoint.names import refuse_adapter_folder
 from tsconv.checkpoint.predictor import external_tensors
 from tsconv.checkpoint.safetensors_reader import open_checkpoint
@@ -24,7 +24,7 @@ from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvError
 from tsconv.format import keys, layouts
 from tsconv.format.order import CHECKPOINT, HOT_FIRST
-from tsconv.format.summary import sidecar_path
+from tsconv.format.pair import sidecar_path
 from tsconv.format.types import (
     FC1,
     FC2,
@@ -255,7 +255,7 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
         ranks=ranks,
         model=model,
         sidecar=sidecar,
-        fingerprint=fingerprint(config, gates),
+        fingerprint=compute_fingerprint(config, gates),
         notes=(*notes, *tokenizer.notes),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tsconv.format.header import read_header
 from tsconv.format.kv_cache import padded
-from tsconv.format.summary import sidecar_path
+from tsconv.format.pair import sidecar_path
 from tsconv.machine.profile import Machine, load_machine
 from tsconv.machine.this import this_machine
 from tsconv.placement.file import Placement
@@ -71,7 +71,13 @@ def load_on_machine(
     if chosen.strategy != "all":
         kwargs = {"preload": False} | kwargs
     llama = load(
-        path, sparsity=sparsity, predictor_path=predictor_path, n_ctx=n_ctx, n_threads=chosen.n_threads, **kwargs
+        path,
+        sparsity=sparsity,
+        predictor_path=predictor_path,
+        n_ctx=n_ctx,
+        n_threads=chosen.n_threads,
+        header=header,
+        **kwargs,
     )
     try:
         residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)

@@ -13,8 +13,7 @@ from tsconv.errors import ModelFileError, OutputError, TsconvError
 from tsconv.format.header import Header
 from tsconv.format.kv_cache import padded
 from tsconv.format.order import HOT_FIRST, kind_of, neuron_order
-from tsconv.format.pair import read_model, read_sidecar
-from tsconv.format.summary import fingerprint, sidecar_path
+from tsconv.format.pair import fingerprint_of, read_model, read_sidecar, sidecar_path
 from tsconv.machine.profile import ASSUMPTIONS, GIB, Machine, load_machine
 from tsconv.placement.cost import Estimate, Rates, Workload, evaluate, read_workload
 from tsconv.placement.file import GPU, Placement
@@ -112,7 +111,7 @@ def place(
     ]
     estimate = solution.estimate
     placement = Placement(
-        fingerprint=fingerprint(header),
+        fingerprint=fingerprint_of(header),
         pair_id=header.keys["turbosparse.pair_id"],
         neuron_order=HOT_FIRST,
         sparsity=stats.subject.sparsity,

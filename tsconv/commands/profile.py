@@ -97,7 +97,7 @@ def profile(
     _check_chunk(header, chunk)
     corpus = open_corpus(calib, seed, text_field)
     llama = load(  # it counts in another context
-        path, sparsity=sparsity, predictor_path=predictor_path, n_threads=n_threads, n_ctx=1, n_batch=1
+        path, sparsity=sparsity, predictor_path=predictor_path, n_threads=n_threads, n_ctx=1, n_batch=1, header=header
     )
     try:
         subject = counts.common_subject([subject_of(header, llama.sparsity), *(stats.subject for stats in merged)])

@@ -24,8 +24,7 @@ from tsconv.format import layouts
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.keys import ARCHITECTURE, add_neuron_order
 from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
-from tsconv.format.pair import read_pair
-from tsconv.format.summary import fingerprint, layout_of, sidecar_path
+from tsconv.format.pair import fingerprint_of, layout_of, open_pair, sidecar_path
 from tsconv.format.types import takes_panels
 from tsconv.stats import file as stats_file
 from tsconv.stats.heat import described, hot_order
@@ -76,8 +75,8 @@ def reorder(
     started = time.perf_counter()
     model, profile = Path(model), Path(profile)
     stats = stats_file.load(profile)
-    headers = read_pair(model)
-    fingerprint(headers[0])
+    headers = open_pair(model).headers
+    fingerprint_of(headers[0])
     stats.check_model(headers[0])
     stored = neuron_order(headers[0])
     wanted = hot_order(stats, stored.shape)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, TsconvError
-from tsconv.format.header import Header, read_header
+from tsconv.format.header import Header
 from tsconv.format.keys import FINGERPRINT
 from tsconv.runtime.model import SparseLlama
 
@@ -113,7 +112,7 @@ def measure(
         ModelFileError: the baseline is of another checkpoint.
     """
     if baseline is not None:
-        check_baseline(*(read_header(Path(llama.model_path)) for llama in (model, baseline)))
+        check_baseline(model.header, baseline.header)
     model.reset_ffn_stats()
     n_tokens, likelihood, kl, same_top = 0, 0.0, 0.0, 0
     for i, sequence in enumerate(sequences):

@@ -8,19 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tsconv.errors import ModelFileError
-from tsconv.format import layouts, order
 from tsconv.format.header import Header, TensorEntry, read_header
-from tsconv.format.keys import ARCHITECTURE, FINGERPRINT, PredictorKind
+from tsconv.format.keys import ARCHITECTURE
+from tsconv.format.pair import SIDECAR_SUFFIX, check_keys, is_sidecar, layout_of, sidecar_path
 from tsconv.transform import q3_nl
 from tsconv.transform.quantize import type_name
-
-EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_fc[12])\.\d+\.weight$")
-SIDECAR_SUFFIX = ".predictor.gguf"
-PAIR_ID = re.compile(r"[0-9a-f]{32}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 # Part of the model -> expression that finds its tensors; the first that matches counts.
 PARTS = {
@@ -52,7 +47,7 @@ class Partner:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FileSummary:
     """What `tsconv inspect` shows.
 
     `kind` is "model", "sidecar" or "another GGUF file"; `layout` that of a model's FFNs, "rows" or "bundles", or of a
@@ -104,20 +99,19 @@ class Summary:
         }
 
 
-def summarise(path: Path) -> Summary:
-    """Reads the header of `path`, and of its partner if that lies beside it.
+def summarise_file(header: Header) -> FileSummary:
+    """The summary of the file with this header; reads the header of its partner, if that lies beside it.
 
     Raises:
         ModelFileError: the file is damaged, or breaks a MUST of docs/format.md that its header shows.
     """
-    header = read_header(path)
     kind = "another GGUF file"
     if header.keys.get("general.architecture") == ARCHITECTURE:
         check_keys(header)
         kind = "sidecar" if is_sidecar(header) else "model"
     tensors = list(header.tensors)
-    return Summary(
-        path=path,
+    return FileSummary(
+        path=header.path,
         kind=kind,
         layout=layout_of(header) if kind in ("model", "sidecar") else None,
         file_bytes=header.file_bytes,
@@ -127,91 +121,6 @@ def summarise(path: Path) -> Summary:
         tensors=tensors,
         partner=_partner(header) if kind in ("model", "sidecar") else None,
     )
-
-
-def sidecar_path(model: Path) -> Path:
-    """Where the sidecar of `model` is: NAME.predictor.gguf beside NAME.gguf."""
-    return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
-
-
-def is_sidecar(header: Header) -> bool:
-    return header.keys.get("general.type") == "predictor"
-
-
-def layout_of(header: Header) -> str:
-    """That of a model's FFNs or of a sidecar's matrices; raises ModelFileError as `LayoutKey.of`."""
-    return (layouts.PREDICTOR if is_sidecar(header) else layouts.FFN).of(header)
-
-
-def check_keys(header: Header) -> None:
-    """Refuses a turbosparse file whose keys a reader of these format versions must not accept."""
-    expected: dict[str, tuple[Any, ...]]
-    if is_sidecar(header):
-        has_q3_nl = any(tensor.kind == q3_nl.KIND for tensor in header.tensors)
-        versions = (layouts.Q3_NL_VERSION,) if has_q3_nl else layouts.SIDECAR_VERSIONS
-        expected = {"turbosparse.format_version": versions}
-    else:
-        expected = {
-            "turbosparse.format_version": layouts.MODEL_VERSIONS,
-            "turbosparse.activation": ("drelu",),
-            "turbosparse.ffn_down.layout": ("neuron_major",),
-            "turbosparse.predictor.kind": get_args(PredictorKind),
-        }
-    for key, values in expected.items():
-        if header.keys.get(key) not in values:
-            raise ModelFileError(
-                f"bad {key}",
-                where=header.path,
-                expected=" or ".join(map(repr, values)),
-                found=repr(header.keys.get(key, "nothing")),
-            )
-    pair_id = header.keys.get("turbosparse.pair_id")
-    if not isinstance(pair_id, str) or not PAIR_ID.fullmatch(pair_id):
-        raise ModelFileError(
-            "bad turbosparse.pair_id", where=header.path, expected="32 lower-case hex digits", found=repr(pair_id)
-        )
-    if FINGERPRINT in header.keys:
-        fingerprint(header)
-    _check_types_of_experts(header)
-    layout_of(header)
-    if is_sidecar(header):
-        order.kind_of(header)
-    else:
-        order.neuron_order(header)
-
-
-def _check_types_of_experts(header: Header) -> None:
-    """Refuses predictors of a layer's experts whose matrices have several types."""
-    first: dict[str, TensorEntry] = {}
-    for tensor in header.tensors:
-        if match := EXPERTS_MATRIX.match(tensor.name):
-            other = first.setdefault(match[1], tensor)
-            if other.kind != tensor.kind:
-                raise ModelFileError(
-                    "experts whose predictors have different types",
-                    where=f"{header.path}: {tensor.name}",
-                    expected=f"{type_name(other.kind)}, as {other.name} has",
-                    found=type_name(tensor.kind),
-                    fix="convert again",
-                )
-
-
-def fingerprint(header: Header) -> str:
-    """`turbosparse.source.fingerprint`: equal for all conversions of one checkpoint.
-
-    Raises:
-        ModelFileError: the file has none, as those of older versions, or it is no SHA-256.
-    """
-    found = header.keys.get(FINGERPRINT)
-    if not isinstance(found, str) or not DIGEST.fullmatch(found):
-        raise ModelFileError(
-            f"bad {FINGERPRINT}",
-            where=header.path,
-            expected="64 lower-case hex digits",
-            found="nothing" if found is None else repr(found),
-            fix="convert the checkpoint again",
-        )
-    return found
 
 
 def _types(tensors: list[TensorEntry]) -> list[str]:

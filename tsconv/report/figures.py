@@ -29,7 +29,7 @@ from tsconv.report.style import (
     rendered,
     styled,
 )
-from tsconv.report.summary import CURVE, Activity, Summary
+from tsconv.report.summary import CURVE, Activity, StatsSummary
 from tsconv.report.tables import labels_by_number, mean
 from tsconv.stats.counts import FIRST_OCTAVE, HISTOGRAMS, Stats, bin_edges
 
@@ -39,7 +39,7 @@ SHOWN_SHARE = 1e-4  # of a layer's values: an octave with less of every layer is
 NAMES = ("sparsity", "distributions", "concentration", "predictor", "routing", "overlap")
 
 
-def draw(stats: Stats, summary: Summary) -> list[Plot]:
+def draw(stats: Stats, summary: StatsSummary) -> list[Plot]:
     """Every figure that these statistics have something for.
 
     Args:
@@ -69,7 +69,7 @@ _SPARSITY = (
 )
 
 
-def sparsity(summary: Summary) -> Figure:
+def sparsity(summary: StatsSummary) -> Figure:
     """What share of the neurons is on, per layer; the right axis is its complement, the sparsity."""
     figure = canvas(8.5, 4.2)
     axes = figure.add_subplot()
@@ -96,7 +96,7 @@ _PREDICTOR = (
 )
 
 
-def predictor(summary: Summary) -> Figure:
+def predictor(summary: StatsSummary) -> Figure:
     """Recall and precision per layer."""
     figure = canvas(8.5, 3.8)
     axes = figure.add_subplot()
@@ -112,7 +112,7 @@ def _complement(share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _activity_lines(
-    axes: Axes, summary: Summary, lines: Sequence[tuple[str, str, str, str, str]], banded: Sequence[str]
+    axes: Axes, summary: StatsSummary, lines: Sequence[tuple[str, str, str, str, str]], banded: Sequence[str]
 ) -> None:
     """Lines of (label, field of Activity, colour, marker, style) over the layers; for the fields `banded` also the
     range over the experts."""
@@ -217,7 +217,7 @@ _CONCENTRATION = (
 )
 
 
-def concentration(summary: Summary) -> Figure:
+def concentration(summary: StatsSummary) -> Figure:
     """Cumulative activations over neurons, one line per layer."""
     figure = canvas(7.2, 4.8)
     axes = figure.add_subplot()
@@ -242,7 +242,7 @@ def concentration(summary: Summary) -> Figure:
 _ROUTING = "The share of the layer's tokens that each expert got. White: its even share. Each row adds up to 100 %."
 
 
-def routing(summary: Summary) -> Figure:
+def routing(summary: StatsSummary) -> Figure:
     """Heat map, layers x experts, of the routing shares, with the even share in the middle of the colours."""
     layers = summary.layers
     shares = np.array([_percent([expert.routed for expert in layer.experts]) for layer in layers])
@@ -268,12 +268,12 @@ _OVERLAP = (
 )
 
 
-def overlap(summary: Summary) -> Figure:
+def overlap(summary: StatsSummary) -> Figure:
     """Two texts: lines over the layers. More: heat maps of texts, mean over the layers."""
     return _overlap_of_two(summary) if len(summary.texts) == 2 else _overlap_of_many(summary)
 
 
-def _overlap_of_two(summary: Summary) -> Figure:
+def _overlap_of_two(summary: StatsSummary) -> Figure:
     (pair,) = summary.overlaps
     first, second = labels_by_number(summary)
     figure = canvas(8.5, 4.2)
@@ -295,7 +295,7 @@ def _overlap_of_two(summary: Summary) -> Figure:
     return figure
 
 
-def _overlap_of_many(summary: Summary) -> Figure:
+def _overlap_of_many(summary: StatsSummary) -> Figure:
     labels = labels_by_number(summary)
     n = len(labels)
     jaccard, covered = np.full((n, n), np.nan), np.full((n, n), np.nan)

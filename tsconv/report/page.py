@@ -7,7 +7,7 @@ from html import escape
 
 from tsconv import __version__
 from tsconv.report.style import Plot
-from tsconv.report.summary import Summary
+from tsconv.report.summary import StatsSummary
 from tsconv.report.tables import Table, percent, printable, tables
 
 GENERATOR = "tsconv profile"  # in the page's <meta name="generator">: how a page of ours is known again
@@ -53,7 +53,7 @@ tr:last-child td { border-bottom: 0; }
 """
 
 
-def page(summary: Summary, plots: Sequence[Plot], title: str | None = None) -> str:
+def page(summary: StatsSummary, plots: Sequence[Plot], title: str | None = None) -> str:
     """The report as one HTML document.
 
     Args:
@@ -89,7 +89,7 @@ def _text(text: str) -> str:
     return escape(printable(text))
 
 
-def _provenance(summary: Summary) -> str:
+def _provenance(summary: StatsSummary) -> str:
     subject = summary.subject
     experts = f", {subject.n_expert} experts, {subject.n_expert_used} per token" if subject.n_expert else ""
     function = {
@@ -107,7 +107,7 @@ def _provenance(summary: Summary) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
 
 
-def _tiles(summary: Summary) -> str:
+def _tiles(summary: StatsSummary) -> str:
     overall = summary.overall
     never = sum(layer.concentration.never for layer in summary.layers)
     neurons = sum(layer.concentration.neurons for layer in summary.layers)

@@ -137,7 +137,7 @@ class Overlap:
     """Whether two texts have the same hot neurons, per layer; None where either text made no activation.
 
     Attributes:
-        first, second: their numbers in Summary.texts.
+        first, second: their numbers in StatsSummary.texts.
         jaccard: neurons in both hot sets / neurons in either. A hot set takes neurons by activations, those of
             equal count in the checkpoint's order, expert after expert.
         second_covered: the share of the second text's activations that the first's hot set makes.
@@ -152,7 +152,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Summary:
+class StatsSummary:
     """Everything a report says in numbers. `overall` is over all layers; `overlaps` has every pair of texts."""
 
     subject: Subject
@@ -171,10 +171,10 @@ class Summary:
         return dataclasses.asdict(self) | {"curve_at": CURVE.round(2).tolist()}
 
 
-def summarise(stats: Stats) -> Summary:
+def summarise_stats(stats: Stats) -> StatsSummary:
     """The numbers of `stats`."""
     total = stats.total
-    return Summary(
+    return StatsSummary(
         subject=stats.subject,
         n_tokens=stats.n_tokens,
         overall=overall(stats),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tsconv.report.summary import Activity, Concentration, Layer, Spread, Summary
+from tsconv.report.summary import Activity, Concentration, Layer, Spread, StatsSummary
 from tsconv.stats.counts import HISTOGRAMS, LAST_OCTAVE
 
 NOTHING = "-"
@@ -41,7 +41,7 @@ def percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.2f}"
 
 
-def tables(summary: Summary) -> list[Table]:
+def tables(summary: StatsSummary) -> list[Table]:
     """All tables that these statistics have something for."""
     found = [_texts(summary)]
     if len(summary.texts) > 1:
@@ -54,7 +54,7 @@ def tables(summary: Summary) -> list[Table]:
     return found
 
 
-def _texts(summary: Summary) -> Table:
+def _texts(summary: StatsSummary) -> Table:
     rows = [
         (
             str(number),
@@ -74,7 +74,7 @@ def _texts(summary: Summary) -> Table:
     return Table("Texts", note, header, rows, left=(1, 2, 3, 5, 8))
 
 
-def _activity_by_text(summary: Summary) -> Table:
+def _activity_by_text(summary: StatsSummary) -> Table:
     rows = [
         (str(number), shortened(text.label), *_activity(summary, text.activity))
         for number, text in enumerate(summary.texts, 1)
@@ -83,7 +83,7 @@ def _activity_by_text(summary: Summary) -> Table:
     return Table("Activity by text", "In %, over all layers; the columns are explained below.", header, rows, left=(1,))
 
 
-def _layers(summary: Summary) -> Table:
+def _layers(summary: StatsSummary) -> Table:
     routed = bool(summary.subject.n_expert)
     header = ("layer", *_SHARES, *(_PREDICTOR if summary.has_predictor else ()), "80 % in", "never")
     rows = [
@@ -111,7 +111,7 @@ def _layers(summary: Summary) -> Table:
     return Table("Layers", note, header, [*rows, whole])
 
 
-def _spreads(summary: Summary) -> Table:
+def _spreads(summary: StatsSummary) -> Table:
     names = {"gate": "|gate|", "up": "|up|", "combined": "product"}
     columns = [f"{names[name]} {column}" for name in HISTOGRAMS for column in ("~0 %", "median", "90 %", "99 %")]
     rows = [
@@ -125,7 +125,7 @@ def _spreads(summary: Summary) -> Table:
     return Table("Magnitudes", note, ("layer", *columns), rows)
 
 
-def _experts(summary: Summary) -> Table:
+def _experts(summary: StatsSummary) -> Table:
     header = ("layer", "expert", "routed", *_SHARES, *(_PREDICTOR if summary.has_predictor else ()))
     rows = [
         (
@@ -144,7 +144,7 @@ def _experts(summary: Summary) -> Table:
     return Table("Experts", note, (*header, "80 % in", "never"), rows)
 
 
-def _overlaps(summary: Summary) -> Table:
+def _overlaps(summary: StatsSummary) -> Table:
     rows = []
     for overlap in summary.overlaps:
         a, b = (summary.texts[i].label for i in (overlap.first, overlap.second))
@@ -160,7 +160,7 @@ def _overlaps(summary: Summary) -> Table:
     return Table("Overlap of the hot sets", note, header, rows, left=(0, 1))
 
 
-def _overlaps_by_layer(summary: Summary) -> Table:
+def _overlaps_by_layer(summary: StatsSummary) -> Table:
     rows = [
         (str(overlap.first + 1), str(overlap.second + 1), str(n), *map(percent, values))
         for overlap in summary.overlaps
@@ -170,7 +170,7 @@ def _overlaps_by_layer(summary: Summary) -> Table:
     return Table("Overlap by layer", "In %. A and B are the numbers of the texts.", header, rows)
 
 
-def _activity(summary: Summary, activity: Activity) -> tuple[str, ...]:
+def _activity(summary: StatsSummary, activity: Activity) -> tuple[str, ...]:
     shares = [activity.gate_positive, activity.up_positive, activity.active]
     if summary.has_predictor:
         shares += [activity.predicted, activity.predicted_gate, activity.predicted_active]
@@ -212,6 +212,6 @@ def _range(values: Sequence[float | None]) -> str:
     return f"{percent(min(there))} to {percent(max(there))}" if there else NOTHING
 
 
-def labels_by_number(summary: Summary) -> list[str]:
+def labels_by_number(summary: StatsSummary) -> list[str]:
     """'1 wikitext', '2 c4', ...: short, printable."""
     return [shortened(f"{number} {text.label}", 28) for number, text in enumerate(summary.texts, 1)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tsconv.errors import OutputError
-from tsconv.report.summary import summarise
+from tsconv.report.summary import summarise_stats
 from tsconv.stats.counts import Stats
 from tsconv.write.writer import lock, sigterm_exits, write_synced
 
@@ -35,7 +35,7 @@ def write_report(stats: Stats, directory: Path, title: str | None = None) -> lis
     from tsconv.report.page import page
 
     check_writable(directory)
-    summary = summarise(stats)
+    summary = summarise_stats(stats)
     plots = draw(stats, summary)
     contents = {f"{plot.name}.svg": plot.svg.encode() for plot in plots}
     contents |= {f"{plot.name}.png": plot.png for plot in plots}

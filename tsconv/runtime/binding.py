@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import BackendError, ModelFileError, TsconvError
-from tsconv.format.header import read_header
+from tsconv.format.header import Header, read_header
 from tsconv.format.order import shape_of
 from tsconv.native.library import ERROR_SIZE, Backend, LayerStats, Placed, check_array, load_backend
 from tsconv.native.log import quiet_unless
@@ -32,13 +32,14 @@ SPARSITY_NAMES = {1: "predictor", 2: "exact", 3: "dense"}
 PLACE_PREFAULT, PLACE_LOCK, PLACE_RANDOM_REST = 1, 2, 4
 
 
-def open_model(path: Path, sidecar: Path | None, sparsity: str | None) -> NativeModel:
+def open_model(path: Path, sidecar: Path | None, sparsity: str | None, header: Header | None = None) -> NativeModel:
     """Opens and checks a model and its sidecar (docs/format.md).
 
     Args:
         path: the model, `NAME.gguf`.
         sidecar: None looks for `NAME.predictor.gguf` beside it.
         sparsity: "predictor", "exact", "dense", or None for the model's own.
+        header: of the model file, where it has been read already.
 
     Raises:
         ModelFileError: a file that is missing, damaged, or not its partner's.
@@ -59,15 +60,16 @@ def open_model(path: Path, sidecar: Path | None, sparsity: str | None) -> Native
         # The first thing that ggml's reader objected to, when it was ggml's reader.
         reason = f" ({errors[0]})" if errors else ""
         raise ModelFileError(message.value.decode(errors="replace") + reason)
-    return NativeModel(backend, handle, path)
+    return NativeModel(backend, handle, path, header)
 
 
 class NativeModel:
     """An opened `struct tsffn_model`: the sidecar's mapping and the counters."""
 
-    def __init__(self, backend: Backend, handle: int, path: Path) -> None:
+    def __init__(self, backend: Backend, handle: int, path: Path, header: Header | None = None) -> None:
         self._lib = lib = backend.lib
         self.path = path
+        self._header = header
         self._handle: int | None = handle
         self._load_lock = backend.load_lock
         self._gone = CLOSED
@@ -169,9 +171,14 @@ class NativeModel:
                 raise BackendError("activations are not being counted")
 
     @functools.cached_property
+    def header(self) -> Header:
+        """Of the model file. Raises ModelFileError where Python cannot read it."""
+        return read_header(self.path) if self._header is None else self._header
+
+    @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:
         """n_layer, n_ffn, n_ff."""
-        return shape_of(read_header(self.path))
+        return shape_of(self.header)
 
     def place(self, hot: npt.NDArray[np.int32], flags: int) -> Placed:
         """Decides which weights are in RAM; tsconv.runtime.residency says what that means.

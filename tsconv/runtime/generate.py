@@ -29,7 +29,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Summary:
+class GenerationSummary:
     """What a generation took. Means over layers and tokens are of decoding, or of prefill when nothing was decoded.
 
     Attributes:
@@ -66,7 +66,7 @@ class Summary:
         return self.n_decoded / self.seconds_decode if self.n_decoded else None
 
 
-def combined(summaries: Sequence[Summary]) -> Summary:
+def combined(summaries: Sequence[GenerationSummary]) -> GenerationSummary:
     """One summary of several generations of one model, in order; there must be at least one."""
     steps = [max(1, s.n_decoded) for s in summaries]
     phase_seconds = [s.seconds_decode if s.n_decoded else s.seconds_prefill for s in summaries]
@@ -75,7 +75,7 @@ def combined(summaries: Sequence[Summary]) -> Summary:
         return sum(getattr(s, key) * w for s, w in zip(summaries, weights, strict=True)) / sum(weights)
 
     sums = ("n_prompt", "n_cached", "n_generated", "n_decoded", "seconds_prefill", "seconds_decode")
-    return Summary(
+    return GenerationSummary(
         **{key: sum(getattr(s, key) for s in summaries) for key in sums},
         finish_reason=summaries[-1].finish_reason,
         n_ff=summaries[-1].n_ff,
@@ -154,7 +154,7 @@ class Generation:
         self._llama, self._tokens, self._should_stop = llama, list(tokens), should_stop
         self._limit = room if limit is None else min(limit, room)
         self._sampling = sampling
-        self.summary: Summary | None = None
+        self.summary: GenerationSummary | None = None
 
     def __iter__(self) -> Iterator[str]:
         llama, vocab = self._llama, llama_cpp.llama_model_get_vocab(self._llama.model)
@@ -186,7 +186,7 @@ class Generation:
         rest = text.decode(b"", final=True)
         if rest:
             yield rest
-        self.summary = Summary(
+        self.summary = GenerationSummary(
             n_prompt=len(self._tokens),
             n_cached=n_cached,
             n_generated=n_generated,
@@ -199,7 +199,7 @@ class Generation:
 
 
 def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """The FFN part of a `Summary` from `ffn_stats()` of a phase that took `seconds`."""
+    """The FFN part of a `GenerationSummary` from `ffn_stats()` of a phase that took `seconds`."""
 
     def total(key: str) -> float:
         return sum(layer[key] for layer in layers)

@@ -19,7 +19,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tsconv.checkpoint.config import MAX_CONTEXT
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.format.adapter import refuse_adapter
-from tsconv.format.header import read_header
+from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.native.log import OWN, computing, quiet_unless
@@ -79,6 +79,7 @@ class SparseLlama(llama_cpp.Llama):
         preload: bring the model file into the page cache before llama.cpp maps it, which makes loading it from disk and
             reading its rows faster. None: when it fits in memory, control groups included.
         progress: called with (bytes of the file in memory, bytes in all) meanwhile.
+        header: of the model file, where it has been read already.
         verbose: llama.cpp's log on stderr.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -101,6 +102,7 @@ class SparseLlama(llama_cpp.Llama):
         flash_attn: bool | None = None,
         preload: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
+        header: Header | None = None,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -116,14 +118,15 @@ class SparseLlama(llama_cpp.Llama):
                 raise TsconvError("threads", expected=f"1 to {MAX_THREADS}", found=n)
         lora_path = kwargs.pop("lora_path", None)
         if lora_path:
-            refuse_adapter(read_header(path), read_header(Path(lora_path)))
+            header = header or read_header(path)
+            refuse_adapter(header, read_header(Path(lora_path)))
             kwargs["use_mmap"] = False
         threads = n_threads or usable_cores(), n_threads_batch or n_threads or usable_cores()
         self._guard.n_threads = max(threads)
         check_threads(max(threads))
         if AMX in llama_cpp.llama_print_system_info():
             use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
-        native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity)
+        native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity, header)
         self._native = native
         self.sparsity: str = native.sparsity
         self._arguments = {
@@ -291,6 +294,11 @@ class SparseLlama(llama_cpp.Llama):
             value, resumed = (yield item), True
 
     # ---- chat templates
+
+    @property
+    def header(self) -> Header:
+        """Of the model file."""
+        return self._native.header
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tsconv.errors import BackendError, StoppedError, TsconvError
-from tsconv.format.header import Header, read_header
+from tsconv.format.header import Header
 from tsconv.format.order import neuron_order
-from tsconv.format.summary import check_keys, fingerprint
+from tsconv.format.pair import check_keys, fingerprint_of
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 from tsconv.stats.counts import Counts, Part, Source, Stats, Subject
@@ -37,7 +36,7 @@ def subject_of(header: Header, sparsity: str) -> Subject:
     check_keys(header)
     keys = header.keys
     return Subject(
-        fingerprint=fingerprint(header),
+        fingerprint=fingerprint_of(header),
         name=str(keys.get("general.name", header.path.stem)),
         n_layer=keys["llama.block_count"],
         n_embd=keys["llama.embedding_length"],
@@ -81,7 +80,7 @@ def collect(
         ModelFileError: the model has no fingerprint.
         BackendError: llama.cpp could not compute a chunk, or something else ran in the model meanwhile.
     """
-    header = read_header(Path(model.model_path))
+    header = model.header
     subject = subject_of(header, model.sparsity)
     order = neuron_order(header)
     counted, n_chunks, stopped = 0, 0, None

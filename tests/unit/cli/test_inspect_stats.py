@@ -13,7 +13,7 @@ import pytest
 
 from support.sampled_stats import sampled
 from tsconv.format.header import read_header
-from tsconv.report.summary import summarise
+from tsconv.report.summary import summarise_stats
 from tsconv.report.tables import tables
 from tsconv.stats import file as stats_file
 from tsconv.stats.counts import COUNTS, Part, Source, Stats
@@ -46,7 +46,7 @@ def test_text(stats: Stats, file: Path, run: Run) -> None:
     for part in ("s.gguf: statistics", stats.subject.name, stats.subject.fingerprint, f"{stats.n_tokens:,} tokens"):
         assert part in stdout
     shown = [line.split() for line in stdout.splitlines()]
-    for table in tables(summarise(stats)):
+    for table in tables(summarise_stats(stats)):
         assert table.title in stdout.splitlines()
         for row in (table.header, *table.rows):
             assert " ".join(row).split() in shown
@@ -57,7 +57,7 @@ def test_json(stats: Stats, file: Path, run: Run) -> None:
     assert code == 0
     shown = json.loads(stdout, parse_constant=pytest.fail)  # no NaN, no Infinity
     expected = {"path": str(file), "kind": "statistics", "file_bytes": file.stat().st_size}
-    expected |= summarise(stats).as_dict()
+    expected |= summarise_stats(stats).as_dict()
     assert shown == json.loads(json.dumps(expected))
     counts = stats.total
     for n, layer in enumerate(shown["layers"]):

@@ -18,7 +18,7 @@ from tsconv.errors import ModelFileError
 from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import read_header
 from tsconv.format.order import neuron_order
-from tsconv.format.summary import summarise
+from tsconv.format.summary import summarise_file
 from tsconv.stats.counts import Counts, merge
 from tsconv.stats.heat import described, hot_first, hot_order, rows_read
 from tsconv.transform.neuron_order import between, by_tensor, inverse
@@ -127,7 +127,7 @@ def test_order_from_the_arrays(model: Path, tmp_path: Path) -> None:
     order = neuron_order(read_header(path))
     assert order.dtype == np.int32
     np.testing.assert_array_equal(order, np.tile(np.arange(N_FF)[::-1], (2, order.shape[1], 1)))
-    assert summarise(path).keys[KEY] == "hot_first"
+    assert summarise_file(read_header(path)).keys[KEY] == "hot_first"
 
 
 U32 = gguf.GGUFValueType.UINT32
@@ -157,7 +157,7 @@ def test_damaged_order(model: Path, tmp_path: Path, damage: str) -> None:
     changes, message = DAMAGE[damage]
     n_ffn = max(1, read_header(model).keys.get("llama.expert_count", 0))
     path = hot(model, tmp_path / "hot.gguf", **changes(n_ffn))
-    for reading in (lambda: neuron_order(read_header(path)), lambda: summarise(path)):
+    for reading in (lambda: neuron_order(read_header(path)), lambda: summarise_file(read_header(path))):
         with pytest.raises(ModelFileError) as caught:
             reading()
         assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
@@ -167,7 +167,7 @@ def test_order_of_nothing(model: Path, tmp_path: Path) -> None:
     for name in (model, model.with_suffix(".predictor.gguf")):
         path = edited(name, tmp_path / "m.gguf", without=[KEY])
         with pytest.raises(ModelFileError, match=f"bad {KEY}: expected 'checkpoint' or 'hot_first', found nothing"):
-            summarise(path)
+            summarise_file(read_header(path))
 
 
 # ---- adapters
@@ -259,9 +259,9 @@ def test_fingerprint_of_one_checkpoint_with_and_without_predictors(tmp_path: Pat
 def test_fingerprint_that_is_none(model: Path, tmp_path: Path, value: str) -> None:
     path = edited(model, tmp_path / "m.gguf", keys={FINGERPRINT: value})
     with pytest.raises(ModelFileError, match=f"bad {FINGERPRINT}: expected 64 lower-case hex digits, found '{value}'"):
-        summarise(path)
+        summarise_file(read_header(path))
 
 
 def test_older_files_have_no_fingerprint(model: Path, tmp_path: Path) -> None:
     path = edited(model, tmp_path / "m.gguf", without=[FINGERPRINT])
-    assert FINGERPRINT not in summarise(path).keys
+    assert FINGERPRINT not in summarise_file(read_header(path)).keys

@@ -28,7 +28,7 @@ from support.sampled_stats import EDGES, Sample, sampled
 from tsconv.errors import OutputError
 from tsconv.report import figures
 from tsconv.report.figures import NAMES
-from tsconv.report.summary import CURVE, Activity, Concentration, hot_size, labels, summarise
+from tsconv.report.summary import CURVE, Activity, Concentration, hot_size, labels, summarise_stats
 from tsconv.report.tables import tables
 from tsconv.report.write import PAGE, check_writable, write_report
 from tsconv.stats.counts import Counts, Source, Stats
@@ -100,7 +100,7 @@ def check_concentration(found: Concentration, samples: list[Sample], neurons: in
 
 def test_activity(case: tuple[Stats, list[Sample]]) -> None:
     stats, samples = case
-    summary = summarise(stats)
+    summary = summarise_stats(stats)
     assert summary.n_tokens == len({(s.text, s.token) for s in samples})
     check_activity(summary.overall, samples, stats)
     for n, layer in enumerate(summary.layers):
@@ -111,7 +111,7 @@ def test_activity(case: tuple[Stats, list[Sample]]) -> None:
 
 def test_experts(case: tuple[Stats, list[Sample]]) -> None:
     stats, samples = case
-    for n, layer in enumerate(summarise(stats).layers):
+    for n, layer in enumerate(summarise_stats(stats).layers):
         assert len(layer.experts) == stats.subject.n_expert
         of_layer = [s for s in samples if s.layer == n]
         calls = {(s.text, s.token, s.ffn) for s in of_layer}
@@ -130,7 +130,7 @@ def test_experts(case: tuple[Stats, list[Sample]]) -> None:
 
 
 def test_expert_without_tokens() -> None:
-    idle = summarise(sampled(n_expert=4)[0]).layers[0].experts[3]
+    idle = summarise_stats(sampled(n_expert=4)[0]).layers[0].experts[3]
     assert idle.routed == 0
     assert set(dataclasses.asdict(idle.activity).values()) == {0, None}
     assert idle.concentration == Concentration(11, 11, None)
@@ -139,7 +139,7 @@ def test_expert_without_tokens() -> None:
 def test_concentration_and_curve(case: tuple[Stats, list[Sample]]) -> None:
     stats, samples = case
     neurons = stats.subject.n_ffn * stats.subject.n_ff
-    for n, layer in enumerate(summarise(stats).layers):
+    for n, layer in enumerate(summarise_stats(stats).layers):
         of_layer = [s for s in samples if s.layer == n]
         check_concentration(layer.concentration, of_layer, neurons)
         counts = sorted(activations(of_layer).values(), reverse=True) + [0] * neurons
@@ -159,7 +159,7 @@ def test_hot_size_at_the_boundary() -> None:
 
 def test_quantiles_within_a_bin(case: tuple[Stats, list[Sample]]) -> None:
     stats, samples = case
-    for n, layer in enumerate(summarise(stats).layers):
+    for n, layer in enumerate(summarise_stats(stats).layers):
         of_layer = [s for s in samples if s.layer == n]
         for name, values in (
             ("gate", [abs(s.gate) for s in of_layer]),
@@ -183,7 +183,7 @@ def test_quantiles_beyond_the_bins() -> None:
     histograms[:] = 0
     histograms[0, 0, -1] = 7
     histograms[0, 1, 0] = 7
-    gate, up, combined = (summarise(stats).layers[0].spreads[name] for name in ("gate", "up", "combined"))
+    gate, up, combined = (summarise_stats(stats).layers[0].spreads[name] for name in ("gate", "up", "combined"))
     assert (gate.above, gate.median, gate.p99) == (1, 4096, 4096)
     assert (up.below, up.median, up.p99) == (1, None, None)
     assert (combined.values, combined.below, combined.median) == (0, None, None)
@@ -191,7 +191,7 @@ def test_quantiles_beyond_the_bins() -> None:
 
 def test_overlaps(case: tuple[Stats, list[Sample]]) -> None:
     stats, samples = case
-    summary = summarise(stats)
+    summary = summarise_stats(stats)
     n_texts = len(stats.parts)
     assert [(o.first, o.second) for o in summary.overlaps] == list(itertools.combinations(range(n_texts), 2))
     for overlap in summary.overlaps:
@@ -210,7 +210,7 @@ def test_a_text_overlaps_itself() -> None:
     stats, _ = sampled(seed=5)
     (part,) = stats.parts
     twin = dataclasses.replace(part, source=Source("twin", "", "", 16, "q4_0"))
-    (overlap,) = summarise(Stats(stats.subject, (part, twin))).overlaps
+    (overlap,) = summarise_stats(Stats(stats.subject, (part, twin))).overlaps
     assert overlap.jaccard == (1, 1)
     assert all(share is not None and share >= 0.8 for share in (*overlap.second_covered, *overlap.first_covered))
 
@@ -223,7 +223,7 @@ def empty(n_expert: int, n_texts: int = 1) -> Stats:
 
 
 def test_nothing_counted() -> None:
-    summary = summarise(empty(4, 2))
+    summary = summarise_stats(empty(4, 2))
     assert summary.overall == Activity(0, *[None] * 8)
     assert summary.layers[0].curve == () and summary.layers[0].routing_entropy is None
     assert summary.overlaps[0].jaccard == (None, None)
@@ -339,7 +339,7 @@ def check_report(stats: Stats, directory: Path) -> Page:
 def test_report(n_expert: int, sparsity: str, n_texts: int, tmp_path: Path) -> None:
     stats, _ = sampled(n_expert, sparsity, n_texts)
     page = check_report(stats, tmp_path / "new" / "report")
-    expected = [[list(table.header), *map(list, table.rows)] for table in tables(summarise(stats))]
+    expected = [[list(table.header), *map(list, table.rows)] for table in tables(summarise_stats(stats))]
     assert page.tables == expected
     shown = "".join(page.shown)
     for part in (stats.subject.name, stats.subject.fingerprint, *(part.source.dataset for part in stats.parts)):
@@ -364,7 +364,7 @@ def lines(figure: Figure, panel: int = 0) -> dict[str, list[float]]:
 
 def test_figures_show_the_numbers() -> None:
     stats, _ = sampled(n_expert=4, n_texts=2, n_layer=3)
-    summary = summarise(stats)
+    summary = summarise_stats(stats)
     layers = summary.layers
     drawn = lines(figures.sparsity(summary)) | lines(figures.predictor(summary))
     for label, field in (
@@ -390,7 +390,7 @@ def test_figures_show_the_numbers() -> None:
 
 
 def test_heat_maps_of_many_texts() -> None:
-    summary = summarise(sampled(n_texts=3)[0])
+    summary = summarise_stats(sampled(n_texts=3)[0])
     jaccard, covered = (axes.collections[0].get_array() for axes in figures.overlap(summary).axes[:2])
     for overlap in summary.overlaps:
         a, b = overlap.first, overlap.second
