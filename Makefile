@@ -16,7 +16,7 @@ setup: $(VENV)/.installed
 COMPAT := $(CURDIR)/native/compat/amx_tile_config.h
 WHEEL_KEY := $(shell (c++ --version; grep -m1 flags /proc/cpuinfo; cat $(COMPAT)) 2>/dev/null | sha256sum | cut -c1-12)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tsconv/wheels-$(WHEEL_KEY)
-LLAMA := llama-cpp-python==0.3.36
+LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python\)\[server\]\(==.*\)",$$/\1\2/p' pyproject.toml)
 
 # The build tools and llama-cpp-python come first: the native library is compiled against the very ggml it will run in.
 $(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from support import LLAMA
 from support.native_build import OTHER_GGML, ROOT, TOOLS, build, library_for_other_ggml
 
 BUILD = ROOT / "build" / "tests"
-LLAMA = "llama-cpp-python==0.3.36"
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sysconfig
 import threading
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,17 @@ def library_path() -> Path:
     )
 
 
+def llama_cpp_python() -> str:
+    """The llama-cpp-python that this installation was built for: "llama-cpp-python==X.Y.Z", or its bare name where
+    tsconv is not installed but only found."""
+    try:
+        requirements = metadata.requires("tsconv") or []
+    except metadata.PackageNotFoundError:
+        requirements = []
+    found = (re.match(r"llama-cpp-python(?:\[.*?\])?==([\w.]+)", line) for line in requirements)
+    return next((f"llama-cpp-python=={match[1]}" for match in found if match), "llama-cpp-python")
+
+
 class Backend:
     """The loaded native library. Use `load_backend()`: there is one per process.
 
@@ -117,7 +130,7 @@ class Backend:
                 "cannot be loaded",
                 where=path,
                 found=error,
-                fix="install llama-cpp-python==0.3.36 and reinstall tsconv; `tsconv doctor` tells more",
+                fix=f"install {llama_cpp_python()} and reinstall tsconv; `tsconv doctor` tells more",
             ) from None
         try:
             self._declare()

@@ -18,7 +18,7 @@ import tsconv
 from tsconv.errors import BackendError
 from tsconv.machine import limits
 from tsconv.machine.cpu import cpu_model, physical_cores
-from tsconv.native.library import library_path, load_backend
+from tsconv.native.library import library_path, llama_cpp_python, load_backend
 
 OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers
@@ -49,26 +49,16 @@ def is_healthy(checks: list[Check]) -> bool:
     return all(check.status != "problem" for check in checks)
 
 
-def _required_llama_cpp_python() -> str | None:
-    """The version that this installation of tsconv was built for, "X.Y.Z"."""
-    try:
-        requirements = metadata.requires("tsconv") or []
-    except metadata.PackageNotFoundError:
-        return None
-    found = (re.match(r"llama-cpp-python(?:\[.*?\])?==([\w.]+)", line) for line in requirements)
-    return next((match[1] for match in found if match), None)
-
-
 def _packages() -> Iterator[Check]:
-    required = _required_llama_cpp_python()
+    required = llama_cpp_python().partition("==")[2]
     for name in ("llama-cpp-python", "gguf", "numpy"):
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            wanted = f"{name}=={required}" if name == "llama-cpp-python" and required else name
+            wanted = llama_cpp_python() if name == "llama-cpp-python" else name
             yield Check(name, "missing", "problem", f"pip install '{wanted}'")
             continue
-        if name == "llama-cpp-python" and required not in (None, version):
+        if name == "llama-cpp-python" and required not in ("", version):
             yield Check(
                 name,
                 f"{version}, but tsconv needs {required}",
@@ -100,7 +90,7 @@ def _amx() -> Check:
     fix = (
         "reinstall llama-cpp-python with GCC 13.3 or newer, or: CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-dse pip install "
         "--force-reinstall --no-deps --no-cache-dir "
-        f"--no-binary llama-cpp-python llama-cpp-python=={_required_llama_cpp_python()}"
+        f"--no-binary llama-cpp-python {llama_cpp_python()}"
     )
     try:
         done = subprocess.run(
