@@ -17,6 +17,7 @@ PACKAGE = ROOT / "tsconv"
 LAYERS = (
     "errors",
     "cache",
+    "progress",
     "native",
     "transform",
     "checkpoint",

@@ -105,6 +105,57 @@ class _Added:
     source: Path
 
 
+class _Table:
+    """Tokens by id with their scores and types: a vocabulary's pieces, to which added tokens and padding come."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.source = vocabulary.source
+        self.tokens, self.scores = list(vocabulary.tokens), list(vocabulary.scores)
+        self.types = list(vocabulary.types)
+
+    def put(self, added: _Added) -> None:
+        """Appends a token, or makes one that is there an added one.
+
+        Raises:
+            CheckpointError: its id is beyond the end, or that of another token.
+        """
+        if added.id > len(self.tokens):
+            raise CheckpointError(
+                f"the ids of the added tokens have a hole before {added.content!r}",
+                where=added.source,
+                expected=f"id {len(self.tokens)}",
+                found=added.id,
+            )
+        if added.id == len(self.tokens):
+            self._append(added.content, TokenType.NORMAL)
+        elif self.tokens[added.id] != added.content:
+            raise _two_texts(added, self.tokens[added.id], self.source)
+        if self.types[added.id] != TokenType.UNKNOWN:
+            self.types[added.id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+
+    def pad(self, vocab_size: int, directory: Path) -> None:
+        """Unused tokens up to the model's number of rows.
+
+        Raises:
+            CheckpointError: there are more tokens than that.
+        """
+        n_real = len(self.tokens)
+        if n_real > vocab_size:
+            raise CheckpointError(
+                "the tokenizer has more tokens than the model",
+                where=directory,
+                expected=f"at most {vocab_size} (config.json: vocab_size)",
+                found=n_real,
+            )
+        for i in range(n_real, vocab_size):
+            self._append(f"[PAD{i}]", TokenType.UNUSED)
+
+    def _append(self, token: str, kind: TokenType) -> None:
+        self.tokens.append(token)
+        self.scores.append(0.0)
+        self.types.append(kind)
+
+
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint, padded to `vocab_size` (config.json's).
 
@@ -122,56 +173,24 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             expected="legacy = true",
         )
     specials, notes = _special_contents(config, named, vocabulary)
-    tokens, scores, types = list(vocabulary.tokens), list(vocabulary.scores), list(vocabulary.types)
     special = set(specials.values()) | _further_specials(config, named)
+    table = _Table(vocabulary)
     for added in _added_tokens(directory, config, special, json_form, vocabulary):
-        if added.id > len(tokens):
-            raise CheckpointError(
-                f"the ids of the added tokens have a hole before {added.content!r}",
-                where=added.source,
-                expected=f"id {len(tokens)}",
-                found=added.id,
-            )
-        if added.id == len(tokens):
-            tokens.append(added.content)
-            scores.append(0.0)
-            types.append(TokenType.NORMAL)
-        elif tokens[added.id] != added.content:
-            raise _two_texts(added, tokens[added.id], vocabulary.source)
-        if types[added.id] != TokenType.UNKNOWN:
-            types[added.id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
-
-    n_real = len(tokens)
-    if n_real > vocab_size:
-        raise CheckpointError(
-            "the tokenizer has more tokens than the model",
-            where=directory,
-            expected=f"at most {vocab_size} (config.json: vocab_size)",
-            found=n_real,
-        )
-    for i in range(n_real, vocab_size):
-        tokens.append(f"[PAD{i}]")
-        scores.append(0.0)
-        types.append(TokenType.UNUSED)
-    check_tokens(tokens, types, directory)
-    _check_overlaps([t for t, kind in zip(tokens, types, strict=True) if kind in CUT_OUT], directory)
-
-    ids = {name: _find(content, name, tokens, directory) for name, content in specials.items()}
-    for name in ("bos", "eos"):
-        if name not in ids:
-            raise CheckpointError(
-                f"no file names the {name} token", where=directory, expected=f"{name}_token in {CONFIG_FILE}"
-            )
-    for content in sorted(special - set(specials.values())):
-        _find(content, "special", tokens, directory)
+        table.put(added)
+    n_real = len(table.tokens)
+    table.pad(vocab_size, directory)
+    tokens = table.tokens
+    check_tokens(tokens, table.types, directory)
+    _check_overlaps([t for t, kind in zip(tokens, table.types, strict=True) if kind in CUT_OUT], directory)
+    ids = _special_ids(specials, special, tokens, directory)
     end = read_end_tokens(directory, tokens, ids["bos"], ids["eos"])
     space_prefix = vocabulary.add_space_prefix
     if json_form is None and config.get("add_prefix_space") is False:
         space_prefix = False
     return Tokenizer(
         tokens=tuple(tokens),
-        scores=tuple(scores),
-        types=tuple(types),
+        scores=tuple(table.scores),
+        types=tuple(table.types),
         n_real=n_real,
         bos_id=ids["bos"],
         eos_id=ids["eos"],
@@ -185,6 +204,19 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
         chat_templates=read_chat_templates(directory, config),
         notes=(*notes, *end.notes),
     )
+
+
+def _special_ids(specials: dict[str, str], special: set[str], tokens: list[str], directory: Path) -> dict[str, int]:
+    """Ids of bos, eos and of unk and pad where there are such; every text in `special` must be a token."""
+    ids = {name: _find(content, name, tokens, directory) for name, content in specials.items()}
+    for name in ("bos", "eos"):
+        if name not in ids:
+            raise CheckpointError(
+                f"no file names the {name} token", where=directory, expected=f"{name}_token in {CONFIG_FILE}"
+            )
+    for content in sorted(special - set(specials.values())):
+        _find(content, "special", tokens, directory)
+    return ids
 
 
 def _read_vocabulary(directory: Path) -> tuple[Vocabulary, TokenizerJson | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,33 +22,20 @@ from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, 
 from tsconv.checkpoint.tied import resolve_tied
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvError
-from tsconv.format import keys, layouts
+from tsconv.format import keys
 from tsconv.format.order import CHECKPOINT, HOT_FIRST
 from tsconv.format.pair import sidecar_path
-from tsconv.format.types import (
-    FC1,
-    FC2,
-    Choice,
-    choose_types,
-    fallback_note,
-    parse_override,
-    parse_predictor_type,
-    parse_type,
-)
+from tsconv.format.types import choose_types, parse_override, parse_predictor_type, parse_type
+from tsconv.progress import Progress, counter
 from tsconv.stats import file as stats_file
 from tsconv.stats.counts import Stats
 from tsconv.stats.heat import described, hot_order
-from tsconv.transform import q3_nl, qkv
-from tsconv.transform.bundles import GATE, names_of_layer
+from tsconv.transform.bundles import GATE
 from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.quantize import type_name
-from tsconv.write.stream import Job, Predictor, write_tensors
+from tsconv.write.plan import AUTO, LAYOUTS, FilePlan, Plan, make_plan
+from tsconv.write.stream import write_tensors
 from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
-
-Progress = Callable[[int, int], None]
-
-AUTO = "auto"
-LAYOUTS = (AUTO, layouts.FFN.other, layouts.ROWS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,16 @@ class ConversionResult:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class _HotFirst:
+    """The order of the neurons, the text whose statistics chose it, and the function that was profiled."""
+
+    order: Order
+    profile: str
+    sparsity: str
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
     """A checkpoint that was read and checked, but for the values of its weights."""
 
     source: Source
@@ -160,66 +156,39 @@ def convert(
     source = resolve(src, revision, CHECKPOINT_FILES)
     started = time.perf_counter()
 
-    contents = _read(source, predictor)
-    outputs = [item.output for item in contents.model + contents.sidecar]
+    checkpoint = _read(source, predictor)
+    outputs = [item.output for item in checkpoint.model + checkpoint.sidecar]
     choices = choose_types(outputs, kind, predictor_kind, overrides)
-    order = None if stats is None else _hot_order(stats, contents, Path(profile))
-    rows = {} if order is None else {k: v for part in by_tensor(order, contents.family.is_moe) for k, v in part.items()}
-    balanced = _balanced(contents.sidecar, choices[len(contents.model) :])
-    jobs = [
-        Job(item, choice.kind, rows.get(item.output.name), balanced.get(item.output.name))
-        for item, choice in zip(contents.model + contents.sidecar, choices, strict=True)
-    ]
-    bundles = _bundles(jobs, ffn_layout, has_predictor=bool(contents.sidecar))
-    n_model = len(contents.model)
-    tensors = _tensors(jobs[:n_model], fuse_qkv), _tensors(jobs[n_model:], fuse_qkv)
-    input_bytes = sum(job.input_bytes for job in jobs)
-    type_notes = (fallback_note(output, choice) for output, choice in zip(outputs, choices, strict=True))
-
-    model = Path(outfile) if outfile is not None else Path(f"{source.name}-{type_name(kind)}.gguf")
-    if model.suffix != ".gguf":
-        raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
-    sidecar = sidecar_path(model)
-    refuse_inputs([model, sidecar], [Path(profile)] if profile is not None else [])
-    files = [(StreamedFile(model, keys.ARCHITECTURE), jobs[:n_model])]
-    if contents.sidecar:
-        files.append((StreamedFile(sidecar, keys.ARCHITECTURE), jobs[n_model:]))
-
-    neuron_order = CHECKPOINT if order is None else HOT_FIRST
-    sizes = [0, 0]
-    if not dry_run:
-        _fill_headers(files, tensors, contents, kind, neuron_order, bool(bundles))
-        if order is not None:
-            keys.add_neuron_order(files[0][0].header, order, described(stats), stats.subject.sparsity)
-        obsolete = [] if contents.sidecar else [sidecar]
-        with sigterm_exits(), OutputFiles([file for file, _ in files], obsolete, force) as output_files:
-            for file, _ in files:
-                file.begin()
-            write_tensors(files, contents.config.head_dim, bundles, counter(progress, input_bytes))
-            sizes = output_files.commit()
+    ordered = None if stats is None or profile is None else _hot_first(stats, checkpoint, Path(profile))
+    plan = make_plan(
+        checkpoint.model,
+        checkpoint.sidecar,
+        choices,
+        rows={} if ordered is None else _rows(ordered.order, checkpoint.family),
+        ffn_layout=ffn_layout,
+        fuse_qkv=fuse_qkv,
+    )
+    model = _target(outfile, f"{source.name}-{type_name(kind)}.gguf", profile)
+    sizes = (0, 0) if dry_run else _write(plan, checkpoint, model, kind, ordered, force, progress)
     return ConversionResult(
         model=model,
-        sidecar=sidecar if contents.sidecar else None,
+        sidecar=sidecar_path(model) if checkpoint.sidecar else None,
         outtype=type_name(kind),
-        predictor_kind=contents.kind,
-        neuron_order=neuron_order,
-        ffn_layout=layouts.FFN.other if bundles else layouts.ROWS,
-        tensors=tuple(
-            tensor.planned(file)
-            for file, of_file in zip(("model", "sidecar"), tensors, strict=True)
-            for tensor in of_file
-        ),
-        notes=contents.notes,
-        type_notes=tuple(note for note in type_notes if note),
+        predictor_kind=checkpoint.kind,
+        neuron_order=CHECKPOINT if ordered is None else HOT_FIRST,
+        ffn_layout=plan.ffn_layout,
+        tensors=(*_shown("model", plan.model), *_shown("sidecar", plan.sidecar)),
+        notes=checkpoint.notes,
+        type_notes=plan.type_notes,
         model_bytes=sizes[0],
-        sidecar_bytes=sizes[1] if contents.sidecar else 0,
-        input_bytes=input_bytes,
+        sidecar_bytes=sizes[1],
+        input_bytes=plan.input_bytes,
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
     )
 
 
-def _read(source: Source, predictor: str | Path | None) -> _Contents:
+def _read(source: Source, predictor: str | Path | None) -> _Checkpoint:
     """Reads and checks everything but the weights' values. `predictor` is where external ones are."""
     refuse_adapter_folder(source.directory)
     moe = frozenset(name for name, family in FAMILIES.items() if family.is_moe)
@@ -246,7 +215,7 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
     refuse_leftovers(family, config, tensors, model + sidecar)
     tokenizer = load_tokenizer(source.directory, config.n_vocab)
     gates = (source for item in model if GATE.match(item.output.name) for source in item.sources)
-    return _Contents(
+    return _Checkpoint(
         source=source,
         config=config,
         family=family,
@@ -260,143 +229,91 @@ def _read(source: Source, predictor: str | Path | None) -> _Contents:
     )
 
 
-def _hot_order(stats: Stats, contents: _Contents, path: Path) -> Order:
+def _hot_first(stats: Stats, checkpoint: _Checkpoint, path: Path) -> _HotFirst:
     """The order that `stats`, read from `path`, give the neurons of this checkpoint."""
-    if stats.subject.fingerprint != contents.fingerprint:
+    if stats.subject.fingerprint != checkpoint.fingerprint:
         raise ModelFileError(
             "the statistics are of another checkpoint",
             where=path,
-            expected=f"{contents.source.name}, fingerprint {contents.fingerprint[:12]}",
+            expected=f"{checkpoint.source.name}, fingerprint {checkpoint.fingerprint[:12]}",
             found=f"{stats.subject.name}, {stats.subject.fingerprint[:12]}",
             fix="name statistics of a model converted from this checkpoint",
         )
-    config = contents.config
-    return hot_order(stats, (config.n_layer, max(1, config.n_expert), config.n_ff))
+    config = checkpoint.config
+    order = hot_order(stats, (config.n_layer, max(1, config.n_expert), config.n_ff))
+    return _HotFirst(order, described(stats), stats.subject.sparsity)
 
 
-def _balanced(sidecar: list[Matched], choices: list[Choice]) -> dict[str, Predictor]:
-    """Each predictor whose fc2 is q3_nl, by the names of both matrices."""
-    by_name = {item.output.name: item for item in sidecar}
-    predictors = {}
-    for fc2, choice in zip(sidecar, choices, strict=True):
-        if choice.kind == q3_nl.KIND:
-            fc1 = by_name[fc2.output.name.replace(FC2, FC1)]
-            predictor = Predictor(*fc1.sources, *fc2.sources)  # one each
-            predictors[fc1.output.name] = predictors[fc2.output.name] = predictor
-    return predictors
+def _rows(order: Order, family: Family) -> dict[str, Order]:
+    """The order of the rows of each tensor whose rows are neurons."""
+    model, sidecar = by_tensor(order, family.is_moe)
+    return model | sidecar
 
 
-def _bundles(jobs: list[Job], layout: str, has_predictor: bool) -> dict[str, tuple[Job, Job, Job]]:
-    """Gate, up and down of each layer by the name of the gate, if they are to be in bundles; else nothing."""
-    if layout == layouts.ROWS or (layout == AUTO and not has_predictor):
-        return {}
-    by_name = {job.output.name: job for job in jobs}
-    bundles = {}
-    for first in filter(GATE.match, by_name):
-        gate, up, down = (by_name[name] for name in names_of_layer(first))
-        if not gate.kind == up.kind == down.kind:
-            if layout == AUTO:
-                return {}
-            raise TsconvError(
-                f"{first} cannot be in bundles",
-                expected="one type for gate, up and down of a layer",
-                found=", ".join(type_name(job.kind) for job in (gate, up, down)),
-                fix="leave out the --tensor-type that changes one of them, or --ffn-layout",
-            )
-        bundles[first] = gate, up, down
-    return bundles
+def _target(outfile: str | Path | None, default: str, profile: str | Path | None) -> Path:
+    """The model to write.
 
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a file and the jobs whose rows it holds one behind the other: one, or those of q, k and v.
-
-    They follow one another among the jobs too: that is the order in which they are written.
+    Raises:
+        OutputError: a name that does not end in .gguf, or the model or its sidecar would replace the profile.
     """
+    model = Path(outfile) if outfile is not None else Path(default)
+    if model.suffix != ".gguf":
+        raise OutputError("bad name of the output", where=model, expected="a name that ends in .gguf")
+    refuse_inputs([model, sidecar_path(model)], [Path(profile)] if profile is not None else [])
+    return model
 
-    name: str
-    jobs: tuple[Job, ...]
 
-    @property
-    def kind(self) -> GGMLQuantizationType:
-        return self.jobs[0].kind
-
-    @property
-    def nbytes(self) -> int:
-        return sum(job.nbytes for job in self.jobs)
-
-    @property
-    def declared_shape(self) -> tuple[int, ...]:
-        return _one_behind_the_other(job.declared_shape for job in self.jobs)
-
-    def planned(self, file: str) -> PlannedTensor:
-        return PlannedTensor(
-            file=file,
-            name=self.name,
-            shape=_one_behind_the_other(job.output.shape for job in self.jobs),
-            source_type=self.jobs[0].matched.sources[0].dtype.lower(),
-            type=type_name(self.kind),
-            source_bytes=sum(job.input_bytes for job in self.jobs),
-            bytes=self.nbytes,
+def _shown(label: str, file: FilePlan) -> Iterator[PlannedTensor]:
+    for tensor in file.tensors:
+        yield PlannedTensor(
+            file=label,
+            name=tensor.name,
+            shape=tensor.shape,
+            source_type=tensor.source_type,
+            type=type_name(tensor.kind),
+            source_bytes=tensor.source_bytes,
+            bytes=tensor.nbytes,
         )
 
 
-def _one_behind_the_other(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    first, *others = shapes
-    return (first[0] + sum(shape[0] for shape in others), *first[1:])
-
-
-def _tensors(jobs: list[Job], fuse_qkv: bool) -> list[_Tensor]:
-    """The tensors that `jobs` make, in their order."""
-    by_name = {job.output.name: job for job in jobs}
-    tensors = {}
-    for name, job in by_name.items():
-        tensor = _Tensor(name, (job,))
-        if fuse_qkv and qkv.PART.match(name):
-            matrix = qkv.together(name)
-            parts = tuple(by_name[part] for part in qkv.parts_of(matrix))
-            if len({part.kind for part in parts}) == 1:
-                tensor = _Tensor(matrix, parts)
-        tensors[tensor.name] = tensor
-    return list(tensors.values())
-
-
-def _fill_headers(
-    files: list[tuple[StreamedFile, list[Job]]],
-    tensors: tuple[list[_Tensor], list[_Tensor]],
-    contents: _Contents,
+def _write(
+    plan: Plan,
+    checkpoint: _Checkpoint,
+    model: Path,
     outtype: GGMLQuantizationType,
-    neuron_order: str,
-    in_bundles: bool,
-) -> None:
-    """Keys and tensor tables of the model, files[0], and the sidecar, files[1] if there is one; `tensors` likewise."""
-    source = contents.source
+    ordered: _HotFirst | None,
+    force: bool,
+    progress: Progress | None,
+) -> tuple[int, int]:
+    """Writes both files, or none. Returns their sizes in bytes, 0 for a sidecar that there is not."""
+    sidecar = sidecar_path(model)
+    model_file, sidecar_file = StreamedFile(model, keys.ARCHITECTURE), StreamedFile(sidecar, keys.ARCHITECTURE)
+    files = [(model_file, plan.model)]
+    if checkpoint.sidecar:
+        files.append((sidecar_file, plan.sidecar))
     provenance = keys.Provenance(
-        source, secrets.token_hex(16), contents.fingerprint, neuron_order, keys.read_card(source.directory)
+        checkpoint.source,
+        secrets.token_hex(16),
+        checkpoint.fingerprint,
+        CHECKPOINT if ordered is None else HOT_FIRST,
+        keys.read_card(checkpoint.source.directory),
     )
-    for (file, _), of_file in zip(files, tensors, strict=False):
-        keys.add_common(file.header, provenance, contents.config, contents.family)
-        for tensor in of_file:
+    for file, planned in files:
+        keys.add_common(file.header, provenance, checkpoint.config, checkpoint.family)
+        for tensor in planned.tensors:
             file.declare(tensor.name, tensor.declared_shape, tensor.kind, tensor.nbytes)
-    keys.add_model(files[0][0].header, contents.config, contents.kind, outtype, in_bundles)
-    contents.tokenizer.add_to(files[0][0].header)
-    if len(files) > 1:
-        sidecar, jobs = files[1]
-        version = layouts.LAYOUT_VERSION if any(job.in_panels for job in jobs) else layouts.PLAIN_VERSION
-        if any(job.kind == q3_nl.KIND for job in jobs):
-            version = layouts.Q3_NL_VERSION
-        keys.add_sidecar(sidecar.header, contents.family, contents.kind, contents.ranks, version)
-
-
-def counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    """Turns increments into (done, total)."""
-    if progress is None:
-        return None
-    done = 0
-
-    def count(increment: int) -> None:
-        nonlocal done
-        done += increment
-        progress(done, total)
-
-    return count
+    keys.add_model(model_file.header, checkpoint.config, checkpoint.kind, outtype, bool(plan.bundles))
+    checkpoint.tokenizer.add_to(model_file.header)
+    if checkpoint.sidecar:
+        version = plan.sidecar.sidecar_version
+        keys.add_sidecar(sidecar_file.header, checkpoint.family, checkpoint.kind, checkpoint.ranks, version)
+    if ordered is not None:
+        keys.add_neuron_order(model_file.header, ordered.order, ordered.profile, ordered.sparsity)
+    obsolete = [] if checkpoint.sidecar else [sidecar]
+    with sigterm_exits(), OutputFiles([file for file, _ in files], obsolete, force) as output_files:
+        for file, _ in files:
+            file.begin()
+        jobs = [(file, planned.jobs) for file, planned in files]
+        write_tensors(jobs, checkpoint.config.head_dim, plan.bundles, counter(progress, plan.input_bytes))
+        sizes = output_files.commit()
+    return sizes[0], sizes[1] if checkpoint.sidecar else 0

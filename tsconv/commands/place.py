@@ -81,21 +81,12 @@ def place(
         TsconvError: no such machine, a budget that it does not have, or one too small for the model.
     """
     model, profile = Path(model), Path(profile)
-    outfile = model.with_suffix(".placement.json") if outfile is None else Path(outfile)
-    if outfile.suffix.lower() != ".json":
-        raise OutputError("bad name of the output", where=outfile, expected="a name that ends in .json")
-    refuse_inputs([outfile], [model, sidecar_path(model), profile])
-    check_output(outfile, force)
+    target = _target(outfile, model, profile, force)
     machine = load_machine(machine) if isinstance(machine, str) else machine
     stats = stats_file.load(profile)
     header = read_model(model)
     stats.check_model(header)
-    if kind_of(header) != HOT_FIRST:
-        raise ModelFileError(
-            "the neurons are in the checkpoint's order, the hot ones are not together",
-            where=model,
-            fix=f"put them first: {shlex.join(['tsconv', 'reorder', str(model), '--profile', str(profile)])}",
-        )
+    _check_order(header, profile)
     sidecar = read_sidecar(header) if stats.subject.sparsity == "predictor" else None
     work, rates = read_workload(header, sidecar, stats, ctx), Rates.of(machine)
     vram, ram = _budgets(machine, vram_budget, ram_budget)
@@ -118,18 +109,45 @@ def place(
         machine=machine.name,
         ctx=ctx,
         budgets={"vram": vram, "ram": ram, "vram_used": estimate.vram, "ram_used": estimate.ram},
-        predicted={
-            "ms_per_token": 1e3 * estimate.seconds,
-            "lower_bound_ms_per_token": 1e3 * solution.lower_bound,
-            "tokens_per_s": 1 / estimate.seconds,
-            "cpu_only_tokens_per_s": 1 / cpu_only.seconds if cpu_only else None,
-            "all_gpu_tokens_per_s": 1 / all_gpu.seconds if all_gpu else None,
-        },
+        predicted=_predicted(solution, cpu_only, all_gpu),
         output=solution.output,
         layers=solution.layers,
     )
-    placement.save(outfile, force)
-    return Placed(placement, solution, work, machine, cpu_only, all_gpu, tuple(notes), outfile)
+    placement.save(target, force)
+    return Placed(placement, solution, work, machine, cpu_only, all_gpu, tuple(notes), target)
+
+
+def _target(outfile: str | Path | None, model: Path, profile: Path, force: bool) -> Path:
+    """The file to write. Raises OutputError where it must not or cannot be."""
+    target = model.with_suffix(".placement.json") if outfile is None else Path(outfile)
+    if target.suffix.lower() != ".json":
+        raise OutputError("bad name of the output", where=target, expected="a name that ends in .json")
+    refuse_inputs([target], [model, sidecar_path(model), profile])
+    check_output(target, force)
+    return target
+
+
+def _check_order(header: Header, profile: Path) -> None:
+    """Raises ModelFileError where the hot neurons are not together."""
+    if kind_of(header) != HOT_FIRST:
+        command = shlex.join(["tsconv", "reorder", str(header.path), "--profile", str(profile)])
+        raise ModelFileError(
+            "the neurons are in the checkpoint's order, the hot ones are not together",
+            where=header.path,
+            fix=f"put them first: {command}",
+        )
+
+
+def _predicted(solution: Solution, cpu_only: Estimate | None, all_gpu: Estimate | None) -> dict[str, float | None]:
+    """What the file says of the speed."""
+    estimate = solution.estimate
+    return {
+        "ms_per_token": 1e3 * estimate.seconds,
+        "lower_bound_ms_per_token": 1e3 * solution.lower_bound,
+        "tokens_per_s": 1 / estimate.seconds,
+        "cpu_only_tokens_per_s": 1 / cpu_only.seconds if cpu_only else None,
+        "all_gpu_tokens_per_s": 1 / all_gpu.seconds if all_gpu else None,
+    }
 
 
 def _budgets(machine: Machine, vram: int | None, ram: int | None) -> tuple[int, int]:

@@ -18,7 +18,6 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 
 from tsconv.checkpoint.config import MAX_DIM
-from tsconv.commands.convert import Progress, counter
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.format import layouts
 from tsconv.format.header import Header, TensorEntry
@@ -26,6 +25,7 @@ from tsconv.format.keys import ARCHITECTURE, add_neuron_order
 from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.format.pair import fingerprint_of, layout_of, open_pair, sidecar_path
 from tsconv.format.types import takes_panels
+from tsconv.progress import Progress, counter
 from tsconv.stats import file as stats_file
 from tsconv.stats.heat import described, hot_order
 from tsconv.transform.bundles import GATE, PARTS, names_of_layer
