@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -35,6 +37,8 @@ LAYERS = (
     "cli",
 )
 ENTRANCES = {"tsconv", "tsconv.__main__"}  # they name what users may import, and are imported for __version__ only
+# Large, and needed by one command, or by one of its options.
+LATE = ("torch", "matplotlib", "pyarrow", "huggingface_hub", "fastapi")
 
 
 def name_of(path: Path) -> str:
@@ -85,6 +89,13 @@ def test_no_layer_imports_a_higher_one(name: str) -> None:
 def test_no_circles_among_modules() -> None:
     graph = {module: imports(module) - ENTRANCES - {module} for module in MODULES if module not in ENTRANCES}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def test_what_one_command_needs_is_imported_when_it_is_needed() -> None:
+    modules = sorted(name for name in MODULES if name.startswith(("tsconv.cli", "tsconv.commands")))
+    code = f"import sys, {', '.join(modules)}; print([n for n in {LATE} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
 
 
 def test_nothing_that_is_imported_is_missing() -> None:

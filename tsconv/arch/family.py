@@ -69,7 +69,7 @@ class Family:
         return any("{e}" in row.source for row in self.layer)
 
     @property
-    def n_expert_predictors(self) -> bool:
+    def has_expert_predictors(self) -> bool:
         """Whether each expert has its own predictor."""
         return any("{e}" in row.source for row in self.predictor)
 
@@ -89,7 +89,7 @@ class Family:
     def predictor_outputs(self, config: ModelConfig, ranks: list[int]) -> Iterator[Output]:
         """The tensors of the sidecar, in file order; `ranks` has one predictor rank per layer."""
         for n, rank in enumerate(ranks):
-            for e in range(config.n_expert) if self.n_expert_predictors else (None,):
+            for e in range(config.n_expert) if self.has_expert_predictors else (None,):
                 for row in self.predictor:
                     yield _output(row, config, {"rank": rank}, n, e)
 

@@ -24,7 +24,7 @@ class Matched:
 
 def has_predictors(family: Family, config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> bool:
     """Whether the checkpoint holds predictor matrices, of any layer."""
-    experts: Iterable[int | None] = range(config.n_expert) if family.n_expert_predictors else (None,)
+    experts: Iterable[int | None] = range(config.n_expert) if family.has_expert_predictors else (None,)
     return any(
         name in tensors for n in range(config.n_layer) for e in experts for name in family.predictor_sources(n, e)
     )

@@ -204,7 +204,7 @@ def _read(source: Source, predictor: str | Path | None) -> _Checkpoint:
                 fix="leave out --predictor",
             )
         directory = resolve(predictor, None, PREDICTOR_FILES).directory
-        if family.n_expert_predictors:
+        if family.has_expert_predictors:
             raise CheckpointError("external predictors are for dense (Bamboo) models only", where=directory)
         tensors |= external_tensors(directory, config.n_layer, family.predictor_sources)
         kind = "external"
