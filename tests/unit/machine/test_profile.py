@@ -302,7 +302,7 @@ def test_output_refused(tmp_path):
     assert load_machine(path).name == "other"
     with pytest.raises(OutputError, match=r"a machine profile is a \.toml file; name it NAME\.toml"):
         save_machine(MACHINE, tmp_path / "model.gguf", force=True)
-    with pytest.raises(OutputError, match="missing: folder of the output does not exist; create it"):
+    with pytest.raises(OutputError, match="missing: folder of the output does not exist; make it, or name another"):
         save_machine(MACHINE, tmp_path / "missing" / "m.toml")
     (tmp_path / "d.toml").mkdir()
     with pytest.raises(OutputError, match="output is a directory"):
