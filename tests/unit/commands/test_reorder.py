@@ -126,10 +126,10 @@ def test_small_pieces_give_the_same_bytes(outtype: str, tmp_path: Path, monkeypa
     check_alike(hot, reorder(model, profile, tmp_path / "hot3.gguf").model)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("version", "outtype"), [(1, "q4_0"), (2, "q4_0"), (3, "q3_nl")])
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_sidecar_in_rows_stays_in_rows(family: str, version: int, tmp_path: Path) -> None:
-    model = make(tmp_path, family)
+def test_sidecar_in_rows_stays_in_rows(family: str, version: int, outtype: str, tmp_path: Path) -> None:
+    model = make(tmp_path, family, predictor_outtype=outtype)
     panels = sidecar_of(model).replace(tmp_path / "panels.gguf")
     write_rows(panels, sidecar_of(model), version)
     stats = random_stats(model)
