@@ -51,6 +51,7 @@ test-arm: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_CODE)
 
 format: setup
@@ -82,4 +83,4 @@ bench-kernels: setup
 	build/bench/bench/bench_kernels $(BENCH_KERNELS)
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .ruff_cache
+	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache

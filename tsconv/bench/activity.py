@@ -66,7 +66,7 @@ def frequencies(active: float, n: int) -> Floats:
 
 def thresholds(probabilities: npt.ArrayLike) -> Floats:
     """t with P(logit > 0, gate > 0, up > 0) = probability."""
-    return np.interp(probabilities, *_probability_of_threshold())
+    return np.interp(np.asarray(probabilities, np.float64), *_probability_of_threshold())
 
 
 @cache
@@ -100,7 +100,7 @@ def _relu_square(b: float) -> float:
 
 def _cdf(x: npt.ArrayLike) -> Floats:
     """Of the normal distribution, within 1e-7: interpolated in a table."""
-    return np.interp(x, *_cdf_table())
+    return np.interp(np.asarray(x, np.float64), *_cdf_table())
 
 
 @cache

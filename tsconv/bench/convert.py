@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,7 +45,7 @@ def child(checkpoint: str, outfile: str, outtype: str) -> None:
     print(json.dumps(measured))
 
 
-def measure(shape: Shape, random_layers: int | None, outtype: str, directory: str | None) -> dict[str, object]:
+def measure(shape: Shape, random_layers: int | None, outtype: str, directory: str | None) -> dict[str, Any]:
     """Generates a checkpoint, converts it in a child process, deletes both and returns what was measured."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="tsconv-bench-") as folder:
         checkpoint = Path(folder) / "checkpoint"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,7 +27,7 @@ from tsconv.machine.cpu import cpu_model
 PRESET = PRESETS["turbosparse-mistral-7b"]
 
 
-def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: str | None) -> dict[str, object]:
+def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: str | None) -> dict[str, Any]:
     """Generates a model, times both ways of computing `n_tokens` tokens in turn, deletes the model."""
     from tsconv.commands.convert import convert
     from tsconv.native.library import load_backend

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,7 +142,7 @@ def write_checkpoint(
         filled += 2 * prod(dims)
 
     weights = weights or RandomWeights()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
@@ -199,7 +200,7 @@ def write_tokenizer(directory: Path) -> None:
     specials = ["<unk>", "<s>", "</s>"]
     tokens = specials + [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *"abcdefghijklmnopqrstuvwxyz"]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

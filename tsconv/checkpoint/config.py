@@ -110,7 +110,7 @@ class _Fields:
         return value
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(key, default)
+        value: Any = self.values.get(key, default)
         if type(value) not in (int, float) or not low < value < high:
             raise self.error(key, f"a number between {low:g} and {high:g}")
         return float(value)

@@ -44,7 +44,8 @@ def read_end_tokens(directory: Path, tokens: Sequence[str], bos_id: int, eos_id:
     file, ids = _end_ids(directory)
     strange = [i for i in ids if not 0 <= i < len(tokens)]
     unknown = [i for i in ids if i not in strange and i != eos_id and tokens[i] not in KNOWN_TO_LLAMA_CPP]
-    eot, eom, *rest = *unknown, *(None,) * max(0, 2 - len(unknown))
+    eot, eom = (*unknown, None, None)[:2]
+    rest = unknown[2:]
     notes = []
     if strange:
         notes.append(f"{file}: eos_token_id {', '.join(map(str, strange))} is outside of the vocabulary")
@@ -52,7 +53,7 @@ def read_end_tokens(directory: Path, tokens: Sequence[str], bos_id: int, eos_id:
         names = ", ".join(f"{tokens[i]!r} ({i})" for i in rest)
         notes.append(
             f"{file}: a text does not end at {names}, because a GGUF file has room for two end tokens besides the"
-            f" tokenizer's: {tokens[eot]!r} and {tokens[eom]!r}"
+            f" tokenizer's: {tokens[unknown[0]]!r} and {tokens[unknown[1]]!r}"
         )
     begin = _optional(directory / CONFIG_FILE).get("bos_token_id")
     if type(begin) is int and begin != bos_id:

@@ -32,16 +32,25 @@ PYTORCH_PATTERNS = ("pytorch_model*.bin", "*.pth", "consolidated*.pt")
 READ_LIMIT = 1 << 30  # pread returns at most 2 GiB - 4 KiB per call
 
 # bf16 travels as its bit pattern in uint16: numpy has no such type, and no checkpoint weight is a uint16.
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class SourceTensor(Protocol):
     """One weight of a checkpoint, of which rows can be read. `shape` is slowest dimension first."""
 
-    name: str
-    dtype: str  # key of DTYPES
-    shape: tuple[int, ...]
-    where: str  # file and tensor, for messages
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str:
+        """A key of DTYPES."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
 
     @property
     def nbytes(self) -> int: ...
@@ -70,7 +79,7 @@ class SafetensorsTensor:
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         rows = np.empty((stop - start, self.shape[-1]), DTYPES[self.dtype])
-        offset, view = self.offset + start * rows.shape[1] * rows.itemsize, memoryview(rows).cast("B")
+        offset, view = self.offset + start * rows.shape[1] * rows.itemsize, rows.data.cast("B")
         try:
             fd = os.open(self.path, os.O_RDONLY)
             try:

@@ -33,7 +33,7 @@ def resolve_tied(
         return config, tensors, []
     if embeddings is None:
         others = {name: tensor for name, tensor in tensors.items() if name != OUTPUT}
-        return config, others | {EMBEDDINGS: replace(output, name=EMBEDDINGS)}, []
+        return config, others | {EMBEDDINGS: _renamed(output)}, []
     if _equal(embeddings, output):
         return config, tensors, []
     note = (
@@ -41,6 +41,11 @@ def resolve_tied(
         " (transformers 5 keeps it too, older ones do not)"
     )
     return replace(config, tied_embeddings=False), tensors, [note]
+
+
+def _renamed(output: SourceTensor) -> SourceTensor:
+    """The output matrix by the name of the embeddings."""
+    return replace(output, name=EMBEDDINGS)  # type: ignore[type-var] # all kinds of tensors are dataclasses
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:

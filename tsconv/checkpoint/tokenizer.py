@@ -307,7 +307,7 @@ def _further_specials(config: dict[str, Any], named: dict[str, Any]) -> set[str]
                 found |= {_content(entry) for entry in entries} if isinstance(entries, list) else set()
             elif key.endswith("_token") and key.removesuffix("_token") not in SPECIAL_NAMES:
                 found.add(_content(value))
-    return found - {None, ""}
+    return {text for text in found if text}
 
 
 def _added_tokens(

@@ -22,7 +22,7 @@ from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.checkpoint.vocabulary import Vocabulary
 from tsconv.errors import CheckpointError
 
-MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+MODEL_TYPES: dict[object, str] = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 SPECIAL_PIECES = {"unk": (45, "<unk>"), "bos": (46, "<s>"), "eos": (47, "</s>"), "pad": (48, "<pad>")}
 MAX_VARINT_BYTES = 10
 FIXED_BYTES = {1: 8, 5: 4}  # wire type -> size
@@ -103,6 +103,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     while at < len(data):
         key, at = _varint(data, at)
         wire = key & 7
+        value: int | bytes
         if wire == 0:
             value, at = _varint(data, at)
         else:

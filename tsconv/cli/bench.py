@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -109,7 +109,7 @@ def command(
     else:
         n_layer = layers or PRESETS[shape].n_layer
         path = Path(model) if model else generated(shape, n_layer, outtype, say, predictor_outtype=predictor_outtype)
-        options = {"repetitions": repetitions, "n_threads": n_threads, "progress": progress}
+        options: dict[str, Any] = {"repetitions": repetitions, "n_threads": n_threads, "progress": progress}
         parts = iter([measure(path, workloads, baselines=baselines, **options)])
     rows: list[Row] = []
     try:

@@ -77,13 +77,13 @@ def _stem(row: Row) -> str:
 
 def _markdown(rows: Sequence[Row]) -> str:
     """Two tables, of speed and of where the time goes, and a line about the machine."""
-    speed = [
+    speed: list[tuple[str, ...]] = [
         (
             *("model", "size", "predictor", "test", "threads", "t/s", "baseline", "its t/s"),
             *("ratio (smallest to largest)", "roofline", "reached", "resident", "load s"),
         )
     ]
-    parts = [
+    parts: list[tuple[str, ...]] = [
         (
             *("model", "test", "threads", "ms", "attention", "predictor", "FFN", "rest", "predicted", "active", "GB/s"),
             "of memory",

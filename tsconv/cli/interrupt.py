@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def interruptible(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether one of `signals` came; a second one raises KeyboardInterrupt."""
-    came = []
+    came: list[int] = []
 
     def handler(signum: int, frame: object) -> None:
         if came:

@@ -149,8 +149,12 @@ def _text(placed: Placed, model: Path, machine: str) -> str:
 
 def _rows(placed: Placed) -> list[tuple[str, ...]]:
     """Per layer: where it is, and what it is expected to cost."""
-    rows = [("layer", "attention", "predictor", "GPU neurons", "share", "reads", "RAM neurons", "GPU ms", "CPU ms")]
-    rows[0] += ("transfer ms", "ms")
+    rows: list[tuple[str, ...]] = [
+        (
+            *("layer", "attention", "predictor", "GPU neurons", "share", "reads", "RAM neurons"),
+            *("GPU ms", "CPU ms", "transfer ms", "ms"),
+        )
+    ]
     estimate = placed.solution.estimate
     for n, (layer, place) in enumerate(zip(placed.work.layers, placed.solution.layers, strict=True)):
         on_gpu = sum(place.gpu)

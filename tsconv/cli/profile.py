@@ -71,13 +71,13 @@ def command(
         return
     if (model is None) != (calib is None) or (model is None and not merge_with):
         raise click.UsageError("A MODEL and a --calib text are needed, or --merge, or --machine.")
-    if model is None and outfile is None:
-        raise click.UsageError("--merge without a MODEL needs an --outfile.")
 
     from tsconv.commands.profile import merge, profile
     from tsconv.stats.text.chunks import parse_count
 
-    if model is None:
+    if model is None or calib is None:  # neither is there
+        if outfile is None:
+            raise click.UsageError("--merge without a MODEL needs an --outfile.")
         result = merge(merge_with, outfile, report=report, force=force)
     else:
         n_tokens = parse_count(tokens)

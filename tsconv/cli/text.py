@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -13,7 +15,7 @@ def size(n_bytes: float) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
 
 
-def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     """Aligned columns, two spaces apart; `right` are the numbers of the columns aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (

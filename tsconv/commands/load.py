@@ -65,7 +65,7 @@ def load_on_machine(
         sparsity=native.sparsity,
         n_ctx=padded(n_ctx),
         n_threads=n_threads,
-        placement=None if placement_path is None else Placement.load(placement_path),
+        placement=None if placement_path is None else Placement.load(os.fspath(placement_path)),
         available_bytes=available_bytes,
     )
     if chosen.strategy != "all":

@@ -10,8 +10,8 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
 import numpy as np
@@ -198,7 +198,7 @@ def _bundle(header: Header, first: str) -> Sequence[TensorEntry]:
     return pieces
 
 
-def _permuted(file: BinaryIO, pieces: Sequence[TensorEntry], order: Order, path: Path) -> Iterator[np.ndarray]:
+def _permuted(file: FileIO, pieces: Sequence[TensorEntry], order: Order, path: Path) -> Iterator[np.ndarray]:
     """The rows (bundles) of a matrix that lies in `pieces`, one behind the other."""
     row_bytes = sum(piece.n_bytes for piece in pieces) // order.size
     step = max(1, PIECE // row_bytes)
@@ -209,7 +209,7 @@ def _permuted(file: BinaryIO, pieces: Sequence[TensorEntry], order: Order, path:
             yield rows[neurons[start : start + step]]
 
 
-def _read_across(file: BinaryIO, pieces: Sequence[TensorEntry], start: int, n_bytes: int, path: Path) -> np.ndarray:
+def _read_across(file: FileIO, pieces: Sequence[TensorEntry], start: int, n_bytes: int, path: Path) -> np.ndarray:
     """Bytes [start, start + n_bytes) of the pieces as if they were one tensor."""
     data = np.empty(n_bytes, np.uint8)
     before = 0
@@ -222,7 +222,7 @@ def _read_across(file: BinaryIO, pieces: Sequence[TensorEntry], start: int, n_by
     return data
 
 
-def _permuted_panels(file: BinaryIO, tensor: TensorEntry, order: Order, path: Path) -> Iterator[np.ndarray]:
+def _permuted_panels(file: FileIO, tensor: TensorEntry, order: Order, path: Path) -> Iterator[np.ndarray]:
     row_bytes = tensor.n_bytes // order.size
     step = panel_step(PIECE // row_bytes)
     for neurons in order:
@@ -235,10 +235,10 @@ def _permuted_panels(file: BinaryIO, tensor: TensorEntry, order: Order, path: Pa
             yield to_panels(rows[neurons[start : start + step]], tensor.kind)
 
 
-def _read(file: BinaryIO, n_bytes: int, path: Path) -> np.ndarray:
+def _read(file: FileIO, n_bytes: int, path: Path) -> np.ndarray:
     """The next bytes, uint8 [n_bytes]."""
     data = np.empty(n_bytes, np.uint8)
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < n_bytes:
         n = file.readinto(view[done:])
         if not n:

@@ -28,6 +28,7 @@ class LayoutKey:
             ModelFileError: the key is unknown, missing from version 2 on, or there in version 1.
         """
         layout = header.keys.get(self.key)
+        known: tuple[str | None, ...]
         if header.keys.get("turbosparse.format_version") == PLAIN_VERSION:
             expected, known = "nothing in format version 1", (None,)
         else:

@@ -68,8 +68,8 @@ class _Driver:
         result = getattr(self._lib, name)(*arguments)
         if result != 0:
             text = _text()
-            known = self._lib.cuGetErrorName(result, ctypes.byref(text)) == 0 and text.value is not None
-            raise _GpuError(f"{name}: {text.value.decode() if known else f'error {result}'}")
+            known = text.value if self._lib.cuGetErrorName(result, ctypes.byref(text)) == 0 else None
+            raise _GpuError(f"{name}: {f'error {result}' if known is None else known.decode()}")
 
     @contextmanager
     def context(self, device: int) -> Iterator[None]:

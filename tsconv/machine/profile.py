@@ -193,7 +193,7 @@ def check_name(name: str, where: object) -> None:
 def _machine(document: dict[str, Any], where: object) -> Machine:
     """Checks a whole profile and fills in what it leaves out."""
     check_table("", document, where)
-    given = {table: document[table] for table in ("cpu", "disk", "gpu") if table in document}
+    given: dict[str, dict[str, Any]] = {table: document[table] for table in ("cpu", "disk", "gpu") if table in document}
     for table, values in given.items():
         check_table(table, values, where)
     check_name(document["name"], f"{where}: name")

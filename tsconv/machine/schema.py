@@ -15,7 +15,7 @@ from tsconv.errors import TsconvError
 class Key:
     """One key of a profile: its type, unit, limits, and the unit `factor` times smaller that is easily taken for it."""
 
-    kind: type
+    kind: type[Any]
     unit: str = ""
     low: float = 0.0
     high: float = math.inf
@@ -106,7 +106,7 @@ def _check_value(rule: Key, value: Any, where: str) -> None:
         if not isinstance(value, rule.kind) or (rule.kind is list and not all(isinstance(v, str) for v in value)):
             raise TsconvError("bad value", where=where, expected=named, found=_shown(value))
         return
-    allowed = (int, float) if rule.kind is float else (rule.kind,)
+    allowed: tuple[type[Any], ...] = (int, float) if rule.kind is float else (rule.kind,)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise TsconvError("bad value", where=where, expected=rule.expected, found=_shown(value))
     if rule.kind is str:

@@ -194,7 +194,7 @@ class Backend:
             function.restype = result
 
     @property
-    def stop_before_output(self) -> ctypes._CFuncPtr:
+    def stop_before_output(self) -> Any:
         """For `llama_context_params.cb_eval`: layers are computed, logits are not."""
         from llama_cpp import llama_cpp
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import llama_cpp
 
@@ -32,7 +33,7 @@ class _Router:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.collecting: list[tuple[int, list[str]]] = []
-        self._before: tuple[object, ctypes.c_void_p] | None = None
+        self._before: tuple[Any, ctypes.c_void_p] | None = None
         self.callback = llama_cpp.llama_log_callback(self._route)
         # llama.cpp may log while the interpreter ends, when the names of modules are gone: the callback stays for good,
         # and uses nothing but what it holds.
@@ -58,8 +59,9 @@ class _Router:
         if lines is None and level == GGML_LOG_LEVEL_ERROR and text.startswith(self._own):
             self._write(2, text)  # llama-cpp-python takes this level for another, and hides it
         elif lines is None:
-            callback, data = self._before
-            callback(level, text, data)
+            if self._before is not None:
+                callback, data = self._before
+                callback(level, text, data)
         elif level == GGML_LOG_LEVEL_ERROR:
             lines.append(text.decode(errors="replace").strip())
 
@@ -75,7 +77,7 @@ class _Router:
         return None if any(known.ident == thread for known in self._threads()) else collecting[0][1]
 
 
-def _address(callback: object) -> int | None:
+def _address(callback: Any) -> int | None:
     return ctypes.cast(callback, ctypes.c_void_p).value
 
 

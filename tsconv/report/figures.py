@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -107,7 +108,7 @@ def predictor(summary: StatsSummary) -> Figure:
     return figure
 
 
-def _complement(share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _complement(share: Any) -> Any:
     return 100 - share
 
 

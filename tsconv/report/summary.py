@@ -238,7 +238,7 @@ def _cumulative(active: npt.NDArray[np.int64]) -> Floats:
     return np.cumsum(np.sort(active, axis=None)[::-1], dtype=np.float64)
 
 
-def _sum(counts: npt.NDArray[np.int64], axis: tuple[int, ...] | None = None) -> Any:
+def _sum(counts: npt.NDArray[Any], axis: tuple[int, ...] | None = None) -> Any:
     return counts.sum(axis=axis, dtype=np.float64)
 
 

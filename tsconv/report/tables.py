@@ -55,7 +55,7 @@ def tables(summary: StatsSummary) -> list[Table]:
 
 
 def _texts(summary: StatsSummary) -> Table:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(number),
             shortened(text.source.dataset),

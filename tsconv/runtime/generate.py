@@ -10,6 +10,7 @@ import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -71,7 +72,7 @@ def combined(summaries: Sequence[GenerationSummary]) -> GenerationSummary:
     steps = [max(1, s.n_decoded) for s in summaries]
     phase_seconds = [s.seconds_decode if s.n_decoded else s.seconds_prefill for s in summaries]
 
-    def mean(key: str, weights: list[float]) -> float:
+    def mean(key: str, weights: Sequence[float]) -> float:
         return sum(getattr(s, key) * w for s, w in zip(summaries, weights, strict=True)) / sum(weights)
 
     sums = ("n_prompt", "n_cached", "n_generated", "n_decoded", "seconds_prefill", "seconds_decode")
@@ -154,7 +155,18 @@ class Generation:
         self._llama, self._tokens, self._should_stop = llama, list(tokens), should_stop
         self._limit = room if limit is None else min(limit, room)
         self._sampling = sampling
-        self.summary: GenerationSummary | None = None
+        self._summary: GenerationSummary | None = None
+
+    @property
+    def summary(self) -> GenerationSummary:
+        """Of the whole text, when it is there.
+
+        Raises:
+            TsconvError: it is not.
+        """
+        if self._summary is None:
+            raise TsconvError("the text is not complete")
+        return self._summary
 
     def __iter__(self) -> Iterator[str]:
         llama, vocab = self._llama, llama_cpp.llama_model_get_vocab(self._llama.model)
@@ -162,7 +174,8 @@ class Generation:
         n_cached = min(llama.longest_token_prefix(known, self._tokens), len(self._tokens) - 1)
         sampling, finish_reason = self._sampling, "length"
         llama.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if sampling.seed is None else sampling.seed)
-        stream = llama.generate(self._tokens, temp=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        chosen = {"temp": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        stream = llama.generate(self._tokens, **chosen)  # type: ignore[arg-type] # wraps() hides that it is a method
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         seconds = [0.0, 0.0]  # prefill, decode
         n_generated = n_steps = 0
@@ -186,7 +199,7 @@ class Generation:
         rest = text.decode(b"", final=True)
         if rest:
             yield rest
-        self.summary = GenerationSummary(
+        self._summary = GenerationSummary(
             n_prompt=len(self._tokens),
             n_cached=n_cached,
             n_generated=n_generated,
@@ -198,7 +211,7 @@ class Generation:
         )
 
 
-def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, float]:
+def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, Any]:
     """The FFN part of a `GenerationSummary` from `ffn_stats()` of a phase that took `seconds`."""
 
     def total(key: str) -> float:

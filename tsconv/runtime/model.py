@@ -25,7 +25,7 @@ from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.native.log import OWN, computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
-from tsconv.runtime.guard import CLOSED, Gone, Guard
+from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.residency import Residency, place_in_memory
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -224,7 +224,7 @@ class SparseLlama(llama_cpp.Llama):
         self._guard.gone = why
         names = [name for name in ("_model", "_ctx", "_batch") if name in vars(self)]
         raw = [vars(self)[name] for name in names]
-        vars(self).update(dict.fromkeys(names, Gone(why)))
+        self.__dict__.update(dict.fromkeys(names, Gone(why)))
         if "tokenizer_" in vars(self):
             self.tokenizer_ = Gone(why)
         return raw
@@ -234,10 +234,11 @@ class SparseLlama(llama_cpp.Llama):
         self._guard.after_fork()
         self._native.after_fork()
         self._stack.pop_all()
-        raw = self._leave(self._guard.gone)
+        why = self._guard.gone or FORKED
+        raw = self._leave(why)
         for one in raw:
             one._exit_stack.pop_all()
-        _disconnect(raw, self._guard.gone)
+        _disconnect(raw, why)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.alone(changes=False):

@@ -7,7 +7,6 @@ in a process of its own: kernels that the compiler got wrong end it by a signal.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -60,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -70,8 +70,8 @@ def _n_values(subject: Subject) -> int:
 def _add_keys(writer: gguf.GGUFWriter, stats: Stats) -> None:
     writer.add_type(FILE_KIND)
     writer.add_uint32("turbosparse.format_version", FORMAT_VERSION)
-    for field, key in _SUBJECT_KEYS.items():
-        value = getattr(stats.subject, field)
+    for attribute, key in _SUBJECT_KEYS.items():
+        value = getattr(stats.subject, attribute)
         if isinstance(value, str):
             writer.add_string(key, value)
         else:

@@ -8,6 +8,7 @@ changes what the best rounding is (native/src/quantize/q3_nl.c): they have a mea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def round_rows(rows: Floats, importance: Floats, units: npt.NDArray[np.float16],
     n, r = rows.shape
     if r % BLOCK:
         raise BackendError("columns of rows for q3_nl", expected=f"a multiple of {BLOCK}", found=r)
-    arrays = (rows, importance, units, out)
+    arrays: tuple[npt.NDArray[Any], ...] = (rows, importance, units, out)
     dtypes = (np.float32, np.float32, np.float16, np.uint8)
     shapes = ((n, r), (r,), (n,), (n, row_bytes(r)))
     for array, dtype, shape in zip(arrays, dtypes, shapes, strict=True):

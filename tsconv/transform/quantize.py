@@ -143,7 +143,7 @@ def check_weights(raw: np.ndarray, kind: GGMLQuantizationType) -> None:
     Raises:
         BadWeightError: NaN or infinity among the weights, or a magnitude that the type's f16 scales cannot hold.
     """
-    limit = np.finfo(np.float32).max if kind in UNBOUNDED else F16_MAX
+    limit = float(np.finfo(np.float32).max) if kind in UNBOUNDED else F16_MAX
     if raw.size and not largest(raw) <= limit:
         raise _bad_weight(raw, kind, limit)
 

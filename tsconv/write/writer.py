@@ -84,7 +84,7 @@ class StreamedFile:
         if self._done > size:
             raise ValueError(f"tensor {self._tensor} of {self.path.name} has {size} bytes, got {self._done}")
         with _reported(self.part):
-            self._append(memoryview(data).cast("B"))
+            self._append(data.data.cast("B"))
             if self._done == size:
                 self._append(memoryview(bytes(gguf.GGUFWriter.ggml_pad(size, self.header.data_alignment) - size)))
                 self._tensor, self._done = self._tensor + 1, 0
@@ -390,8 +390,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for late in came:
+            signal.raise_signal(late)
 
 
 @contextlib.contextmanager

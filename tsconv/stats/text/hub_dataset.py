@@ -93,7 +93,7 @@ def _default(card: Any) -> str | None:
 def _patterns(entry: dict[str, Any]) -> list[str]:
     """`data_files` is a pattern, a list of patterns, or a list of {split, path: pattern or patterns}."""
     data_files = entry.get("data_files") or ([f"{entry['data_dir']}/**"] if entry.get("data_dir") else [])
-    splits: dict[str, list[str]] = {}
+    splits: dict[str, list[Any]] = {}
     for item in data_files if isinstance(data_files, list) else [data_files]:
         split, path = (item.get("split", "train"), item.get("path")) if isinstance(item, dict) else ("train", item)
         splits.setdefault(split, []).extend(path if isinstance(path, list) else [path])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsconv.errors import TsconvError
 from tsconv.stats.text.documents import InterruptedReadError, Tally, order
@@ -31,7 +32,7 @@ class _Transport(io.RawIOBase):
     """A file whose failures to deliver are TransportErrors, whatever the client library behind it raises."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
-        self._file = None  # close() is called by the destructor too
+        self._file: Any = None  # close() is called by the destructor too
         try:
             self._file = fs.open(path, "rb")
             self._size = self._file.size
@@ -100,7 +101,7 @@ class ParquetFile:
                 return
             for group in order(groups, seed, self.name):
                 given = 0
-                batches = self._steadily(lambda group=group: self._batches(group, column), f"row group {group}")
+                batches = self._steadily(partial(self._batches, group, column), f"row group {group}")
                 try:
                     for number, texts in enumerate(batches):
                         for i in order(len(texts), seed, self.name, group, number):
@@ -112,7 +113,7 @@ class ParquetFile:
         finally:
             self._close()
 
-    def _steadily(self, start, what: str) -> Iterator:
+    def _steadily(self, start: Callable[[], Iterator[Any]], what: str) -> Iterator[Any]:
         """The items of start(), begun again behind the last item that came whenever the transport fails."""
         done, failures = 0, 0
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ BAD_UTF8 = 1000  # one sequence in so many bytes may be invalid; a text with mor
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """The file, for reading bytes.
 
     Raises:
