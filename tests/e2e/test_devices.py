@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-from native_build import ROOT, build
-from tiny import nmse
+
+from support import tiny
+from support.native_build import ROOT, build
+from support.tiny import nmse
 
 TOKENS = [1, 20, 300, 7, 11, 45, 900]
 LOGITS = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from native_build import ROOT
+from support import ROOT
 
 SOURCES = ROOT / "native" / "src"
 BASE = "."  # error.h, ggml_iface.h
