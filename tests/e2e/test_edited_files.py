@@ -124,11 +124,6 @@ MODEL_EDITS = {
         f"key {TOKENS}: expected every token once, found '7' twice; convert again",
     ),
     "tokens type": ({"keys": {TOKENS: (1, UINT32)}}, f"key {TOKENS} has the wrong type: expected arr, found u32; "),
-    "template": (
-        {"keys": {"tokenizer.chat_template": "{% if %}"}},
-        "key tokenizer.chat_template cannot be used: found",
-        "convert again",
-    ),
 }
 
 SIDECAR_EDITS = {
@@ -231,6 +226,16 @@ def test_edited_model(tmp_path, edit):
     model = put(tiny.converted(), tmp_path)
     edited(tiny.converted(), model, **changes)
     assert_in(refusal(model), f"error: {model}: ", *parts)
+
+
+def test_edited_template(tmp_path):
+    """Only a chat needs it."""
+    model = put(tiny.converted(), tmp_path)
+    edited(tiny.converted(), model, keys={"tokenizer.chat_template": "{% if %}"})
+    arguments = ("run", "-m", model, "-p", "x", "-n", 1, "-t", 1)
+    assert tiny.run(*arguments).returncode == 0
+    line = tiny.error_line(tiny.run(*arguments, "--chat"))
+    assert_in(line, f"error: {model}: ", "the chat template cannot be used: found", "without --chat")
 
 
 @pytest.mark.parametrize("edit", SIDECAR_EDITS)
