@@ -81,6 +81,8 @@ def test_sidecar_of_another_conversion(tmp_path):
     found, expected = (read_header(path).keys["turbosparse.pair_id"] for path in (other, model))
     line = refusal(model)
     assert_in(line, sidecar_of(model), model, f"expected pair_id {expected}, found {found}", "one conversion wrote")
+    model.with_name(model.name + ".part").touch()
+    assert_in(refusal(model), f"{model}.part is left of a conversion that was cut short: convert again")
     with pytest.raises(ModelFileError, match=r"other\.predictor\.gguf: is the sidecar of another model"):
         tsconv.load(tiny.converted(), predictor_path=sidecar_of(other))
 

@@ -44,7 +44,7 @@ PRESETS = {
 
 def drop_from_page_cache() -> None:
     """Lets the page cache forget all models that are kept, as far as it can: every model is then measured in the same
-    state, read into free memory (docs/performance.md, "Pages")."""
+    state, read into free memory (docs/notes/2026-11-28-pages-and-bundles.md)."""
     for path in (cache_folder() / "bench").glob("*.gguf"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

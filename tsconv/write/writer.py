@@ -31,7 +31,7 @@ HEADER_ROOM = 16 << 20
 
 # Tensor data is written in pieces of so many bytes, at multiples of it: where the file system has large folios (XFS,
 # ext4 from Linux 6.16 on), the page cache then holds the file in huge pages, and so does a mapping of it. Random rows
-# of a mapped model are read a tenth faster so (docs/performance.md).
+# of a mapped model are read faster so (docs/notes/2026-11-28-pages-and-bundles.md).
 HUGE_PAGE = 2 << 20
 
 # How long a small file waits for another process that is writing the same one.
