@@ -213,14 +213,19 @@ def evaluate(work: Workload, rates: Rates, layers: Sequence[LayerPlacement], out
     return Estimate(tuple(times), LayerTime(on_gpu, on_cpu, moved, on_gpu + on_cpu + moved, waited), vram, ram)
 
 
-def _layer_time(work: Workload, rates: Rates, layer: Layer, place: LayerPlacement, before: Device) -> LayerTime:
+def neuron_seconds(rates: Rates, layer: Layer, place: LayerPlacement) -> tuple[float, float, float]:
+    """Seconds of a layer's neurons on the GPU, in RAM and on disk."""
     on_gpu, on_disk = 0.0, 0.0
     for heat, g, r in zip(layer.heat, place.gpu, place.ram, strict=True):
         on_gpu += float(heat[:g].sum())
         on_disk += float(heat[g + r :].sum())
     in_ram = max(0.0, float(layer.heat.sum()) - on_gpu - on_disk)
+    return on_gpu * rates.gpu, in_ram * rates.random, on_disk * rates.disk
+
+
+def _layer_time(work: Workload, rates: Rates, layer: Layer, place: LayerPlacement, before: Device) -> LayerTime:
+    gpu, ram, disk = neuron_seconds(rates, layer, place)
     n_gpu = sum(place.gpu)
-    gpu, ram, disk = on_gpu * rates.gpu, in_ram * rates.random, on_disk * rates.disk
 
     dense = {GPU: 0.0, CPU: 0.0}
     dense[place.attention] += layer.attention_read * rates.dense(place.attention)

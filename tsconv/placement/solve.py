@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tsconv.errors import TsconvError
-from tsconv.placement.cost import Estimate, Floats, Layer, Rates, Workload, evaluate, exchange
+from tsconv.placement.cost import Estimate, Floats, Layer, Rates, Workload, evaluate, exchange, neuron_seconds
 from tsconv.placement.file import CPU, GPU, Device, LayerPlacement
 from tsconv.placement.frontier import ALL, NONE, SPLIT, HotOrder, Ints, Splits, splits
 from tsconv.placement.search import Chain, Options, Prices, Way, best_prices, lower_bound, search
@@ -94,7 +94,9 @@ def solve(work: Workload, rates: Rates, vram: int, ram: int) -> Solution:
         )
     if not problem.complete:
         optimal = False
-        bound = lower_bound(problem.relaxed(prices), chain.move, prices, (chain.vram, chain.ram))
+        # the grid's best prices may be far from the best of all lengths; without prices the bound is positive
+        bounds = [lower_bound(problem.relaxed(p), chain.move, p, (chain.vram, chain.ram)) for p in (prices, (0.0, 0.0))]
+        bound = max(bounds)
     layers, output = problem.filled(way)
     estimate = evaluate(work, rates, layers, output)
     bound = min(estimate.seconds, (bound + work.embedding_read * rates.random) * (1 - ROUNDING))
@@ -104,7 +106,12 @@ def solve(work: Workload, rates: Rates, vram: int, ram: int) -> Solution:
 def _refuse_too_small(work: Workload, rates: Rates, vram: int, ram: int) -> None:
     """Before anything is computed: what must be held somewhere but is not."""
     if ram < work.embedding_bytes or vram + ram < _always_read(work):
-        raise _too_small(work, vram, ram)
+        raise TsconvError(
+            "the budgets do not hold what every token reads: embeddings, attention, KV cache, predictors, output",
+            expected=f"{_always_read(work):,} bytes in VRAM and RAM, {work.embedding_bytes:,} of them in RAM",
+            found=f"{vram:,} and {ram:,}",
+            fix="raise --ram-budget or --vram-budget, or lower --ctx",
+        )
     everything = _always_read(work) + sum(layer.n_neurons * layer.neuron_bytes for layer in work.layers)
     if not rates.has_disk and vram + ram < everything:
         raise TsconvError(
@@ -118,15 +125,6 @@ def _refuse_too_small(work: Workload, rates: Rates, vram: int, ram: int) -> None
 def _always_read(work: Workload) -> int:
     layers = sum(layer.attention_held + layer.predictor_bytes for layer in work.layers)
     return work.embedding_bytes + work.output_ram + layers
-
-
-def _too_small(work: Workload, vram: int, ram: int) -> TsconvError:
-    return TsconvError(
-        "the budgets do not hold what every token reads: embeddings, attention, KV cache, predictors, output",
-        expected=f"{_always_read(work):,} bytes in VRAM and RAM, {work.embedding_bytes:,} of them in RAM",
-        found=f"{vram:,} and {ram:,}",
-        fix="raise --ram-budget or --vram-budget, or lower --ctx",
-    )
 
 
 class Problem:
@@ -264,14 +262,6 @@ class Problem:
         predictor, k = divmod(option, len(s.kind))
         return LayerPlacement(attention, self.predictors[predictor], tuple(s.gpu[k].tolist()), tuple(s.ram[k].tolist()))
 
-    def _heats(self, n: int, place: LayerPlacement) -> tuple[float, float]:
-        """Seconds of a layer's neurons on GPU and CPU."""
-        heat = self.work.layers[n].heat
-        gpu = sum(float(row[:g].sum()) for row, g in zip(heat, place.gpu, strict=True))
-        disk = sum(float(row[g + r :].sum()) for row, g, r in zip(heat, place.gpu, place.ram, strict=True))
-        cpu = (float(heat.sum()) - gpu - disk) * self.rates.random + disk * self.rates.disk
-        return gpu * self.rates.gpu, cpu
-
     def _fill_vram(self, layers: list[LayerPlacement], output: Device) -> None:
         """More neurons for the GPU, where it has some already and is not the slower one yet."""
         left = self.vram - evaluate(self.work, self.rates, layers, output).vram
@@ -284,8 +274,8 @@ class Problem:
             k = hot.beyond(place.gpu, min(spare, left // layer.neuron_bytes))
             end = np.add(place.gpu, place.ram)
             rate = np.where(hot.row[k] < end[hot.ffn[k]], self.rates.random, self.rates.disk)
-            gpu, cpu = self._heats(n, place)
-            ahead = gpu + np.cumsum(hot.heat[k]) * self.rates.gpu <= cpu - np.cumsum(hot.heat[k] * rate)
+            gpu, ram, disk = neuron_seconds(self.rates, layer, place)
+            ahead = gpu + np.cumsum(hot.heat[k]) * self.rates.gpu <= ram + disk - np.cumsum(hot.heat[k] * rate)
             k, rate = k[: _true_prefix(ahead)], rate[: _true_prefix(ahead)]
             moves.append((n, hot.ffn[k], hot.slope[k] * rate / layer.neuron_bytes))
         for n, taken in self._take(moves, left):
@@ -302,9 +292,9 @@ class Problem:
             hot = self.hot[n]
             k = hot.beyond(tuple(np.add(place.gpu, place.ram).tolist()), left // layer.neuron_bytes)
             if while_it_gains:
-                gpu, cpu = self._heats(n, place)
+                gpu, ram, disk = neuron_seconds(self.rates, layer, place)
                 saved = np.cumsum(hot.heat[k]) * (self.rates.disk - self.rates.random)
-                k = k[: _true_prefix(cpu - saved > gpu) + 1]
+                k = k[: _true_prefix(ram + disk - saved > gpu) + 1]
             moves.append((n, hot.ffn[k], hot.slope[k] / layer.neuron_bytes))
         for n, taken in self._take(moves, left):
             layers[n] = replace(layers[n], ram=tuple(np.add(layers[n].ram, taken).tolist()))

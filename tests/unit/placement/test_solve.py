@@ -146,6 +146,16 @@ def test_budgets_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert random_budgets_hold(60) > 15
 
 
+def test_lower_bound_is_positive() -> None:
+    """Also where the prices that are best on the grid bound nothing: no file may hold a negative time."""
+    rates = MACHINES["GPU slower than CPU"]
+    work = workload(np.random.default_rng(0), 4, 2, 59)
+    total = total_bytes(work)
+    for share in (0.2, 0.5, 0.8):
+        found = solve(work, rates, int(share * total), int(0.45 * total))
+        assert 0 < found.lower_bound <= found.estimate.seconds
+
+
 @pytest.mark.parametrize("machine", ["balanced", "slow GPU", "far GPU", "near GPU"])
 def test_more_memory_is_never_slower(machine: str) -> None:
     rates = MACHINES[machine]
