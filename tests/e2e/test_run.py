@@ -364,7 +364,7 @@ def test_a_chat_needs_a_template(model, tmp_path):
     without = edited(model, tmp_path / "m.gguf", without=["tokenizer.chat_template"])
     (tmp_path / "m.predictor.gguf").symlink_to(model.with_suffix(".predictor.gguf"))
     status, stderr = Terminal("-m", without).end()
-    fix = "give a text to continue with -p or -f"
+    fix = "continue a text instead: -p, without --chat"
     assert (status, stderr) == (4, f"error: {without}: the model has no chat template; {fix}\n")
 
 
