@@ -1,6 +1,6 @@
 """A greedy placement, and how far it is from the solver's: docs/notes/2026-11-28-greedy-placement.md.
 
-PYTHONPATH=tests:tests/unit python tests/greedy_placement.py
+In tests/: PYTHONPATH=unit/placement:unit/cli python -m support.greedy_placement
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tsconv.profile.placement.cost import Estimate, Floats, Layer, Rates, Workload, evaluate, exchange
-from tsconv.profile.placement.file import CPU, GPU, Device, LayerPlacement
-from tsconv.profile.placement.frontier import HotOrder, Ints
+from tsconv.placement.cost import Estimate, Floats, Layer, Rates, Workload, evaluate, exchange
+from tsconv.placement.file import CPU, GPU, Device, LayerPlacement
+from tsconv.placement.frontier import HotOrder, Ints
 
 STEPS = 512  # lengths of a layer's GPU prefix that are looked at; single neurons fill up what they leave
 PRICES = 24  # of RAM that are tried
@@ -220,7 +220,7 @@ def _fill(
     vram: int,
     ram: int | None,
 ) -> None:
-    from tsconv.profile.placement.solve import Problem
+    from tsconv.placement.solve import Problem
 
     problem = object.__new__(Problem)  # its filling needs no frontiers
     problem.work, problem.rates, problem.hot, problem.vram = work, rates, hot, vram
@@ -240,9 +240,9 @@ Case = tuple[str, str, Workload, Rates, int, int]  # group, name, workload, mach
 
 def cases() -> Iterator[Case]:
     from test_solve import budgets, power_law
-    from workloads import MACHINES, total_bytes, workload
 
-    from tsconv.profile.hardware.machine import load_machine
+    from support.workloads import MACHINES, total_bytes, workload
+    from tsconv.machine.profile import load_machine
 
     for machine, shape in itertools.product(MACHINES, [(2, 1, 4), (3, 1, 3), (2, 2, 3)]):
         rng = np.random.default_rng([len(machine), *shape])
@@ -275,15 +275,15 @@ def small_models() -> Iterator[tuple[str, Workload, Rates]]:
     import tempfile
     from pathlib import Path
 
-    from random_stats import random_stats, save_stats
-    from refused import sidecar_of
-    from synthetic import SHAPES, random_tensors, save
-    from test_place_cli import MACHINE
+    from test_place import MACHINE
 
     import tsconv
-    from tsconv.export.gguf_header import read_header
-    from tsconv.profile.hardware.machine import load_machine
-    from tsconv.profile.placement.cost import read_workload
+    from support.random_stats import random_stats, save_stats
+    from support.refused import sidecar_of
+    from support.synthetic import SHAPES, random_tensors, save
+    from tsconv.format.header import read_header
+    from tsconv.machine.profile import load_machine
+    from tsconv.placement.cost import read_workload
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -308,7 +308,7 @@ def main() -> None:
     import time
 
     from tsconv.errors import TsconvError
-    from tsconv.profile.placement.solve import solve
+    from tsconv.placement.solve import solve
 
     rows: dict[str, list[tuple[float, ...]]] = {}
     labels: dict[str, list[str]] = {}
