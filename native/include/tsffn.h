@@ -108,7 +108,7 @@ TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_
 
 // Bytes that this process can come to use without swapping: MemAvailable, and what is left in each of its control
 // groups (v1 and v2). Page cache counts as free. proc: where the proc file system is, NULL for /proc. 0: not known.
-// tsconv/runtime/limits.py says the same in Python.
+// tsconv/machine/limits.py says the same in Python.
 TSFFN_API uint64_t tsffn_available_memory(const char * proc);
 
 // Measuring this machine. Both return false for arguments that make no sense, and when OpenMP grants fewer threads.
