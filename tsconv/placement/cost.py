@@ -310,7 +310,8 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
                     expected=f"{n_embd} x {n_ff} x {n_ffn} weights",
                     found=tensor.n_weights,
                 )
-        rows = tuple(tensor.n_bytes // (n_ff * n_ffn) for tensor in neurons)
+        gate, up, down = (tensor.n_bytes // (n_ff * n_ffn) for tensor in neurons)
+        rows = gate, up, down
         heat = expected_bytes(stats.total, subject.sparsity, rows, stats.n_tokens, n)
         share = stats.total.tokens[n] / stats.n_tokens
         predictor_bytes, predictor_read = (

@@ -234,12 +234,12 @@ def search(
     seconds, device = min(ends, default=(math.inf, 0))
     if seconds >= below:  # the bounds let such ways through where budgets are left over
         return None, exhaustive
-    k = int(labels[device].seconds.argmin())
+    best = int(labels[device].seconds.argmin())
     picks = []
     for stage_labels in reversed(history):
         label = stage_labels[device]
-        picks.append((device, int(label.option[k])))
-        device, k = int(label.before[k]), int(label.parent[k])
+        picks.append((device, int(label.option[best])))
+        device, best = int(label.before[best]), int(label.parent[best])
     return Way(seconds, picks[::-1]), exhaustive
 
 

@@ -226,7 +226,8 @@ class Problem:
             disk = (total - covered) * disk_rate  # by the end of the RAM prefix, falling
             crossing = np.searchsorted(-disk, -((b * total - (total - covered[k])) * rates.random / (1 - b)))
             threshold = [np.searchsorted(-heat * disk_rate * weight, -ram_price) for weight in (1.0, b)]
-            ends = [np.clip(e, k, n) for e in (threshold[0], threshold[1], crossing - 1, crossing)]
+            lengths = (threshold[0], threshold[1], crossing - 1, crossing)
+            ends = [np.asarray(np.clip(length, k, n)) for length in lengths]
         best = np.full(len(k), math.inf)
         for end in ends:
             disk_seconds = (total - covered[end]) * disk_rate
@@ -280,9 +281,9 @@ class Problem:
             moves.append((n, hot.ffn[k], hot.slope[k] * rate / layer.neuron_bytes))
         for n, taken in self._take(moves, left):
             place = layers[n]
-            gpu = np.add(place.gpu, taken)
-            ram = np.maximum(0, np.add(place.gpu, place.ram) - gpu)
-            layers[n] = replace(place, gpu=tuple(gpu.tolist()), ram=tuple(ram.tolist()))
+            n_gpu = np.add(place.gpu, taken)
+            n_ram = np.maximum(0, np.add(place.gpu, place.ram) - n_gpu)
+            layers[n] = replace(place, gpu=tuple(n_gpu.tolist()), ram=tuple(n_ram.tolist()))
 
     def _fill_ram(self, layers: list[LayerPlacement], output: Device, while_it_gains: bool) -> None:
         """More neurons for RAM instead of the disk: those the GPU waits for, or any."""
