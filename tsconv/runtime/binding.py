@@ -59,7 +59,7 @@ def open_model(path: Path, sidecar: Path | None, sparsity: str | None, header: H
     if handle is None:
         # The first thing that ggml's reader objected to, when it was ggml's reader.
         reason = f" ({errors[0]})" if errors else ""
-        part = path.with_name(path.name + ".part")
+        part = Path(f"{path}.part")
         fix = f"{part} is left of a conversion that was cut short: convert again" if part.exists() else None
         raise ModelFileError(message.value.decode(errors="replace") + reason, fix=fix)
     return NativeModel(backend, handle, path, header)
