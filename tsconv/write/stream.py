@@ -31,7 +31,7 @@ from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.panels import panel_step, to_panels
 from tsconv.transform.quantize import BadWeightError, check_weights, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
-from tsconv.write.writer import StreamedFile
+from tsconv.write.writer import StreamedFile, signals_wait
 
 SLAB_BYTES = 16 << 20  # of input; large enough for sequential disk reads, small beside the memory of any machine
 QUEUED = 2  # slabs waiting beyond one per worker
@@ -118,22 +118,29 @@ def write_tensors(
 
     def write_next() -> None:
         slab, future = pending.popleft()
-        slab.write(future.result())
+        with signals_wait():
+            rows = future.result()
+        slab.write(rows)
         if done:
             done(slab.input_bytes)
 
+    # Signals wait while the pool or a future works with its locks: an exception in there would leave one held, and the
+    # shutdown would wait for a thread that waits for it.
     limit = workers()
     pool = ThreadPoolExecutor(limit)
     try:
         for file, jobs in files:
             for slab in _all_slabs(file, jobs, head_dim, bundles):
-                pending.append((slab, pool.submit(slab.make)))
+                with signals_wait():
+                    future = pool.submit(slab.make)
+                pending.append((slab, future))
                 if len(pending) >= limit + QUEUED:
                     write_next()
         while pending:
             write_next()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with signals_wait():
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Scatter:

@@ -65,7 +65,7 @@ class StreamedFile:
     def begin(self) -> None:
         """Creates the .part file, locks it against other processes, and writes everything before the tensor data."""
         with _reported(self.part):
-            with _signals_wait():  # between the file's creation and the note that it is ours
+            with signals_wait():  # between the file's creation and the note that it is ours
                 self._lock = lock(self.part)
             self.header.write_header_to_file(self.part)
             self.header.write_kv_data_to_file()
@@ -193,7 +193,7 @@ class OutputFiles:
                 replaced then, unless it is the model that cannot be renamed: it stays as NAME.gguf.part.
         """
         sizes = [file.finish() for file in self.files]
-        with _signals_wait():
+        with signals_wait():
             self._check()
             model, *others = self.files
             for file in others:
@@ -377,7 +377,7 @@ _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
+def signals_wait() -> Iterator[None]:
     """Ctrl-C and SIGTERM that come while inside take effect on leaving."""
     if threading.current_thread() is not threading.main_thread():
         yield
