@@ -24,7 +24,7 @@ static void cache_what_fits(const struct tsffn_model * model) {
     }
 }
 
-// The descriptor of a file that is a model of tsconv.
+// Whether the file behind a descriptor is a model of tsconv.
 static bool is_tsconv_model(int fd) {
     char link[64];
     snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);

@@ -20,9 +20,8 @@ bool tsffn_release_mapping(const void * address, size_t size);
 int tsffn_prefault_pages(void * pages, size_t size);
 
 // Reads bytes [offset, offset + size) of a file into the page cache, in huge pages where its file system has large
-// folios: a mapping of it then finds its pages faster
-// (docs/notes/2026-11-28-pages-and-bundles.md). `offset` is a multiple of the page size.
-// Does nothing to what is cached already. Returns 0 or an errno.
+// folios: a mapping of it then finds its pages faster (docs/notes/2026-11-28-pages-and-bundles.md). `offset` is a
+// multiple of the page size. Does nothing to what is cached already. Returns 0 or an errno.
 int tsffn_cache_pages(int fd, uint64_t offset, uint64_t size);
 
 // How many bytes of whole pages are in this process's memory now; `unknown` when the kernel does not tell.
