@@ -20,6 +20,7 @@ LAYERS = (
     "errors",
     "cache",
     "progress",
+    "signals",
     "native",
     "transform",
     "checkpoint",

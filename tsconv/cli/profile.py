@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.interrupt import interruptible
 from tsconv.cli.options import predictor_option, sparsity_option, threads_option
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import table
+from tsconv.signals import interruptible
 
 if TYPE_CHECKING:
     from tsconv.commands.profile import ProfileResult

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.interrupt import interruptible
 from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.options import finite, model_options, warn_of_long_context
 from tsconv.cli.output import echo, json_text, say
 from tsconv.errors import TsconvError
+from tsconv.signals import interruptible
 
 if TYPE_CHECKING:
     from tsconv.runtime.generate import Generation, GenerationSummary, Sampling

@@ -27,6 +27,7 @@ from tsconv.format.order import CHECKPOINT, HOT_FIRST
 from tsconv.format.pair import sidecar_path
 from tsconv.format.types import choose_types, parse_override, parse_predictor_type, parse_type
 from tsconv.progress import Progress, counter
+from tsconv.signals import sigterm_exits
 from tsconv.stats import file as stats_file
 from tsconv.stats.counts import Stats
 from tsconv.stats.heat import described, hot_order
@@ -35,7 +36,7 @@ from tsconv.transform.neuron_order import Order, by_tensor
 from tsconv.transform.quantize import type_name
 from tsconv.write.plan import AUTO, LAYOUTS, FilePlan, Plan, make_plan
 from tsconv.write.stream import write_tensors
-from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
+from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
 from tsconv.format.pair import fingerprint_of, layout_of, open_pair, sidecar_path
 from tsconv.format.types import takes_panels
 from tsconv.progress import Progress, counter
+from tsconv.signals import sigterm_exits
 from tsconv.stats import file as stats_file
 from tsconv.stats.heat import described, hot_order
 from tsconv.transform.bundles import GATE, PARTS, names_of_layer
 from tsconv.transform.neuron_order import Order, between, by_tensor
 from tsconv.transform.panels import from_panels, panel_step, to_panels
 from tsconv.transform.quantize import type_name
-from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs, sigterm_exits
+from tsconv.write.writer import OutputFiles, StreamedFile, refuse_inputs
 
 PIECE = 16 << 20  # bytes copied at a time
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tsconv.machine.profile import Disk, rounded
+from tsconv.signals import signals_wait
 
 FILE_BYTES = 256 << 20
 BLOCK = 8 << 20  # of one read or write
@@ -127,7 +128,7 @@ def _random(fd: int, n_threads: int, row_bytes: int) -> float:
                 break
         return n
 
-    with ThreadPoolExecutor(n_threads) as pool:
+    with signals_wait(), ThreadPoolExecutor(n_threads) as pool:
         n_rows = sum(pool.map(read, range(n_threads)))
     return n_rows * row_bytes / (time.perf_counter() - start)
 

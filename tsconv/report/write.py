@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tsconv.errors import OutputError
 from tsconv.report.summary import summarise_stats
+from tsconv.signals import sigterm_exits
 from tsconv.stats.counts import Stats
-from tsconv.write.writer import lock, sigterm_exits, write_synced
+from tsconv.write.writer import lock, write_synced
 
 PAGE = "index.html"
 

@@ -14,8 +14,9 @@ from gguf import GGUFValueType
 from tsconv.errors import ModelFileError
 from tsconv.format.header import Header, read_header
 from tsconv.format.keys import ARCHITECTURE, FORMAT_VERSION
+from tsconv.signals import sigterm_exits
 from tsconv.stats.counts import COUNTS, HISTOGRAMS, MAX_TOKENS, N_BINS, Counts, Ints, Part, Source, Stats, Subject
-from tsconv.write.writer import OutputFiles, StreamedFile, sigterm_exits
+from tsconv.write.writer import OutputFiles, StreamedFile
 
 FILE_KIND = "activation-stats"  # general.type
 

@@ -24,6 +24,7 @@ from tsconv.arch.match import Matched
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
 from tsconv.format.types import takes_panels
+from tsconv.signals import signals_wait
 from tsconv.transform import q3_nl
 from tsconv.transform.bundles import to_bundles
 from tsconv.transform.layout import columns_as_rows, reciprocal
@@ -31,7 +32,7 @@ from tsconv.transform.neuron_order import Order, inverse
 from tsconv.transform.panels import panel_step, to_panels
 from tsconv.transform.quantize import BadWeightError, check_weights, float32, quantize_rows, row_bytes
 from tsconv.transform.rope import rope_rows
-from tsconv.write.writer import StreamedFile, signals_wait
+from tsconv.write.writer import StreamedFile
 
 SLAB_BYTES = 16 << 20  # of input; large enough for sequential disk reads, small beside the memory of any machine
 QUEUED = 2  # slabs waiting beyond one per worker
@@ -124,8 +125,6 @@ def write_tensors(
         if done:
             done(slab.input_bytes)
 
-    # Signals wait while the pool or a future works with its locks: an exception in there would leave one held, and the
-    # shutdown would wait for a thread that waits for it.
     limit = workers()
     pool = ThreadPoolExecutor(limit)
     try:

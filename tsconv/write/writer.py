@@ -12,12 +12,9 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import gguf
@@ -25,6 +22,7 @@ import numpy as np
 
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.format.header import read_header
+from tsconv.signals import signals_wait
 
 # Room for keys and the tensor table beyond the tensor data in the check for free space.
 HEADER_ROOM = 16 << 20
@@ -374,39 +372,3 @@ def _reported(path: Path) -> Iterator[None]:
 
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-@contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM that come while inside take effect on leaving."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    came: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
-
-
-@contextlib.contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """While inside, SIGTERM raises SystemExit(143) in the main thread, so that cleaning up happens as for Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning short
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

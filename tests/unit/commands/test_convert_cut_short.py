@@ -17,7 +17,8 @@ import pytest
 from support import ROOT
 from support.synthetic import SHAPES, random_tensors, save
 from tsconv.bench.synthetic import Shape, write_checkpoint
-from tsconv.write.writer import OutputFiles, StreamedFile, sigterm_exits
+from tsconv.signals import sigterm_exits
+from tsconv.write.writer import OutputFiles, StreamedFile
 
 OUTPUT = 6
 TIMEOUT_S = 240  # beside other programs
