@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from support import ROOT
+from tsconv.extras import EXTRAS
 
 PACKAGE = ROOT / "tsconv"
 # The packages and modules right under tsconv/, lowest first. Imports inside functions and for type checking count too.
 LAYERS = (
     "errors",
+    "extras",
     "cache",
     "progress",
     "signals",
@@ -39,7 +41,7 @@ LAYERS = (
 )
 ENTRANCES = {"tsconv", "tsconv.__main__"}  # they name what users may import, and are imported for __version__ only
 # Large, and needed by one command, or by one of its options.
-LATE = ("torch", "matplotlib", "pyarrow", "huggingface_hub", "fastapi")
+LATE = (*EXTRAS, "huggingface_hub", "fastapi")
 
 
 def name_of(path: Path) -> str:

@@ -21,6 +21,7 @@ from tsconv.checkpoint.lfs import refuse_pointer
 from tsconv.checkpoint.names import plain_names
 from tsconv.checkpoint.safetensors_reader import DTYPES, SourceTensor
 from tsconv.errors import CheckpointError
+from tsconv.extras import require
 
 FILE = re.compile(r"model_(\d+)\.pt")
 KEYS = ("fc1.weight", "fc2.weight")
@@ -81,7 +82,9 @@ def external_tensors(
     Raises:
         CheckpointError: a layer's file is missing or there are too many, keys or types are not those expected, or
             `sparse_threshold` is not 0. Shapes are checked when they are matched with the model's.
+        TsconvError: torch is not installed.
     """
+    require("torch", "reading separate predictors")
     _check_threshold(directory)
     numbered = {int(m[1]): path for path in directory.glob("model_*.pt") if (m := FILE.fullmatch(path.name))}
     if sorted(numbered) != list(range(n_layer)):

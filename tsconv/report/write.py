@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tsconv.errors import OutputError
+from tsconv.extras import require
 from tsconv.report.summary import summarise_stats
 from tsconv.signals import sigterm_exits
 from tsconv.stats.counts import Stats
@@ -31,7 +32,9 @@ def write_report(stats: Stats, directory: Path, title: str | None = None) -> lis
 
     Raises:
         OutputError: the directory cannot be made or written, or has other files by these names; nothing is left behind.
+        TsconvError: matplotlib is not installed.
     """
+    require("matplotlib", "a report")
     from tsconv.report.figures import draw
     from tsconv.report.page import page
 
@@ -51,7 +54,9 @@ def check_writable(directory: Path) -> None:
 
     Raises:
         OutputError: it cannot be made or written, or has files by a report's names that are not a report's.
+        TsconvError: matplotlib is not installed.
     """
+    require("matplotlib", "a report")
     with _reported(directory), _made(directory) as made:
         with tempfile.TemporaryFile(dir=directory):
             pass

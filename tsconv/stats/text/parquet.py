@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tsconv.errors import TsconvError
+from tsconv.extras import require
 from tsconv.stats.text.documents import InterruptedReadError, Tally, order
 
 if TYPE_CHECKING:
@@ -84,9 +85,13 @@ class ParquetFile:
         fs, path: where the file is.
         name: what it is called in messages and in the order of a seed.
         remote: `fs` is a network: try again, then raise InterruptedReadError. Locally a failure is a TsconvError.
+
+    Raises:
+        TsconvError: pyarrow is not installed.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, name: str, remote: bool) -> None:
+        require("pyarrow", "reading Parquet")
         self.fs, self.path, self.name, self.remote = fs, path, name, remote
         self._file: pq.ParquetFile | None = None
 
