@@ -8,6 +8,7 @@ it has them.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ ENGINES = {STOCK: "tsconv", DENSE_DRELU: "tsconv", NOREPACK: "tsconv-norepack"}
 WARM_UP_TOKENS = {"pp": 64, "tg": 8}  # in a sequence: touches the weights and the buffers of every test
 
 Answer = dict[str, Any]  # of a worker
+Case = tuple[int, Workload]  # threads, test
 
 
 @dataclass(frozen=True)
@@ -171,31 +173,16 @@ def compare(
         ModelFileError: the model cannot be read.
         BackendError: an engine could not run it.
     """
-    started = time.monotonic()
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     counts = tuple(n_threads or (usable_cores(),))
     headers = open_pair(path).headers
     backend = load_backend()
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)
     cases = [(n, workload) for n in counts for workload in workloads]
-    turns: list[dict[tuple[int, Workload], dict[str, Answer]]] = []
     bandwidth = {n: [measure_memory(backend, n)[0]] for n in counts}
     with _workers(engines, path, max(counts)) as workers:
-
-        def run(n: int, workload: Workload) -> dict[str, Answer]:
-            answers = {engine: workers[engine].run(workload, n) for engine in engines}
-            speeds = ", ".join(f"{engine} {workload.n_tokens / a['seconds']:.1f}" for engine, a in answers.items())
-            progress(f"{workload.name}, {n} threads: {speeds} tokens/s")
-            return answers
-
-        for workload in dict.fromkeys(workload.cut(WARM_UP_TOKENS[workload.kind]) for workload in workloads):
-            run(max(counts), workload)
-        for _ in range(repetitions):
-            begun = time.monotonic()
-            turns.append({case: run(*case) for case in cases})
-            now = time.monotonic()
-            if seconds is not None and now + (now - begun) > started + seconds:
-                break
-        loads = {engine: workers[engine].load_seconds for engine in engines}
+        turns = _turns(workers, cases, repetitions, deadline, progress)
+        loads = {engine: worker.load_seconds for engine, worker in workers.items()}
     for n in counts:
         bandwidth[n].append(measure_memory(backend, n)[0])
     common = {
@@ -221,6 +208,34 @@ def compare(
         for n, workload in cases
         for baseline in baselines
     ]
+
+
+def _turns(
+    workers: Mapping[str, _Worker],
+    cases: Sequence[Case],
+    repetitions: int,
+    deadline: float,
+    progress: Callable[[str], None],
+) -> list[dict[Case, dict[str, Answer]]]:
+    """What each engine answered in each turn; `deadline` as time.monotonic() has it. The first turn always runs."""
+
+    def run(n: int, workload: Workload) -> dict[str, Answer]:
+        answers = {engine: worker.run(workload, n) for engine, worker in workers.items()}
+        speeds = ", ".join(f"{engine} {workload.n_tokens / a['seconds']:.1f}" for engine, a in answers.items())
+        progress(f"{workload.name}, {n} threads: {speeds} tokens/s")
+        return answers
+
+    most = max((n for n, _ in cases), default=0)
+    for workload in dict.fromkeys(workload.cut(WARM_UP_TOKENS[workload.kind]) for _, workload in cases):
+        run(most, workload)
+    turns: list[dict[Case, dict[str, Answer]]] = []
+    for _ in range(repetitions):
+        begun = time.monotonic()
+        turns.append({case: run(*case) for case in cases})
+        now = time.monotonic()
+        if now + (now - begun) > deadline:
+            break
+    return turns
 
 
 def _predictor_type(headers: Sequence[Header]) -> str | None:

@@ -25,7 +25,7 @@ from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvEr
 from tsconv.format import keys
 from tsconv.format.order import CHECKPOINT, HOT_FIRST
 from tsconv.format.pair import sidecar_path
-from tsconv.format.types import choose_types, parse_override, parse_predictor_type, parse_type
+from tsconv.format.types import Override, choose_types, parse_override, parse_predictor_type, parse_type
 from tsconv.progress import Progress, counter
 from tsconv.signals import sigterm_exits
 from tsconv.stats import file as stats_file
@@ -75,6 +75,17 @@ class ConversionResult:
     input_bytes: int
     seconds: float
     dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Types and layout, as asked for: `overrides` as tsconv.format.types.parse_override returns them."""
+
+    kind: GGMLQuantizationType
+    predictor_kind: GGMLQuantizationType | None
+    overrides: list[Override]
+    ffn_layout: str
+    fuse_qkv: bool
 
 
 @dataclass(frozen=True)
@@ -148,45 +159,29 @@ def convert(
         OutputError: the output exists, or cannot be written.
         TsconvError: an unknown type or a bad override.
     """
-    kind = parse_type(outtype)
-    predictor_kind = parse_predictor_type(predictor_outtype) if predictor_outtype is not None else None
-    overrides = [parse_override(text) for text in tensor_types]
-    if ffn_layout not in LAYOUTS:
-        raise TsconvError(f"unknown layout {ffn_layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
+    wanted = _parsed(outtype, predictor_outtype, tensor_types, ffn_layout, fuse_qkv)
     stats = stats_file.load(Path(profile)) if profile is not None else None
     source = resolve(src, revision, CHECKPOINT_FILES)
     started = time.perf_counter()
 
     checkpoint = _read(source, predictor)
-    outputs = [item.output for item in checkpoint.model + checkpoint.sidecar]
-    choices = choose_types(outputs, kind, predictor_kind, overrides)
     ordered = None if stats is None or profile is None else _hot_first(stats, checkpoint, Path(profile))
-    plan = make_plan(
-        checkpoint.model,
-        checkpoint.sidecar,
-        choices,
-        rows={} if ordered is None else _rows(ordered.order, checkpoint.family),
-        ffn_layout=ffn_layout,
-        fuse_qkv=fuse_qkv,
-    )
-    model = _target(outfile, f"{source.name}-{type_name(kind)}.gguf", profile)
-    sizes = (0, 0) if dry_run else _write(plan, checkpoint, model, kind, ordered, force, progress)
-    return ConversionResult(
-        model=model,
-        sidecar=sidecar_path(model) if checkpoint.sidecar else None,
-        outtype=type_name(kind),
-        predictor_kind=checkpoint.kind,
-        neuron_order=CHECKPOINT if ordered is None else HOT_FIRST,
-        ffn_layout=plan.ffn_layout,
-        tensors=(*_shown("model", plan.model), *_shown("sidecar", plan.sidecar)),
-        notes=checkpoint.notes,
-        type_notes=plan.type_notes,
-        model_bytes=sizes[0],
-        sidecar_bytes=sizes[1],
-        input_bytes=plan.input_bytes,
-        seconds=time.perf_counter() - started,
-        dry_run=dry_run,
-    )
+    plan = _plan(checkpoint, wanted, ordered)
+    model = _target(outfile, f"{source.name}-{type_name(wanted.kind)}.gguf", profile)
+    sizes = None if dry_run else _write(plan, checkpoint, model, wanted.kind, ordered, force, progress)
+    return _result(checkpoint, plan, model, wanted.kind, ordered, sizes, time.perf_counter() - started)
+
+
+def _parsed(
+    outtype: str, predictor_outtype: str | None, tensor_types: Iterable[str], ffn_layout: str, fuse_qkv: bool
+) -> _Wanted:
+    """The arguments of `convert`. Raises TsconvError for one that means nothing."""
+    kind = parse_type(outtype)
+    predictor_kind = parse_predictor_type(predictor_outtype) if predictor_outtype is not None else None
+    overrides = [parse_override(text) for text in tensor_types]
+    if ffn_layout not in LAYOUTS:
+        raise TsconvError(f"unknown layout {ffn_layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
+    return _Wanted(kind, predictor_kind, overrides, ffn_layout, fuse_qkv)
 
 
 def _read(source: Source, predictor: str | Path | None) -> _Checkpoint:
@@ -251,6 +246,18 @@ def _rows(order: Order, family: Family) -> dict[str, Order]:
     return model | sidecar
 
 
+def _plan(checkpoint: _Checkpoint, wanted: _Wanted, ordered: _HotFirst | None) -> Plan:
+    outputs = [item.output for item in checkpoint.model + checkpoint.sidecar]
+    return make_plan(
+        checkpoint.model,
+        checkpoint.sidecar,
+        choose_types(outputs, wanted.kind, wanted.predictor_kind, wanted.overrides),
+        rows={} if ordered is None else _rows(ordered.order, checkpoint.family),
+        ffn_layout=wanted.ffn_layout,
+        fuse_qkv=wanted.fuse_qkv,
+    )
+
+
 def _target(outfile: str | Path | None, default: str, profile: str | Path | None) -> Path:
     """The model to write.
 
@@ -275,6 +282,35 @@ def _shown(label: str, file: FilePlan) -> Iterator[PlannedTensor]:
             source_bytes=tensor.source_bytes,
             bytes=tensor.nbytes,
         )
+
+
+def _result(
+    checkpoint: _Checkpoint,
+    plan: Plan,
+    model: Path,
+    outtype: GGMLQuantizationType,
+    ordered: _HotFirst | None,
+    sizes: tuple[int, int] | None,
+    seconds: float,
+) -> ConversionResult:
+    """What was done; `sizes` are those of the files, None after a dry run."""
+    model_bytes, sidecar_bytes = sizes or (0, 0)
+    return ConversionResult(
+        model=model,
+        sidecar=sidecar_path(model) if checkpoint.sidecar else None,
+        outtype=type_name(outtype),
+        predictor_kind=checkpoint.kind,
+        neuron_order=CHECKPOINT if ordered is None else HOT_FIRST,
+        ffn_layout=plan.ffn_layout,
+        tensors=(*_shown("model", plan.model), *_shown("sidecar", plan.sidecar)),
+        notes=checkpoint.notes,
+        type_notes=plan.type_notes,
+        model_bytes=model_bytes,
+        sidecar_bytes=sidecar_bytes,
+        input_bytes=plan.input_bytes,
+        seconds=seconds,
+        dry_run=sizes is None,
+    )
 
 
 def _write(

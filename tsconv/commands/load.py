@@ -54,13 +54,9 @@ def load_on_machine(
     native = open_model(path, named, sparsity)  # checks both files before anything is decided
     native.close()
     header = read_header(path)
-    if machine == AUTO:
-        machine = this_machine(say)
-    elif isinstance(machine, str):
-        machine = load_machine(machine)
     chosen = fit(
         header,
-        machine,
+        _machine(machine, say),
         sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
         sparsity=native.sparsity,
         n_ctx=padded(n_ctx),
@@ -86,3 +82,9 @@ def load_on_machine(
         llama.close()
         raise
     return llama, chosen, residency
+
+
+def _machine(machine: str | Machine, say: Callable[[str], None]) -> Machine:
+    if machine == AUTO:
+        return this_machine(say)
+    return load_machine(machine) if isinstance(machine, str) else machine

@@ -91,10 +91,7 @@ def place(
     work, rates = read_workload(header, sidecar, stats, ctx), Rates.of(machine)
     vram, ram = _budgets(machine, vram_budget, ram_budget)
     solution = solve(work, rates, vram, ram)
-    try:
-        cpu_only = solution.estimate if vram == 0 else solve(work, rates, 0, ram).estimate
-    except TsconvError:  # does not fit
-        cpu_only = None
+    cpu_only = solution.estimate if vram == 0 else _without_gpu(work, rates, ram)
     all_gpu = evaluate(work, rates, whole(work, GPU), GPU) if rates.has_gpu else None
     notes = [
         *_default_budgets(machine, vram_budget, ram_budget),
@@ -136,6 +133,13 @@ def _check_order(header: Header, profile: Path) -> None:
             where=header.path,
             fix=f"put them first: {command}",
         )
+
+
+def _without_gpu(work: Workload, rates: Rates, ram: int) -> Estimate | None:
+    try:
+        return solve(work, rates, 0, ram).estimate
+    except TsconvError:  # does not fit
+        return None
 
 
 def _predicted(solution: Solution, cpu_only: Estimate | None, all_gpu: Estimate | None) -> dict[str, float | None]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tsconv.errors import HubError, OutputError, TsconvError
 from tsconv.format.header import Header, read_header
 from tsconv.stats import counts
 from tsconv.stats import file as stats_file
-from tsconv.stats.counts import Stats
+from tsconv.stats.counts import Stats, Subject
+
+if TYPE_CHECKING:
+    from tsconv.runtime.model import SparseLlama
+    from tsconv.stats.collect import Collected
+    from tsconv.stats.text.corpus import Corpus
 
 DEFAULT_TOKENS = 1_000_000
 DEFAULT_CHUNK = 512
@@ -86,8 +92,6 @@ def profile(
         HubError: the text cannot be reached.
     """
     from tsconv.runtime.model import load
-    from tsconv.stats.collect import collect, subject_of
-    from tsconv.stats.text.chunks import chunks
     from tsconv.stats.text.corpus import open_corpus
 
     path = Path(model)
@@ -100,40 +104,22 @@ def profile(
         path, sparsity=sparsity, predictor_path=predictor_path, n_threads=n_threads, n_ctx=1, n_batch=1, header=header
     )
     try:
-        subject = counts.common_subject([subject_of(header, llama.sparsity), *(stats.subject for stats in merged)])
-        n_parts = 1 + sum(len(stats.parts) for stats in merged)
+        subject, n_parts = _sum_of(header, llama.sparsity, merged)
         _check_outputs(output, report, subject, n_parts, force)
         warning = llama.context_warning(chunk)
-        bos = llama.token_bos() if llama.token_bos() >= 0 else None
         started = time.perf_counter()
-        run = collect(
-            llama,
-            chunks(lambda text: llama.tokenize(text, add_bos=False, special=False), bos, corpus, chunk),
-            source=(corpus.dataset, corpus.config, corpus.revision),
-            chunk=chunk,
-            n_tokens=n_tokens,
-            seed=seed,
-            progress=progress,
-            should_stop=should_stop,
-        )
+        run = _counted(llama, corpus, chunk, n_tokens, progress, should_stop)
         seconds = time.perf_counter() - started
-    except TsconvError as error:
-        if corpus.incomplete is None:
-            raise
-        raise HubError(f"{corpus.incomplete}; {error}", where=corpus.dataset) from None
     finally:
         llama.close()
     total = counts.merge([run.stats, *merged])
-    notes = [*corpus.notes, *([warning] if warning else [])]
-    if run.stopped is None and run.stats.n_tokens < n_tokens:
-        notes.append(f"the text has {run.stats.n_tokens:,} tokens in whole chunks, {n_tokens:,} were asked for")
     return ProfileResult(
         stats=total,
         outfile=_save(total, output, force),
         report=_report(total, report),
         n_tokens=run.stats.n_tokens,
         seconds=seconds,
-        notes=tuple(notes),
+        notes=(*corpus.notes, *_notes(warning, run, n_tokens)),
         stopped=run.stopped,
     )
 
@@ -166,13 +152,63 @@ def _check_chunk(header: Header, chunk: int) -> None:
         raise TsconvError("the chunk is longer than the model's context", expected=f"at most {longest}", found=chunk)
 
 
-def _check_outputs(output: Path, report: str | Path | None, subject: counts.Subject, n_parts: int, force: bool) -> None:
+def _check_outputs(output: Path, report: str | Path | None, subject: Subject, n_parts: int, force: bool) -> None:
     """Raises what writing would raise, before hours of counting."""
     stats_file.check_output(output, subject, n_parts, force)
     if report is not None:
         from tsconv.report.write import check_writable
 
         check_writable(Path(report))
+
+
+def _sum_of(header: Header, sparsity: str, merged: Sequence[Stats]) -> tuple[Subject, int]:
+    """Whose neurons the model and the statistics to add have, and of how many texts the sum will be.
+
+    Raises:
+        TsconvError: they do not belong together.
+    """
+    from tsconv.stats.collect import subject_of
+
+    subject = counts.common_subject([subject_of(header, sparsity), *(stats.subject for stats in merged)])
+    return subject, 1 + sum(len(stats.parts) for stats in merged)
+
+
+def _counted(
+    llama: SparseLlama,
+    corpus: Corpus,
+    chunk: int,
+    n_tokens: int,
+    progress: Callable[[int], None] | None,
+    should_stop: Callable[[], bool],
+) -> Collected:
+    """Runs the model over the text. Raises HubError where the network failed before there was a whole chunk of it."""
+    from tsconv.stats.collect import collect
+    from tsconv.stats.text.chunks import chunks
+
+    bos = llama.token_bos() if llama.token_bos() >= 0 else None
+    try:
+        return collect(
+            llama,
+            chunks(lambda text: llama.tokenize(text, add_bos=False, special=False), bos, corpus, chunk),
+            source=(corpus.dataset, corpus.config, corpus.revision),
+            chunk=chunk,
+            n_tokens=n_tokens,
+            seed=corpus.seed,
+            progress=progress,
+            should_stop=should_stop,
+        )
+    except TsconvError as error:
+        if corpus.incomplete is None:
+            raise
+        raise HubError(f"{corpus.incomplete}; {error}", where=corpus.dataset) from None
+
+
+def _notes(warning: str | None, run: Collected, n_tokens: int) -> Iterator[str]:
+    """What the user should know of the run, beside what the corpus says; `warning` is of the chunk's length."""
+    if warning:
+        yield warning
+    if run.stopped is None and run.stats.n_tokens < n_tokens:
+        yield f"the text has {run.stats.n_tokens:,} tokens in whole chunks, {n_tokens:,} were asked for"
 
 
 def _save(stats: Stats, output: Path, force: bool) -> Path:

@@ -83,32 +83,19 @@ def reorder(
     wanted = hot_order(stats, stored.shape)
     parts = by_tensor(between(stored, wanted), bool(headers[0].keys.get("llama.expert_count")))
 
-    target = Path(outfile) if outfile is not None else model.with_name(f"{model.stem}-hot.gguf")
-    if target.suffix != ".gguf":
-        raise OutputError("bad name of the output", where=target, expected="a name that ends in .gguf")
-    targets = [target, sidecar_path(target)]
-    refuse_inputs(targets, [*(header.path for header in headers), profile])
+    targets = _targets(outfile, model, [*(header.path for header in headers), profile])
     files = [StreamedFile(path, ARCHITECTURE) for path in targets[: len(headers)]]
     pair_id = secrets.token_hex(16)
     for header, file, rows in zip(headers, files, parts, strict=False):
         _check_neuron_tensors(header, rows)
         _copy_header(header, file, pair_id)
     add_neuron_order(files[0].header, wanted, described(stats), stats.subject.sparsity)
-
-    total = sum(tensor.n_bytes for header in headers for tensor in header.tensors)
-    count = counter(progress, total)
     with sigterm_exits(), OutputFiles(files, targets[len(headers) :], force) as output_files:
-        for file in files:
-            file.begin()
-        for header, file, rows in zip(headers, files, parts, strict=False):
-            for piece in _tensor_data(header, rows):
-                file.write_on(piece)
-                if count:
-                    count(piece.nbytes)
+        _write(headers, files, parts, progress)
         sizes = output_files.commit()
     alone = len(headers) == 1 and headers[0].keys.get("turbosparse.predictor.kind") != "none"
     return ReorderResult(
-        model=target,
+        model=targets[0],
         sidecar=targets[1] if len(headers) > 1 else None,
         profile=described(stats),
         sparsity=stats.subject.sparsity,
@@ -119,6 +106,33 @@ def reorder(
         sidecar_bytes=sizes[1] if len(headers) > 1 else 0,
         seconds=time.perf_counter() - started,
     )
+
+
+def _targets(outfile: str | Path | None, model: Path, inputs: list[Path]) -> list[Path]:
+    """The model to write and its sidecar. Raises OutputError for a bad name, or one of the inputs'."""
+    target = Path(outfile) if outfile is not None else model.with_name(f"{model.stem}-hot.gguf")
+    if target.suffix != ".gguf":
+        raise OutputError("bad name of the output", where=target, expected="a name that ends in .gguf")
+    targets = [target, sidecar_path(target)]
+    refuse_inputs(targets, inputs)
+    return targets
+
+
+def _write(
+    headers: Sequence[Header],
+    files: Sequence[StreamedFile],
+    parts: Sequence[Mapping[str, Order]],
+    progress: Progress | None,
+) -> None:
+    """All of each file but its end; `parts` are the orders of the model's tensors, then of the sidecar's."""
+    count = counter(progress, sum(tensor.n_bytes for header in headers for tensor in header.tensors))
+    for file in files:
+        file.begin()
+    for header, file, rows in zip(headers, files, parts, strict=False):
+        for piece in _tensor_data(header, rows):
+            file.write_on(piece)
+            if count:
+                count(piece.nbytes)
 
 
 def _check_neuron_tensors(header: Header, parts: Mapping[str, Order]) -> None:

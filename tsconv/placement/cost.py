@@ -18,7 +18,7 @@ from tsconv.format.header import Header, TensorEntry
 from tsconv.format.kv_cache import kv_bytes_per_token, padded
 from tsconv.format.order import dimension, neuron_order, shape_of
 from tsconv.placement.file import CPU, GPU, Device, LayerPlacement
-from tsconv.stats.counts import Counts, Stats
+from tsconv.stats.counts import Counts, Stats, Subject
 
 if TYPE_CHECKING:
     from tsconv.machine.profile import Machine
@@ -282,6 +282,29 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
         ModelFileError: a key or tensor is missing or of an unexpected size, or the statistics do not fit the model.
         TsconvError: the statistics are of no tokens.
     """
+    _check_stats(stats, model)
+    tensors = _Tensors(model)
+    predictors = _Tensors(sidecar) if sidecar is not None else None
+    n_embd = dimension(model, "llama.embedding_length", MAX_DIM)
+    layers = _layers(stats, tensors, predictors, n_embd, ctx)
+    embedding = tensors.one("token_embd.weight")
+    n_vocab = max(1, embedding.n_weights // n_embd)
+    norm, matrix = tensors.one("output_norm.weight"), tensors.named.get("output.weight")
+    return Workload(
+        layers=layers,
+        state_bytes=STATE_ITEM * n_embd,
+        mask_bytes=-(-stats.subject.n_ff // 8) * max(1, stats.subject.n_expert_used),
+        logits_bytes=STATE_ITEM * n_vocab,
+        has_predictor=sidecar is not None,
+        embedding_bytes=embedding.n_bytes,
+        embedding_read=embedding.n_bytes / n_vocab,
+        output_bytes=norm.n_bytes + (matrix or embedding).n_bytes,
+        output_ram=norm.n_bytes + (matrix.n_bytes if matrix is not None else 0),
+    )
+
+
+def _check_stats(stats: Stats, model: Header) -> None:
+    """Raises ModelFileError for statistics of another model, TsconvError for those of nothing."""
     stats.check_model(model)
     n_layer, n_ffn, n_ff = shape_of(model)
     subject = stats.subject
@@ -294,25 +317,18 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
         )
     if not stats.n_tokens:
         raise TsconvError("the statistics are of no tokens", fix="profile more text")
-    tensors = _Tensors(model)
-    predictors = _Tensors(sidecar) if sidecar is not None else None
-    n_embd = dimension(model, "llama.embedding_length", MAX_DIM)
-    kv_token = kv_bytes_per_token(model)
-    order = neuron_order(model)
+
+
+def _layers(stats: Stats, tensors: _Tensors, predictors: _Tensors | None, n_embd: int, ctx: int) -> tuple[Layer, ...]:
+    """The layers of the model that `stats` are of, whose tensors and predictors these are."""
+    subject = stats.subject
+    kv_token = kv_bytes_per_token(tensors.header)
+    order = neuron_order(tensors.header)
     layers = []
-    for n in range(n_layer):
-        neurons = [tensors.one(f"blk.{n}.ffn_{p}{'_exps' if subject.n_expert else ''}.weight") for p in _NEURON_PARTS]
-        for tensor in neurons:
-            if tensor.n_weights != n_embd * n_ff * n_ffn:
-                raise ModelFileError(
-                    "bad tensor",
-                    where=f"{model.path}: {tensor.name}",
-                    expected=f"{n_embd} x {n_ff} x {n_ffn} weights",
-                    found=tensor.n_weights,
-                )
-        gate, up, down = (tensor.n_bytes // (n_ff * n_ffn) for tensor in neurons)
-        rows = gate, up, down
-        heat = expected_bytes(stats.total, subject.sparsity, rows, stats.n_tokens, n)
+    for n in range(subject.n_layer):
+        neurons = tensors.neurons(n, subject, n_embd)
+        gate, up, down = (tensor.n_bytes // (subject.n_ff * subject.n_ffn) for tensor in neurons)
+        heat = expected_bytes(stats.total, subject.sparsity, (gate, up, down), stats.n_tokens, n)
         share = stats.total.tokens[n] / stats.n_tokens
         predictor_bytes, predictor_read = (
             (0, 0.0) if predictors is None else predictors.predictor(n, share, subject.n_expert > 0)
@@ -324,24 +340,11 @@ def read_workload(model: Header, sidecar: Header | None, stats: Stats, ctx: int)
                 kv_read=kv_token * ctx / 2,
                 predictor_bytes=predictor_bytes,
                 predictor_read=predictor_read,
-                neuron_bytes=sum(rows),
+                neuron_bytes=gate + up + down,
                 heat=np.take_along_axis(heat, order[n], axis=-1),
             )
         )
-    embedding = tensors.one("token_embd.weight")
-    n_vocab = max(1, embedding.n_weights // n_embd)
-    norm, matrix = tensors.one("output_norm.weight"), tensors.named.get("output.weight")
-    return Workload(
-        layers=tuple(layers),
-        state_bytes=STATE_ITEM * n_embd,
-        mask_bytes=-(-n_ff // 8) * max(1, subject.n_expert_used),
-        logits_bytes=STATE_ITEM * n_vocab,
-        has_predictor=sidecar is not None,
-        embedding_bytes=embedding.n_bytes,
-        embedding_read=embedding.n_bytes / n_vocab,
-        output_bytes=norm.n_bytes + (matrix or embedding).n_bytes,
-        output_ram=norm.n_bytes + (matrix.n_bytes if matrix is not None else 0),
-    )
+    return tuple(layers)
 
 
 _NEURON_PARTS = ("gate", "up", "down")
@@ -362,6 +365,20 @@ class _Tensors:
         if name not in self.named:
             raise ModelFileError("tensor is missing", where=f"{self.header.path}: {name}", fix="convert again")
         return self.named[name]
+
+    def neurons(self, n: int, subject: Subject, n_embd: int) -> list[TensorEntry]:
+        """Gate, up and down of a layer. Raises ModelFileError when one is missing or of another size."""
+        infix = "_exps" if subject.n_expert else ""
+        found = [self.one(f"blk.{n}.ffn_{part}{infix}.weight") for part in _NEURON_PARTS]
+        for tensor in found:
+            if tensor.n_weights != n_embd * subject.n_ff * subject.n_ffn:
+                raise ModelFileError(
+                    "bad tensor",
+                    where=f"{self.header.path}: {tensor.name}",
+                    expected=f"{n_embd} x {subject.n_ff} x {subject.n_ffn} weights",
+                    found=tensor.n_weights,
+                )
+        return found
 
     def total(self, prefix: str) -> int:
         """Bytes of all tensors of a layer."""

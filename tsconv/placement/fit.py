@@ -109,21 +109,9 @@ def fit(
     context_bytes = n_ctx * n_layer * kv_bytes_per_token(header)
     fixed = header.file_bytes - ffn_bytes + sidecar_bytes + context_bytes + MARGIN_BYTES
     budget = min(available, machine.cpu.memory_bytes)
-    asked = np.full((n_layer, n_ffn), n_ff, dtype=np.int32)
-    strategy: Strategy
-    if placement is not None:
-        placement.check_model(header)
-        strategy, asked = "placement", np.array(placement.hot_prefix(), dtype=np.int32)
-    else:
-        strategy = "all" if fixed + ffn_bytes <= budget else "on_demand"
+    strategy, asked = _asked(header, placement, fits=fixed + ffn_bytes <= budget)
     asked_bytes = int((asked * rows[:, None]).sum())
-    if strategy == "all":
-        share = 1.0
-    elif strategy == "placement":
-        share = min(1.0, max(0, budget - fixed) / max(1, asked_bytes))
-    else:
-        share = 0.0  # which neurons are hot is not known: the kernel keeps what was used last
-    hot = np.floor(asked * share).astype(np.int32)
+    hot = np.floor(asked * _share(strategy, asked_bytes, room=budget - fixed)).astype(np.int32)
     return Fit(
         machine=machine.name,
         machine_cores=machine.cpu.cores,
@@ -148,6 +136,28 @@ def fit(
         # Without a predictor all gate rows of a token are read one after the other; predictors pick rows.
         read_ahead=strategy == "all" or sparsity != "predictor",
     )
+
+
+def _asked(header: Header, placement: Placement | None, fits: bool) -> tuple[Strategy, npt.NDArray[np.int32]]:
+    """What to aim for, and the neurons of each FFN that belong in RAM then: int32 [n_layer, n_ffn].
+
+    Raises:
+        ModelFileError: the placement is of another model.
+    """
+    if placement is not None:
+        placement.check_model(header)
+        return "placement", np.array(placement.hot_prefix(), dtype=np.int32)
+    n_layer, n_ffn, n_ff = shape_of(header)
+    return "all" if fits else "on_demand", np.full((n_layer, n_ffn), n_ff, dtype=np.int32)
+
+
+def _share(strategy: Strategy, asked_bytes: int, room: int) -> float:
+    """How much of them: of a placement, what there is room for."""
+    if strategy == "all":
+        return 1.0
+    if strategy == "placement":
+        return min(1.0, max(0, room) / max(1, asked_bytes))
+    return 0.0  # which neurons are hot is not known: the kernel keeps what was used last
 
 
 def _row_bytes(header: Header) -> npt.NDArray[np.int64]:

@@ -234,13 +234,17 @@ def search(
     seconds, device = min(ends, default=(math.inf, 0))
     if seconds >= below:  # the bounds let such ways through where budgets are left over
         return None, exhaustive
-    best = int(labels[device].seconds.argmin())
+    return Way(seconds, _picks(history, device, int(labels[device].seconds.argmin()))), exhaustive
+
+
+def _picks(history: list[tuple[_Labels, ...]], device: int, label: int) -> list[tuple[int, int]]:
+    """(device, option) of each stage on the way that ends with a label of the last one."""
     picks = []
     for stage_labels in reversed(history):
-        label = stage_labels[device]
-        picks.append((device, int(label.option[best])))
-        device, best = int(label.before[best]), int(label.parent[best])
-    return Way(seconds, picks[::-1]), exhaustive
+        labels = stage_labels[device]
+        picks.append((device, int(labels.option[label])))
+        device, label = int(labels.before[label]), int(labels.parent[label])
+    return picks[::-1]
 
 
 def _extended(
