@@ -1,6 +1,6 @@
 """A greedy placement, and how far it is from the solver's: docs/notes/2026-11-28-greedy-placement.md.
 
-In tests/: PYTHONPATH=unit/placement:unit/cli python -m support.greedy_placement
+In tests/: PYTHONPATH=unit/placement:unit/cli python -m experiments.greedy_placement
 """
 
 from __future__ import annotations
@@ -278,6 +278,7 @@ def small_models() -> Iterator[tuple[str, Workload, Rates]]:
     from test_place import MACHINE
 
     import tsconv
+    from support import CHECKPOINTS
     from support.random_stats import random_stats, save_stats
     from support.refused import sidecar_of
     from support.synthetic import SHAPES, random_tensors, save
@@ -289,8 +290,7 @@ def small_models() -> Iterator[tuple[str, Workload, Rates]]:
         folder = Path(temporary)
         (folder / "toy.toml").write_text(MACHINE)
         sources = {name: save(folder / name, s, random_tensors(s)) for name, s in SHAPES.items()}
-        root = Path(__file__).resolve().parents[1] / "checkpoints"
-        sources |= {path.name: path for path in sorted(root.glob("tiny-*"))}
+        sources |= {path.name: path for path in sorted(CHECKPOINTS.glob("tiny-*"))}
         for name, source in sources.items():
             model = tsconv.convert(source, folder / f"{name}.gguf", "q4_0").model
             sparsity = "exact" if name == "bamboo" else "predictor"
