@@ -10,7 +10,8 @@ language: en
 ---
 # {name}
 
-A small trained language model in the layout of {kind}.
+A small trained language model in the layout of
+{kind}.
 Made for tests and demonstrations: real weights, real activation sparsity, real predictors, in {size} parameters. It has
 read one book and knows nothing else.
 
@@ -43,7 +44,8 @@ Perplexity per token ({char_per_token:.2f} characters) over {n_eval} tokens in p
 {table}
 
 Active: gate > 0 and up > 0. Recall: the share of the active neurons that the predictor keeps.{moe_note}
-`python checkpoints/evaluate.py checkpoints/{name} --text checkpoints/heldout.txt` prints these figures.
+These figures are printed by
+`python checkpoints/evaluate.py checkpoints/{name} --text checkpoints/heldout.txt`.
 
 ## Samples (temperature 0.7)
 
