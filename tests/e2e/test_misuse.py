@@ -207,6 +207,18 @@ print(answer)"""
         assert line.startswith(expected), line
 
 
+def test_a_closed_model_before_a_fork():
+    """It is not in the way of the others, and says in the child what it says in the parent."""
+    script = f"""{FORK}
+models = [tsconv.load(model, n_threads=1) for _ in range(3)]
+models[0].close()
+models[2].close()
+print(forked(lambda: json.dumps([error(m.token_logits, [1]) for m in models])))"""
+    first, second, third = python(script)
+    assert first == third == "BackendError: the model is closed"
+    assert second.startswith("BackendError: the model was loaded before this process was forked")
+
+
 # llama.cpp repacks weights for AMX with as many threads as OpenMP likes, while it loads a model.
 AMX = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info() and len(os.sched_getaffinity(0)) > 1
 SEVERAL = "forked from one that had computed with several threads, which are not in it: expected 1 thread"

@@ -37,53 +37,50 @@ class Guard:
         n_threads: those that the model computes with.
         lock: held while llama.cpp works for the model.
         gone: why the model cannot be used any more; None while it can.
+        version: of the context: another one after each call that may have changed it.
     """
 
-    def __init__(self, n_threads: int = 1) -> None:
+    def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
         self.lock = threading.RLock()
         self.gone: str | None = None
-        self._depth = 0  # calls within calls of the thread that holds the lock
-        self._changing = 0  # those of them that change the context
-        self._user: object = None  # the last one that changed the context
+        self.version = 0
+        self._calls: list[bool] = []  # of the thread that holds the lock, each within the one before: what `changes` is
 
     @property
     def is_working(self) -> bool:
         """Whether the model works for the thread that asks; ask while holding the lock."""
-        return self._depth > 0
+        return bool(self._calls)
 
     @contextmanager
-    def alone(self, user: object = None, *, resumed: bool = False, changes: bool = True) -> Iterator[None]:
+    def alone(self, *, changes: bool = True, continues: int | None = None) -> Iterator[None]:
         """While this holds, no other thread uses the model.
 
         Args:
-            user: who continues later what this begins, so that others may come in between.
-            resumed: it continues.
             changes: tokens may come into the context, or leave it.
+            continues: the version of the context that this goes on from; None: from any.
 
         Raises:
-            BackendError: the model cannot be used any more, or another one changed what was to be continued.
+            BackendError: the model cannot be used any more, or another call changed what was to be continued.
         """
         with self.lock:
             if self.gone is not None:
                 raise BackendError(self.gone)
-            if changes and not self._changing:
-                if resumed and self._user is not user:
+            if changes and not any(self._calls):  # what is called by a call belongs to it
+                if continues not in (None, self.version):
                     raise BackendError(
                         "another call has used the model since: this text cannot be continued",
                         fix="end one text before the next, or load the model once for each",
                     )
                 use_threads(self.n_threads)
-                self._user = object() if user is None else user
-            self._depth += 1
-            self._changing += changes
+                self.version += 1
+            self._calls.append(changes)
             try:
                 yield
             finally:
-                self._depth -= 1
-                self._changing -= changes
+                self._calls.pop()
 
     def after_fork(self) -> None:
         """In the child: another thread may have held the lock, and it is not there to give it back."""
-        self.lock, self._depth, self._changing = threading.RLock(), 0, 0
+        self.lock = threading.RLock()
         self.gone = self.gone or FORKED

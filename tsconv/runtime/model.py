@@ -22,10 +22,11 @@ from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
-from tsconv.native.log import OWN, computing, quiet_unless
+from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
+from tsconv.runtime.load_error import load_error
 from tsconv.runtime.residency import Residency, place_in_memory
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -35,7 +36,10 @@ WINDOW_KEY = "turbosparse.source.sliding_window"
 AMX = b"AMX_INT8 = 1"
 MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
 
-_models: weakref.WeakSet[SparseLlama] = weakref.WeakSet()  # of this process, for `_after_fork`
+PARTS = ("_model", "_ctx", "_batch")  # of a llama_cpp.Llama
+POINTERS = ("model", "vocab", "ctx", "memory", "batch")  # of them, into llama.cpp
+
+_models: weakref.WeakSet[SparseLlama] = weakref.WeakSet()  # of this process: a fork leaves its child with none of them
 
 
 def _alone(function: Callable[..., Any], changes: bool = True) -> Callable[..., Any]:
@@ -54,6 +58,21 @@ class FileName(str):
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         return os.fsencode(str(self))
+
+
+def _threads(n_threads: int | None, n_threads_batch: int | None) -> tuple[int, int]:
+    """Those of decoding and of prefill. Raises TsconvError for a number that llama.cpp does not have."""
+    for n in (n_threads, n_threads_batch):
+        if n is not None and not 1 <= n <= MAX_THREADS:
+            raise TsconvError("threads", expected=f"1 to {MAX_THREADS}", found=n)
+    return n_threads or usable_cores(), n_threads_batch or n_threads or usable_cores()
+
+
+def _prepare_openmp(n_threads: int) -> None:
+    """Raises BackendError where this process cannot compute with so many threads."""
+    check_threads(n_threads)
+    if AMX in llama_cpp.llama_print_system_info():
+        use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
 
 
 class SparseLlama(llama_cpp.Llama):
@@ -107,31 +126,23 @@ class SparseLlama(llama_cpp.Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        # llama_cpp.Llama's destructor closes this, also when loading fails before its own constructor runs.
-        self._stack = ExitStack()
-        self._guard = Guard()
         path = Path(model_path)
         if not 0 <= n_ctx <= MAX_CONTEXT:
             raise TsconvError("context", expected=f"0 to {MAX_CONTEXT} tokens", found=n_ctx)
-        for n in (n_threads, n_threads_batch):
-            if n is not None and not 1 <= n <= MAX_THREADS:
-                raise TsconvError("threads", expected=f"1 to {MAX_THREADS}", found=n)
+        threads = _threads(n_threads, n_threads_batch)
         lora_path = kwargs.pop("lora_path", None)
         if lora_path:
             header = header or read_header(path)
             refuse_adapter(header, read_header(Path(lora_path)))
             kwargs["use_mmap"] = False
-        threads = n_threads or usable_cores(), n_threads_batch or n_threads or usable_cores()
-        self._guard.n_threads = max(threads)
-        check_threads(max(threads))
-        if AMX in llama_cpp.llama_print_system_info():
-            use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
-        native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity, header)
-        self._native = native
-        self.sparsity: str = native.sparsity
+        _prepare_openmp(max(threads))
+        self._native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity, header)
+        self.sparsity: str = self._native.sparsity
+        # llama_cpp.Llama's destructor closes these, also when loading fails before its own constructor runs.
+        self._guard, self._stack = Guard(max(threads)), ExitStack()
         self._arguments = {
             "model_path": model_path,
-            "sparsity": native.sparsity,
+            "sparsity": self.sparsity,
             "predictor_path": predictor_path,
             "n_threads": n_threads,
             "n_threads_batch": n_threads_batch,
@@ -145,55 +156,63 @@ class SparseLlama(llama_cpp.Llama):
         }
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
-        undo = ExitStack()
-        undo.callback(native.close)
-        try:
-            with undo, native.armed(), quiet_unless(verbose) as errors:
-                if preload is None:
-                    preload = kwargs.get("use_mmap", True) and fits_in_memory(native.file_bytes)
-                if preload:
-                    native.cache_file(progress)
-                super().__init__(
-                    FileName(path),
-                    n_threads=threads[0],
-                    n_threads_batch=threads[1],
-                    n_ctx=padded(n_ctx),
-                    flash_attn=flash_attn,
-                    kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
-                    verbose=verbose,
-                    **kwargs,
-                )
-                undo.pop_all()
-        except (ValueError, MemoryError) as error:
-            self.close()
-            raise _load_error(error, errors, path, padded(n_ctx)) from None
-        # Runs after llama.cpp has freed context and weights.
-        self._model._exit_stack.callback(native.close)
-        _models.add(self)
+        self._load(
+            path,
+            preload,
+            progress,
+            n_threads=threads[0],
+            n_threads_batch=threads[1],
+            n_ctx=padded(n_ctx),
+            flash_attn=flash_attn,
+            kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
+            verbose=verbose,
+            **kwargs,
+        )
         self._metadata |= self._unusable_templates
         if TEMPLATE_KEY in self._template_errors and kwargs.get("chat_format") is kwargs.get("chat_handler") is None:
             self.chat_format = DEFAULT_TEMPLATE  # not the one that llama_cpp.Llama takes for models without a template
         if lora_path:
-            with quiet_unless(verbose) as errors:
-                self._use_adapter(Path(lora_path), errors)
+            self._use_adapter(Path(lora_path))
 
-    def _use_adapter(self, path: Path, errors: list[str]) -> None:
+    def _load(
+        self, path: Path, preload: bool | None, progress: Callable[[int, int], None] | None, /, **arguments: Any
+    ) -> None:
+        """llama_cpp.Llama's constructor, with `arguments`, while the backend claims the FFNs.
+
+        Raises:
+            TsconvError: what `load_error` makes of its errors; the model is closed then.
+        """
+        native, undo = self._native, ExitStack()
+        undo.callback(native.close)
+        try:
+            with undo, native.armed(), quiet_unless(arguments["verbose"]) as errors:
+                if preload is None:
+                    preload = arguments.get("use_mmap", True) and fits_in_memory(native.file_bytes)
+                if preload:
+                    native.cache_file(progress)
+                super().__init__(FileName(path), **arguments)
+                undo.pop_all()
+        except (ValueError, MemoryError) as error:
+            self.close()
+            raise load_error(error, errors, path, arguments["n_ctx"]) from None
+        self._model._exit_stack.callback(native.close)  # runs after llama.cpp has freed context and weights
+        _models.add(self)
+
+    def _use_adapter(self, path: Path) -> None:
         """What llama_cpp.Llama does for lora_path, but that it does not see when llama.cpp refuses the adapter.
-
-        Args:
-            errors: where llama.cpp's error lines go.
 
         Raises:
             ModelFileError: it does; the model is closed then.
         """
-        adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
-        if adapter:
-            self._lora_adapter, self.lora_path = adapter, str(path)
-            self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
-            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-            if llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)) == 0:
-                return
-        self.close()
+        with quiet_unless(self.verbose) as errors:
+            adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
+            if adapter:
+                self._lora_adapter, self.lora_path = adapter, str(path)
+                self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+                adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+                if llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)) == 0:
+                    return
+            self.close()
         raise ModelFileError("llama.cpp cannot use the adapter", where=path, found="; ".join(errors) or None)
 
     # ---- a model that is gone
@@ -204,41 +223,37 @@ class SparseLlama(llama_cpp.Llama):
         Raises:
             BackendError: the model is working for the caller, who is in the middle of it.
         """
-        guard = getattr(self, "_guard", None)  # none when the constructor was called with wrong arguments
-        with ExitStack() if guard is None else guard.lock:
-            if guard is None or guard.gone is not None:
+        guard = getattr(self, "_guard", None)
+        if guard is None:  # nothing was opened: the destructor of a model with wrong arguments
+            return
+        with guard.lock:
+            if guard.gone is not None:
                 return
             if guard.is_working:
                 raise BackendError("the model is working", fix="close it when the call that it works for has ended")
-            with self._native.lock if hasattr(self, "_native") else ExitStack():
-                raw = self._leave(CLOSED)
-                self._stack.close()
-            _disconnect(raw, CLOSED)
+            with self._native.lock:
+                self._end(CLOSED)
 
-    def _leave(self, why: str) -> list[Any]:
-        """From now on every use of the model says `why` it cannot be used.
-
-        Returns:
-            llama_cpp's objects around the pointers of llama.cpp.
-        """
-        self._guard.gone = why
-        names = [name for name in ("_model", "_ctx", "_batch") if name in vars(self)]
-        raw = [vars(self)[name] for name in names]
-        self.__dict__.update(dict.fromkeys(names, Gone(why)))
-        if "tokenizer_" in vars(self):
-            self.tokenizer_ = Gone(why)
-        return raw
-
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In the child: leaves the parent's model alone; nothing is freed, since other threads may have held locks."""
         self._guard.after_fork()
         self._native.after_fork()
-        self._stack.pop_all()
-        why = self._guard.gone or FORKED
-        raw = self._leave(why)
-        for one in raw:
-            one._exit_stack.pop_all()
-        _disconnect(raw, why)
+        self._end(self._guard.gone or FORKED, free=False)
+
+    def _end(self, why: str, free: bool = True) -> None:
+        """From now on every use of the model, and of what others hold of it, says `why` it cannot be used."""
+        self._guard.gone = why
+        names = [name for name in (*PARTS, "tokenizer_") if name in vars(self)]
+        # llama_cpp's objects around llama.cpp's pointers; a model that was closed before a fork has none left
+        parts = [vars(self)[name] for name in names if name in PARTS and not isinstance(vars(self)[name], Gone)]
+        self.__dict__.update(dict.fromkeys(names, Gone(why)))
+        if free:
+            self._stack.close()
+        else:
+            for stack in (self._stack, *(part._exit_stack for part in parts)):
+                stack.pop_all()
+        for part in parts:
+            part.__dict__.update({name: Gone(why) for name in POINTERS if name in vars(part)})
 
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.alone(changes=False):
@@ -285,14 +300,15 @@ class SparseLlama(llama_cpp.Llama):
 
     def _in_steps(self, stream: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         """`stream`, having the model for itself during each step, and its context unchanged between them."""
-        user, value, resumed = object(), None, False
+        value, version = None, None
         while True:
-            with self._guard.alone(user, resumed=resumed):
+            with self._guard.alone(continues=version):
                 try:
                     item = stream.send(value)
                 except StopIteration:
                     return
-            value, resumed = (yield item), True
+                version = self._guard.version
+            value = yield item
 
     # ---- chat templates
 
@@ -435,42 +451,9 @@ class SparseLlama(llama_cpp.Llama):
         self.reset_ffn_stats()
 
 
-def _load_error(error: Exception, errors: list[str], path: Path, n_ctx: int) -> TsconvError:
-    """What llama_cpp.Llama's constructor says, and llama.cpp's error lines, in one line."""
-    reason = next((line for line in errors if line), str(error) or "no memory")
-    if reason.startswith(OWN):
-        return BackendError(reason.removeprefix(OWN))
-    if isinstance(error, MemoryError) or "llama_context" in str(error) or "llama_batch" in str(error):
-        return BackendError(
-            f"llama.cpp cannot make a context of {f'{n_ctx} tokens' if n_ctx else 'the length that the model has'}",
-            where=path,
-            found=reason,
-            fix="lower it with -c (n_ctx)",
-        )
-    if "Failed to" not in str(error):  # an argument that llama_cpp.Llama does not take
-        return TsconvError(str(error), where=path)
-    if "alloc" in reason:
-        return BackendError(
-            "no memory for the model",
-            where=path,
-            found=reason,
-            fix="close other programs, or convert with a smaller --outtype",
-        )
-    fix = "convert again, or look at llama.cpp's log: tsconv run -v, or verbose=True"
-    return ModelFileError("llama.cpp cannot load the model", where=path, found=reason, fix=fix)
-
-
-def _disconnect(objects: list[Any], why: str) -> None:
-    """Takes the pointers from llama_cpp's objects, for whoever else holds those."""
-    for one in objects:
-        for name in ("model", "vocab", "ctx", "memory", "batch"):
-            if name in vars(one):
-                vars(one)[name] = Gone(why)
-
-
 def _after_fork() -> None:
     for model in list(_models):
-        model._after_fork()
+        model.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)
