@@ -26,9 +26,9 @@ _LAZY = {
 }
 
 
-# OpenMP's threads wait for one another after every operation of llama.cpp. libgomp lets them spin for milliseconds; on a
-# busy machine they then spin on the very processor that the thread they wait for needs. It reads this when it is loaded,
-# which is when llama_cpp is. What the user set counts.
+# OpenMP's threads wait for one another after every operation of llama.cpp. libgomp lets them spin for milliseconds; on
+# a busy machine they then spin on the very processor that the thread they wait for needs. It reads this when it is
+# loaded, which is when llama_cpp is. What the user set counts.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
