@@ -15,8 +15,13 @@ setup: $(VENV)/.installed
 # llama-cpp-python is compiled once for this CPU and compiler and its wheel kept for other checkouts.
 COMPAT := $(CURDIR)/native/compat/amx_tile_config.h
 WHEEL_KEY := $(shell (c++ --version; grep -m1 flags /proc/cpuinfo; cat $(COMPAT)) 2>/dev/null | sha256sum | cut -c1-12)
-WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tsconv/wheels-$(WHEEL_KEY)
-LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python\)\[server\]\(==.*\)",$$/\1\2/p' pyproject.toml)
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tsconv
+WHEELS := $(CACHE)/wheels-$(WHEEL_KEY)
+LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==.*\)",$$/\1/p' pyproject.toml)
+# llama-server and the rest of llama.cpp's programs are compiled once too. LLAMA_CPP_SOURCE names the unpacked source
+# distribution of llama-cpp-python where it cannot be downloaded.
+PROGRAMS_KEY := $(WHEEL_KEY)-$(shell (cat native/programs/*; command -v npm) | sha256sum | cut -c1-8)
+PROGRAMS := $(CACHE)/programs-$(PROGRAMS_KEY)
 
 # The build tools and llama-cpp-python come first: the native library is compiled against the very ggml it will run in.
 $(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)
@@ -25,11 +30,19 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)
 	ls $(WHEELS)/llama_cpp_python-*.whl >/dev/null 2>&1 || { \
 	    echo "compiling $(LLAMA): this takes some minutes, once" && \
 	    CXXFLAGS="-include $(COMPAT)" $(PIP) wheel --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) $(LLAMA); }
-	$(PIP) install -c constraints.txt --find-links $(WHEELS) --only-binary llama-cpp-python "llama-cpp-python[server]"
+	$(PIP) install -c constraints.txt --find-links $(WHEELS) --only-binary llama-cpp-python llama-cpp-python
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+# Without the programs everything works but `tsconv serve` and `tsconv tools`, which say so.
+$(PROGRAMS)/bin/llama-server: | $(VENV)/.dependencies
+	mkdir -p build
+	@echo "compiling llama.cpp's programs: this takes some minutes, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/programs/build $(PROGRAMS) > build/programs.log 2>&1 || \
+	    echo "llama.cpp's programs were not built: see build/programs.log"
+
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE) $(PROGRAMS)/bin/llama-server
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
+	    -C cmake.define.TSFFN_PROGRAMS=$(PROGRAMS)/bin -e ".[dev]"
 	touch $@
 
 demo: setup

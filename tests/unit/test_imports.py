@@ -41,7 +41,7 @@ LAYERS = (
 )
 ENTRANCES = {"tsconv", "tsconv.__main__"}  # they name what users may import, and are imported for __version__ only
 # Large, and needed by one command, or by one of its options.
-LATE = (*EXTRAS, "huggingface_hub", "fastapi")
+LATE = (*EXTRAS, "huggingface_hub")
 
 
 def name_of(path: Path) -> str:

@@ -15,7 +15,8 @@ from tsconv.errors import TsconvError
 COMMANDS = {
     "convert": ("tsconv.cli.convert", "Convert a TurboSparse checkpoint to GGUF and a predictor sidecar."),
     "run": ("tsconv.cli.run", "Generate text or chat."),
-    "serve": ("tsconv.cli.serve", "Serve an OpenAI-compatible HTTP API."),
+    "serve": ("tsconv.cli.serve", "Serve a web page and an OpenAI-compatible API."),
+    "tools": ("tsconv.cli.tools", "Run llama.cpp's own programs: llama-bench, llama-perplexity, ..."),
     "profile": ("tsconv.cli.profile", "Count which neurons are active on a text; measure this machine."),
     "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),
     "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),

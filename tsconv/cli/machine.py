@@ -12,6 +12,7 @@ from tsconv.cli.output import progress_bar, say
 from tsconv.cli.text import size
 
 if TYPE_CHECKING:
+    from tsconv.commands.load import Choice
     from tsconv.placement.fit import Fit
     from tsconv.runtime.model import SparseLlama
     from tsconv.runtime.residency import Residency
@@ -63,8 +64,7 @@ def load_model(
         click.UsageError: a placement without a machine.
     """
     if machine is None:
-        if placement is not None:
-            raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
+        _refuse_placement(placement)
         from tsconv.runtime.model import load
 
         with progress_bar("loading", DELAY) as progress:
@@ -101,6 +101,48 @@ def load_model(
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
 
 
+def choose_for_machine(
+    model: str,
+    machine: str | None,
+    placement: str | None,
+    n_ctx: int,
+    n_threads: int | None,
+    sparsity: str | None,
+    predictor_path: str | None,
+) -> Choice | None:
+    """What to load on a machine, said on stderr; None when none is named. The arguments are those of `load_model`.
+
+    Raises:
+        click.UsageError: a placement without a machine.
+    """
+    if machine is None:
+        _refuse_placement(placement)
+        return None
+    from tsconv.commands.load import AUTO, choose
+    from tsconv.format.summary import ffn_bytes
+    from tsconv.machine.this import machine_file
+
+    choice = choose(
+        model,
+        machine,
+        placement_path=placement,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        sparsity=sparsity,
+        predictor_path=predictor_path,
+        say=say,
+    )
+    measured = str(machine_file()) if machine == AUTO else None
+    for line in describe_choice(choice.fit, ffn_bytes(choice.header), measured):
+        say(line)
+    return choice
+
+
+def _refuse_placement(placement: str | None) -> None:
+    if placement is not None:
+        raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
+
+
 def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
     """What was chosen and done, for JSON."""
     chosen = dataclasses.asdict(fit)
@@ -116,7 +158,7 @@ def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
 
 def describe(fit: Fit, residency: Residency, measured: str | None = None) -> list[str]:
     """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine."""
-    lines = [_threads(fit, measured), _memory(fit, residency), _residency(residency)]
+    lines = [*describe_choice(fit, residency.ffn_bytes, measured), _residency(residency)]
     if fit.lock and (locking := _locking(residency)):
         lines.append(locking)
     elif residency.failures:
@@ -124,6 +166,11 @@ def describe(fit: Fit, residency: Residency, measured: str | None = None) -> lis
     if fit.gpu_neurons:
         lines.append(f"{fit.gpu_neurons} neurons that the placement gives to a GPU are computed on the CPU, from RAM")
     return lines
+
+
+def describe_choice(fit: Fit, ffn_bytes: int, measured: str | None = None) -> list[str]:
+    """What was chosen and why, in two lines; `ffn_bytes` are the model's gate, up and down weights."""
+    return [_threads(fit, measured), _memory(fit, ffn_bytes)]
 
 
 def _threads(fit: Fit, measured: str | None) -> str:
@@ -137,7 +184,7 @@ def _threads(fit: Fit, measured: str | None) -> str:
     return f"threads {fit.n_threads}: {has}"
 
 
-def _memory(fit: Fit, residency: Residency) -> str:
+def _memory(fit: Fit, ffn_bytes: int) -> str:
     room = f"{size(fit.budget_bytes)} available"
     if fit.available_bytes < fit.machine_bytes and fit.machine_bytes - fit.available_bytes > fit.margin_bytes:
         room += f" here ({fit.machine} has {size(fit.machine_bytes)})"
@@ -157,7 +204,7 @@ def _memory(fit: Fit, residency: Residency) -> str:
         wanted += f", of which the hottest {size(fit.hot_bytes)} ({share:.0%}) fit beside the rest in {room}"
     else:
         wanted += f", which fit in {room}"
-    if fit.hot_bytes >= residency.ffn_bytes:
+    if fit.hot_bytes >= ffn_bytes:
         return f"{wanted}: these are all of them"
     return f"{wanted}; others stay on disk until they are needed, {read_ahead}"
 

@@ -1,15 +1,18 @@
-"""`tsconv serve`: an OpenAI-compatible HTTP server."""
+"""`tsconv serve`: llama.cpp's server with a converted model."""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+import socket
+import sys
 
 import click
 
-from tsconv.cli.machine import load_model, machine_options
+from tsconv.cli.machine import choose_for_machine, machine_options
 from tsconv.cli.options import model_options
 from tsconv.cli.output import say
+
+QUIET = ("--log-verbosity", "1")  # errors only; llama-server's own default logs every request
 
 
 @click.command("serve")
@@ -18,27 +21,52 @@ from tsconv.cli.output import say
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option("--api-key", envvar="TSCONV_API_KEY", help="Key that clients must send.  [env: TSCONV_API_KEY]")
+@click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    help="Requests that are computed at once; they share the context.  [default: 4]",
+)
+@click.option("--lora", metavar="FILE", help="LoRA adapter for the model, in GGUF.")
+@click.argument("others", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
 def command(
     *,
+    model: str,
+    n_ctx: int,
+    n_threads: int | None,
+    sparsity: str | None,
+    predictor_path: str | None,
     verbose: bool,
+    machine: str | None,
+    placement: str | None,
     host: str,
     port: int,
     api_key: str | None,
-    **loading: Any,
+    parallel: int | None,
+    lora: str | None,
+    others: tuple[str, ...],
 ) -> None:
-    """Serve /v1/chat/completions, /v1/completions and /v1/models over HTTP until Ctrl-C."""
-    from tsconv.runtime.server import create_app, listen, serve
+    """Serve a web page and the OpenAI API over HTTP until Ctrl-C.
 
-    with listen(host, port) as listener:
-        address, bound_port = listener.getsockname()[:2]
-        if not ipaddress.ip_address(address).is_loopback and api_key is None:
-            say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
-        llama, _ = load_model(verbose=verbose, **loading)
-        shown = f"[{host}]" if ":" in host else host
-        say(f"serving {llama.model_path} on http://{shown}:{bound_port}/v1 (Ctrl-C stops)")
-        try:
-            serve(create_app(llama, api_key), listener, verbose)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            llama.close()
+    This runs llama.cpp's llama-server. What comes after -- is passed on to it:
+    tsconv serve -m NAME.gguf -- --metrics --embeddings
+    """
+    from tsconv.commands.serve import Serving, prepare
+    from tsconv.runtime.server import check_address, serve
+
+    port = check_address(host, port)
+    if not _is_loopback(host) and api_key is None:
+        say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
+    choice = choose_for_machine(model, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
+    serving = Serving(model, predictor_path, sparsity, lora, n_ctx, n_threads, choice)
+    options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
+    if parallel is not None:
+        options += ["--parallel", str(parallel)]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    command = prepare(serving, [*options, *others], api_key)
+    sys.exit(serve(command, url, lambda: say(f"serving {model} on {url}/v1 (Ctrl-C stops)")))
+
+
+def _is_loopback(host: str) -> bool:
+    """Of a host that `check_address` has found."""
+    address = socket.getaddrinfo(host, None)[0][4][0]
+    return ipaddress.ip_address(str(address).partition("%")[0]).is_loopback

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsconv.format.header import read_header
+from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.format.pair import sidecar_path
 from tsconv.machine.profile import Machine, load_machine
@@ -19,6 +20,48 @@ from tsconv.runtime.model import SparseLlama, load
 from tsconv.runtime.residency import Residency
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is to be loaded: what was read of it, and what was chosen."""
+
+    header: Header
+    sparsity: str
+    fit: Fit
+
+
+def choose(
+    model_path: str | os.PathLike[str],
+    machine: str | Machine,
+    *,
+    placement_path: str | os.PathLike[str] | None = None,
+    predictor_path: str | os.PathLike[str] | None = None,
+    sparsity: str | None = None,
+    n_ctx: int = 512,
+    n_threads: int | None = None,
+    available_bytes: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """Checks a model and its sidecar and fits them to a machine; loads nothing. Arguments and errors as for
+    `load_on_machine`."""
+    path = Path(model_path)
+    named = None if predictor_path is None else Path(predictor_path)
+    sidecar = named or sidecar_path(path)
+    native = open_model(path, named, sparsity)  # checks both files before anything is decided
+    native.close()
+    header = read_header(path)
+    chosen = fit(
+        header,
+        _machine(machine, say),
+        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
+        sparsity=native.sparsity,
+        n_ctx=padded(n_ctx),
+        n_threads=n_threads,
+        placement=None if placement_path is None else Placement.load(os.fspath(placement_path)),
+        available_bytes=available_bytes,
+    )
+    return Choice(header, native.sparsity, chosen)
 
 
 def load_on_machine(
@@ -48,31 +91,27 @@ def load_on_machine(
         ModelFileError: model, sidecar or placement missing, damaged, or of another model.
         TsconvError: no such machine profile.
     """
-    path = Path(model_path)
-    named = None if predictor_path is None else Path(predictor_path)
-    sidecar = named or sidecar_path(path)
-    native = open_model(path, named, sparsity)  # checks both files before anything is decided
-    native.close()
-    header = read_header(path)
-    chosen = fit(
-        header,
-        _machine(machine, say),
-        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
-        sparsity=native.sparsity,
-        n_ctx=padded(n_ctx),
+    choice = choose(
+        model_path,
+        machine,
+        placement_path=placement_path,
+        predictor_path=predictor_path,
+        sparsity=sparsity,
+        n_ctx=n_ctx,
         n_threads=n_threads,
-        placement=None if placement_path is None else Placement.load(os.fspath(placement_path)),
         available_bytes=available_bytes,
+        say=say,
     )
+    chosen = choice.fit
     if chosen.strategy != "all":
         kwargs = {"preload": False} | kwargs
     llama = load(
-        path,
+        model_path,
         sparsity=sparsity,
         predictor_path=predictor_path,
         n_ctx=n_ctx,
         n_threads=chosen.n_threads,
-        header=header,
+        header=choice.header,
         **kwargs,
     )
     try:

@@ -27,6 +27,11 @@ PARTS = {
 }
 
 
+def ffn_bytes(header: Header) -> int:
+    """Bytes of a model's gate, up and down weights."""
+    return sum(tensor.n_bytes for tensor in header.tensors if re.search(PARTS["ffn"], tensor.name))
+
+
 @dataclass(frozen=True)
 class Group:
     """Totals of some tensors."""

@@ -63,7 +63,7 @@ def _packages() -> Iterator[Check]:
                 name,
                 f"{version}, but tsconv needs {required}",
                 "problem",
-                f"pip install 'llama-cpp-python[server]=={required}'",
+                f"pip install 'llama-cpp-python=={required}'",
             )
         else:
             yield Check(name, version)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tsconv.errors import ModelFileError, TsconvError
+from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.model import TEMPLATE_KEY, WITHOUT_CHAT, SparseLlama
 
 
@@ -110,18 +110,14 @@ def chat_tokens(llama: SparseLlama, messages: Sequence[dict[str, str]]) -> list[
     template = llama.metadata.get(TEMPLATE_KEY)
     if template is None:
         raise ModelFileError("the model has no chat template", where=llama.model_path, fix=WITHOUT_CHAT)
-    vocab = llama_cpp.llama_model_get_vocab(llama.model)
-    bos, eos = (
-        llama_cpp.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
-        for token in (llama.token_bos(), llama.token_eos())
-    )
     try:
-        text = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)(messages=list(messages)).prompt
+        rendered = ChatFormatter(llama, template)(messages=list(messages))
     except Exception as error:  # Jinja raises what it likes for a template that is wrong
         raise ModelFileError(
             "the chat template cannot be used", where=llama.model_path, found=error, fix=WITHOUT_CHAT
         ) from None
-    return llama.tokenize(text.encode("utf-8", errors="surrogateescape"), add_bos=False, special=True)
+    text = rendered.prompt.encode("utf-8", errors="surrogateescape")
+    return llama.tokenize(text, add_bos=not rendered.added_special, special=True)
 
 
 class Generation:

@@ -25,6 +25,7 @@ from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
+from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.residency import Residency, place_in_memory
@@ -168,9 +169,12 @@ class SparseLlama(llama_cpp.Llama):
             verbose=verbose,
             **kwargs,
         )
+        for name in self._chat_handlers:  # "chat_template.default" and others, as llama_cpp.Llama names them
+            template = self._metadata[TEMPLATE_KEY if name == DEFAULT_TEMPLATE else f"tokenizer.{name}"]
+            self._chat_handlers[name] = ChatFormatter(self, template).to_chat_handler()
         self._metadata |= self._unusable_templates
-        if TEMPLATE_KEY in self._template_errors and kwargs.get("chat_format") is kwargs.get("chat_handler") is None:
-            self.chat_format = DEFAULT_TEMPLATE  # not the one that llama_cpp.Llama takes for models without a template
+        if TEMPLATE_KEY in self._metadata and kwargs.get("chat_format") is kwargs.get("chat_handler") is None:
+            self.chat_format = DEFAULT_TEMPLATE  # not one of llama_cpp's own that it takes to be the same
         if lora_path:
             self._use_adapter(Path(lora_path))
 

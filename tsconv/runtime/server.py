@@ -1,82 +1,34 @@
-"""llama-cpp-python's OpenAI-compatible server with a converted model behind it.
-
-`llama_cpp.server` loads its models through one class, `LlamaProxy` (llama_cpp/server/model.py). `create_app` builds the
-application with a subclass in its place that hands out a model which is loaded already; nothing else is changed.
-"""
+"""llama-server, llama.cpp's OpenAI-compatible server, with a converted model: started, watched, stopped."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import socket
-from pathlib import Path
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from types import FrameType
 
-import uvicorn
-from fastapi import FastAPI
-from llama_cpp.server import app as llama_app
-from llama_cpp.server.model import LlamaProxy
-from llama_cpp.server.settings import ModelSettings, ServerSettings
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+from tsconv.errors import BackendError, TsconvError
+from tsconv.runtime.programs import Command
 
-from tsconv.errors import TsconvError
-from tsconv.format.keys import as_text
-from tsconv.runtime.model import SparseLlama
-
-CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server would read other models from the file it names
-BACKLOG = 128
-SECONDS_TO_FINISH = 3
-
-
-class _OnlyArguments(BaseSettings):
-    """Settings that the environment (`HOST`, `PORT`, `SEED`, `CACHE`, ...) does not change behind the user's back."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+POLL_SECONDS = 0.05
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl
+EXIT_OF_SIGNAL = 128  # a shell's exit status of a process that signal n ended: 128 + n
 
 
-class _ModelSettings(_OnlyArguments, ModelSettings):
-    pass
+def check_address(host: str, port: int) -> int:
+    """The port that a server can listen on at `host`; a free one for port 0.
 
-
-class _ServerSettings(_OnlyArguments, ServerSettings):
-    pass
-
-
-def create_app(llama: SparseLlama, api_key: str | None = None) -> FastAPI:
-    """The ASGI application: /v1/chat/completions, /v1/completions, /v1/models and the rest of `llama_cpp.server`.
-
-    It serves `llama` under its file name, whatever model a request names, one request after the other. There can be
-    one application per process, because `llama_cpp.server` keeps its model in a global variable.
-    """
-
-    class LoadedModel(LlamaProxy):
-        @staticmethod
-        def load_llama_from_model_settings(settings: ModelSettings) -> SparseLlama:
-            return llama
-
-    name = as_text(llama.model_path)
-    model = _ModelSettings(model=name, model_alias=Path(name).stem)
-    # interrupt_requests would let a second client cut off the answer that a first one is reading.
-    server = _ServerSettings(api_key=api_key, interrupt_requests=False)
-    config_file = os.environ.pop(CONFIG_VARIABLE, None)
-    llama_app.LlamaProxy = LoadedModel
-    try:
-        return llama_app.create_app(server_settings=server, model_settings=[model])
-    finally:
-        llama_app.LlamaProxy = LlamaProxy
-        if config_file is not None:
-            os.environ[CONFIG_VARIABLE] = config_file
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Opened before a model is loaded, it tells early that a port is busy.
+    Asked before a model is loaded, it tells early that a port is in use. The port is free again when this returns, so
+    another program can still take it.
 
     Raises:
         TsconvError: the address is not one of this machine, or the port is in use or not allowed.
@@ -88,24 +40,82 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise TsconvError(f"cannot listen on {host}: {error.strerror}", fix="use another --host") from None
+    with listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError as error:
+            raise TsconvError(
+                f"cannot listen on {host} port {port}: {error.strerror}", fix="use another --port"
+            ) from None
+        return listener.getsockname()[1]
+
+
+def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
+    """Runs llama-server until it ends.
+
+    Signals that ask this process to end, or mean something to llama-server, go on to it. It ends when this process is
+    killed.
+
+    Args:
+        command: llama-server with all its options.
+        url: where it answers, "http://host:port".
+        ready: called once, when the model is loaded and the server answers.
+
+    Returns:
+        its exit status, 128 + n when signal n ended it.
+
+    Raises:
+        BackendError: it cannot be executed.
+    """
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
+        # In a process group of its own: Ctrl-C on a terminal reaches this process alone, which sends it on once.
+        process = subprocess.Popen(
+            command.arguments,
+            env=command.environment,
+            process_group=0,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it takes no lock that a thread of this process may hold
+        )
     except OSError as error:
-        listener.close()
-        raise TsconvError(f"cannot listen on {host} port {port}: {error.strerror}", fix="use another --port") from None
-    return listener
+        raise BackendError("llama-server cannot be run", where=command.arguments[0], found=error.strerror) from None
+    with _forwarding(process):
+        while process.poll() is None:
+            if _answers(url):
+                ready()
+                break
+            time.sleep(POLL_SECONDS)
+        status = process.wait()
+    return EXIT_OF_SIGNAL - status if status < 0 else status
 
 
-def serve(app: FastAPI, listener: socket.socket, verbose: bool = False) -> None:
-    """Answers requests until SIGINT or SIGTERM. `verbose` logs every request on stderr."""
-    log = {**uvicorn.config.LOGGING_CONFIG, "handlers": {**uvicorn.config.LOGGING_CONFIG["handlers"]}}
-    log["handlers"]["access"] = {**log["handlers"]["access"], "stream": "ext://sys.stderr"}
-    config = uvicorn.Config(
-        app,
-        log_config=log,
-        log_level="info" if verbose else "warning",
-        timeout_graceful_shutdown=SECONDS_TO_FINISH,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+@contextlib.contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While this holds, the signals in FORWARDED go to `process` instead of ending this one."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answers(url: str) -> bool:
+    """Whether the server is up with its model loaded. GET /health needs no key; it is 503 while the model loads."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+def _end_with_parent() -> None:
+    """In the child: it gets SIGTERM when this process ends, however that happens."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it ended before that was asked for
+        os._exit(1)

@@ -2,6 +2,7 @@
 #include "../memory/mapping.h"
 #include "../memory/residency.h"
 #include "../model/gguf_file.h"
+#include "environment.h"
 #include "graph.h"
 #include "load.h"
 #include "log.h"
@@ -107,6 +108,7 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * p
         return NULL;
     }
     tsffn_residency_loaded();
+    tsffn_place_from_environment();
     stream->n_threads = omp_get_max_threads();
     *backend = (struct ggml_backend){
         .guid = &guid,
@@ -228,44 +230,11 @@ static struct ggml_backend_device device = {
 
 // ---- entry point of ggml_backend_load
 
-// A variable of the environment; NULL when it is not set, or empty.
-static const char * variable(const char * name) {
-    const char * value = getenv(name);
-    return value != NULL && value[0] != '\0' ? value : NULL;
-}
-
-// A program that cannot call tsffn_model_open names the model in the environment; it stays armed.
-static bool open_from_environment(char * error, size_t error_size) {
-    const char * path = variable("TSFFN_MODEL");
-    if (path == NULL) {
-        return true;
-    }
-    const char * sparsity = variable("TSFFN_SPARSITY");
-    enum tsffn_sparsity mode = TSFFN_SPARSITY_DEFAULT;
-    if (sparsity != NULL && strcmp(sparsity, "predictor") == 0) {
-        mode = TSFFN_SPARSITY_PREDICTOR;
-    } else if (sparsity != NULL && strcmp(sparsity, "exact") == 0) {
-        mode = TSFFN_SPARSITY_EXACT;
-    } else if (sparsity != NULL && strcmp(sparsity, "dense") == 0) {
-        mode = TSFFN_SPARSITY_DENSE;
-    } else if (sparsity != NULL) {
-        return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'",
-                          sparsity);
-    }
-    struct tsffn_model * model = tsffn_model_open(path, variable("TSFFN_PREDICTOR"), mode, error, error_size);
-    if (model == NULL) {
-        return false;
-    }
-    tsffn_model_arm_for_process(model);
-    tsffn_model_close(model);
-    return true;
-}
-
 TSFFN_API ggml_backend_reg_t ggml_backend_init(void);
 
 ggml_backend_reg_t ggml_backend_init(void) {
     char error[1024];
-    if (!tsffn_check_abi(error, sizeof(error)) || !open_from_environment(error, sizeof(error))) {
+    if (!tsffn_check_abi(error, sizeof(error)) || !tsffn_open_from_environment(error, sizeof(error))) {
         tsffn_log_error("%s", error);
         return NULL;
     }

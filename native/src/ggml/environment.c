@@ -1,0 +1,204 @@
+#include "environment.h"
+
+#include "../error.h"
+#include "log.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// What the environment asks for. Written once, when the library is loaded; `hot` becomes NULL when it is done.
+static struct {
+    struct tsffn_model * model;
+    int32_t * hot; // [n_hot], the argument of tsffn_model_place
+    size_t n_hot;
+    uint32_t flags;
+    const char * stats; // path
+} asked;
+static pthread_mutex_t asked_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+// A variable of the environment; NULL when it is not set, or empty.
+static const char * variable(const char * name) {
+    const char * value = getenv(name);
+    return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+static bool read_sparsity(enum tsffn_sparsity * mode, char * error, size_t error_size) {
+    static const struct {
+        const char * name;
+        enum tsffn_sparsity mode;
+    } modes[] = {
+        {"predictor", TSFFN_SPARSITY_PREDICTOR},
+        {"exact", TSFFN_SPARSITY_EXACT},
+        {"dense", TSFFN_SPARSITY_DENSE},
+    };
+    const char * value = variable("TSFFN_SPARSITY");
+    *mode = TSFFN_SPARSITY_DEFAULT;
+    if (value == NULL) {
+        return true;
+    }
+    for (size_t i = 0; i < sizeof(modes) / sizeof(*modes); ++i) {
+        if (strcmp(value, modes[i].name) == 0) {
+            *mode = modes[i].mode;
+            return true;
+        }
+    }
+    return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'", value);
+}
+
+// TSFFN_HOT: how many neurons at the front of each FFN belong in RAM, layer after layer, with commas in between.
+static bool read_hot(const struct tsffn_model * model, char * error, size_t error_size) {
+    const char * at = variable("TSFFN_HOT");
+    if (at == NULL) {
+        return true;
+    }
+    const size_t n = (size_t)(model->n_layer * tsffn_model_ffns_per_layer(model));
+    int32_t * hot = calloc(n, sizeof(*hot));
+    if (hot == NULL) {
+        return tsffn_fail(error, error_size, "out of memory");
+    }
+    size_t found = 0;
+    for (bool more = true; more; ++found) {
+        char * end;
+        errno = 0;
+        const long long value = strtoll(at, &end, 10);
+        if (end == at || errno != 0 || value < 0 || value > model->n_ff || (*end != ',' && *end != '\0')) {
+            free(hot);
+            return tsffn_fail(error, error_size, "TSFFN_HOT: number %zu: expected 0 to %" PRId64 ", found '%.20s'",
+                              found + 1, model->n_ff, at);
+        }
+        if (found < n) {
+            hot[found] = (int32_t)value;
+        }
+        more = *end == ',';
+        at = end + 1;
+    }
+    if (found != n) {
+        free(hot);
+        return tsffn_fail(error, error_size, "TSFFN_HOT: expected %zu numbers, one for each FFN, found %zu", n, found);
+    }
+    asked.hot = hot;
+    asked.n_hot = n;
+    return true;
+}
+
+// TSFFN_RESIDENCY: what is done with the neurons of TSFFN_HOT and the others, in words with commas in between.
+static bool read_residency(char * error, size_t error_size) {
+    static const struct {
+        const char * name;
+        uint32_t flag;
+    } words[] = {
+        {"prefault", TSFFN_PLACE_PREFAULT},
+        {"lock", TSFFN_PLACE_LOCK},
+        {"random", TSFFN_PLACE_RANDOM_REST},
+    };
+    const size_t n = sizeof(words) / sizeof(*words);
+    const char * at = variable("TSFFN_RESIDENCY");
+    while (at != NULL) {
+        const size_t length = strcspn(at, ",");
+        size_t i = 0;
+        while (i < n && (strlen(words[i].name) != length || strncmp(at, words[i].name, length) != 0)) {
+            ++i;
+        }
+        if (i == n) {
+            return tsffn_fail(error, error_size, "TSFFN_RESIDENCY: expected prefault, lock or random, found '%.20s'",
+                              at);
+        }
+        asked.flags |= words[i].flag;
+        at = at[length] == ',' ? at + length + 1 : NULL;
+    }
+    return true;
+}
+
+// The counters of one layer as a JSON object: the fields of struct tsffn_layer_stats.
+static void write_layer(FILE * file, const struct tsffn_layer_stats * s) {
+    const struct {
+        const char * name;
+        uint64_t value;
+    } fields[] = {
+        {"calls", s->calls},
+        {"rows", s->rows},
+        {"neurons", s->neurons},
+        {"predicted", s->predicted},
+        {"gate_positive", s->gate_positive},
+        {"active", s->active},
+        {"bytes_predictor", s->bytes_predictor},
+        {"bytes_ffn", s->bytes_ffn},
+        {"bytes_dense", s->bytes_dense},
+        {"ns_predictor", s->ns_predictor},
+        {"ns_ffn", s->ns_ffn},
+        {"single_ops", s->single_ops},
+        {"ns_attention", s->ns_attention},
+    };
+    for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); ++i) {
+        fprintf(file, "%s\"%s\": %" PRIu64, i > 0 ? ", " : "{", fields[i].name, fields[i].value);
+    }
+    fputs("}", file);
+}
+
+static void write_stats(void) {
+    FILE * file = fopen(asked.stats, "w");
+    if (file == NULL) {
+        tsffn_log_error("TSFFN_STATS: %s cannot be written: %s", asked.stats, strerror(errno));
+        return;
+    }
+    fputs("{\"layers\": [", file);
+    for (int32_t layer = 0; layer < asked.model->n_layer; ++layer) {
+        struct tsffn_layer_stats stats;
+        tsffn_model_stats(asked.model, layer, &stats);
+        fputs(layer > 0 ? ",\n" : "\n", file);
+        write_layer(file, &stats);
+    }
+    fputs("\n]}\n", file);
+    if (fclose(file) != 0) {
+        tsffn_log_error("TSFFN_STATS: %s cannot be written: %s", asked.stats, strerror(errno));
+    }
+}
+
+bool tsffn_open_from_environment(char * error, size_t error_size) {
+    const char * path = variable("TSFFN_MODEL");
+    if (path == NULL) {
+        return true;
+    }
+    enum tsffn_sparsity mode;
+    if (!read_sparsity(&mode, error, error_size)) {
+        return false;
+    }
+    struct tsffn_model * model = tsffn_model_open(path, variable("TSFFN_PREDICTOR"), mode, error, error_size);
+    if (model == NULL) {
+        return false;
+    }
+    if (!read_hot(model, error, error_size) || !read_residency(error, error_size)) {
+        tsffn_model_close(model);
+        return false;
+    }
+    tsffn_model_arm_for_process(model);
+    asked.model = model; // to the end of the process
+    asked.stats = variable("TSFFN_STATS");
+    if (asked.stats != NULL) {
+        atexit(write_stats);
+    }
+    return true;
+}
+
+void tsffn_place_from_environment(void) {
+    pthread_mutex_lock(&asked_mutex);
+    bool loaded = false;
+    if (asked.hot != NULL) {
+        pthread_mutex_lock(&asked.model->residency_mutex);
+        loaded = asked.model->regions != NULL; // a context that only measures has no weights
+        pthread_mutex_unlock(&asked.model->residency_mutex);
+    }
+    if (loaded) {
+        struct tsffn_placed placed;
+        char error[256];
+        if (!tsffn_model_place(asked.model, asked.hot, asked.n_hot, asked.flags, &placed, error, sizeof(error))) {
+            tsffn_log_error("%s", error);
+        }
+        free(asked.hot);
+        asked.hot = NULL;
+    }
+    pthread_mutex_unlock(&asked_mutex);
+}

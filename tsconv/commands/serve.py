@@ -1,0 +1,71 @@
+"""What llama-server is started with: a model, checked, and what was chosen for the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tsconv.commands.load import Choice
+from tsconv.format.adapter import refuse_adapter
+from tsconv.format.header import read_header
+from tsconv.format.kv_cache import padded
+from tsconv.machine.limits import usable_cores
+from tsconv.runtime.binding import open_model
+from tsconv.runtime.programs import Command, command, environment, model_arguments
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A model to serve.
+
+    Attributes:
+        model, predictor, sparsity, lora: as for `tsconv.load`.
+        n_ctx: tokens that all requests at once have room for; each may use all of it.
+        n_threads: None for the cores that this process may use, or those of the machine.
+        choice: made for a machine by `tsconv.commands.load.choose`; None without one.
+    """
+
+    model: str
+    predictor: str | None = None
+    sparsity: str | None = None
+    lora: str | None = None
+    n_ctx: int = 4096
+    n_threads: int | None = None
+    choice: Choice | None = None
+
+
+def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None) -> Command:
+    """llama-server with the model and with `options`, which are its own, ready to be run.
+
+    Raises:
+        ModelFileError: model, sidecar or adapter missing, damaged, or not of one another.
+        BackendError: llama-server is not installed, or does not load the backend.
+    """
+    path = Path(serving.model)
+    choice = serving.choice
+    if choice is None:
+        # llama-server would say what is wrong with the files too, but only in its log.
+        predictor = None if serving.predictor is None else Path(serving.predictor)
+        native = open_model(path, predictor, serving.sparsity)
+        native.close()
+        header, n_threads = native.header, serving.n_threads or usable_cores()
+        variables = environment(path, predictor=predictor, sparsity=serving.sparsity)
+    else:
+        header, n_threads, fit = choice.header, choice.fit.n_threads, choice.fit
+        variables = environment(
+            path,
+            predictor=serving.predictor,
+            sparsity=choice.sparsity,
+            hot=fit.hot,
+            lock=fit.lock,
+            read_ahead=fit.read_ahead,
+        )
+    arguments = [*model_arguments(path), "--alias", path.stem]
+    arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]
+    if serving.lora is not None:
+        refuse_adapter(header, read_header(Path(serving.lora)))
+        arguments += ["--lora", serving.lora, "--load-mode", "none"]
+    if api_key is not None:
+        variables["LLAMA_API_KEY"] = api_key  # not on the command line, which everybody can read
+    return command("llama-server", [*arguments, *options], variables)
