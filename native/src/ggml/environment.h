@@ -1,4 +1,5 @@
-// The environment of programs that cannot call this library: llama-server and the rest of llama.cpp's own (docs/usage.md).
+// The environment of programs that cannot call this library: llama-server and the rest of llama.cpp's own
+// (docs/usage.md).
 #ifndef TSFFN_ENVIRONMENT_H
 #define TSFFN_ENVIRONMENT_H
 
