@@ -1,5 +1,6 @@
 # make demo   set up, convert the small checkpoint that ships with the repository, generate text
 # make test   set up, run the tests
+# make wheel  wheels in dist/, which install without a compiler on machines like this one
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +9,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup demo test test-asan test-arm lint format bench bench-quick bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-asan test-arm lint format bench bench-quick bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +45,13 @@ $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE) $(PROGRAMS)/bin/llama-server
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
 	    -C cmake.define.TSFFN_PROGRAMS=$(PROGRAMS)/bin -e ".[dev]"
 	touch $@
+
+# Wheels of tsconv, llama.cpp's programs included, and of llama-cpp-python: both are compiled for this processor.
+wheel: setup
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-deps --no-build-isolation \
+	    -C cmake.define.TSFFN_PROGRAMS=$(PROGRAMS)/bin -C build-dir=build/wheel -w dist .
+	cp $(WHEELS)/llama_cpp_python-*.whl dist
 
 demo: setup
 	mkdir -p $(DEMO)

@@ -16,6 +16,8 @@ import pytest
 import tsconv
 from support import LLAMA, ROOT, tiny
 
+OTHERS = "other programs"  # whether there are any changes from moment to moment
+
 
 def diagnose(env: dict[str, str] | None = None) -> tuple[int, bool, dict[str, dict[str, Any]]]:
     """Exit status, "healthy", and the checks by name."""
@@ -46,11 +48,31 @@ def test_text_says_the_same():
     status, healthy, checks = diagnose()
     result = tiny.run("doctor")
     assert result.returncode == status
-    lines = result.stdout.decode().splitlines()
+    lines = [line for line in result.stdout.decode().splitlines() if OTHERS not in line]
+    checks.pop(OTHERS, None)
     for line, check in zip(lines, checks.values(), strict=False):
         assert line.split()[0] == check["status"]
         assert check["name"] in line
     assert (lines[-1] == "everything needed is there") == healthy
+
+
+def test_programs():
+    _, _, checks = diagnose()
+    assert checks["programs"]["status"] == "ok"
+    assert checks["programs"]["value"].startswith("llama-server, llama-cli, ")
+
+
+def test_busy_machine():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        _, healthy, checks = diagnose()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert checks[OTHERS]["status"] == "warning"
+    assert "fewer threads" in checks[OTHERS]["fix"]
+    assert healthy
 
 
 def test_slower_kernels_are_a_warning():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,24 @@ def cpu_quota(proc: Path | None = None) -> float | None:
     return min(
         (quota for _, folder in _groups("cpu", proc or PROC) if (quota := _quota(folder)) is not None), default=None
     )
+
+
+def busy_cores(seconds: float, proc: Path = PROC) -> float | None:
+    """Processors' worth of time that programs on this machine use while this one sleeps; None where it is not told.
+
+    Source: proc(5), the first line of stat: user, nice, system, idle, iowait, irq, softirq.
+    """
+
+    def busy_ticks() -> int:
+        user, nice, system, _, _, irq, softirq = map(int, (proc / "stat").read_text().split()[1:8])
+        return user + nice + system + irq + softirq
+
+    try:
+        before, start = busy_ticks(), time.monotonic()
+        time.sleep(seconds)
+        return (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    except (OSError, ValueError):
+        return None
 
 
 def total_memory(proc: Path = PROC) -> int:

@@ -19,11 +19,13 @@ from tsconv.errors import BackendError
 from tsconv.machine import limits
 from tsconv.machine.cpu import cpu_model, physical_cores
 from tsconv.native.library import library_path, llama_cpp_python, load_backend
+from tsconv.runtime.programs import PROGRAMS, check_devices, program_path
 
 OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers
 PROBE_SECONDS = 60
 MIN_AVAILABLE_BYTES = 1 << 30
+LOAD_SECONDS, MAX_BUSY_CORES = 0.3, 0.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Check:
 def diagnose() -> list[Check]:
     """All findings. Loads llama.cpp and the native backend into this process."""
     checks = [Check("tsconv", tsconv.__version__), Check("python", platform.python_version())]
-    for find in (_packages, _ggml, _backend, _openmp, _cpu, _memory):
+    for find in (_packages, _ggml, _backend, _openmp, _programs, _cpu, _load, _memory):
         checks += find()
     return checks
 
@@ -166,6 +168,30 @@ def _openmp() -> Iterator[Check]:
         )
     else:
         yield Check("OpenMP", "none loaded", "warning", "llama.cpp was built without OpenMP: threads are not shared")
+
+
+def _programs() -> Iterator[Check]:
+    """llama.cpp's programs: there, and run with the backend."""
+    try:
+        folder = program_path(PROGRAMS[0]).parent
+        for name in PROGRAMS:
+            check_devices(name, {**os.environ, "GGML_BACKEND_PATH": os.fspath(library_path())})
+    except BackendError as error:
+        yield Check("programs", str(error), "warning", "tsconv serve and tsconv tools need them")
+    else:
+        yield Check("programs", f"{', '.join(PROGRAMS)} in {folder}")
+
+
+def _load() -> Iterator[Check]:
+    """Threads of a layer wait for one another: where others compute too, all wait for the slowest."""
+    busy = limits.busy_cores(LOAD_SECONDS)
+    if busy is not None and busy > MAX_BUSY_CORES:
+        yield Check(
+            "other programs",
+            f"use {busy:.1f} of {os.cpu_count() or 1} CPUs",
+            "warning",
+            "decoding is several times slower beside them: end them, or use fewer threads (-t)",
+        )
 
 
 def _cpu() -> Iterator[Check]:

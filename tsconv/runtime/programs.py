@@ -129,10 +129,21 @@ def command(name: str, arguments: Sequence[str], variables: Mapping[str, str]) -
         BackendError: it is not installed, or does not load the backend: it would compute another function.
     """
     path = program_path(name)
+    check_devices(name, variables)
+    return Command([os.fspath(path), *arguments], dict(variables))
+
+
+def check_devices(name: str, variables: Mapping[str, str]) -> None:
+    """Whether program `name` has our device with this environment.
+
+    Raises:
+        BackendError: as `command`.
+    """
+    path = program_path(name)
     try:
         listed = subprocess.run(
             [path, "--list-devices"],
-            env=variables,
+            env=dict(variables),
             capture_output=True,
             text=True,
             errors="replace",
@@ -150,4 +161,3 @@ def command(name: str, arguments: Sequence[str], variables: Mapping[str, str]) -
             found="; ".join((own or lines)[-2:]) or f"exit status {listed.returncode}",
             fix="run make setup again, which builds both for one another",
         )
-    return Command([os.fspath(path), *arguments], dict(variables))
