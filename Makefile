@@ -87,10 +87,12 @@ bench: setup
 	mkdir -p build
 	test ! -e build/bench.json || mv build/bench.json build/bench-old.json
 	$(BIN)/tsconv bench --suite full --save build/bench.json $(BENCH)
+	$(BIN)/tsconv bench --clients 1,2,4,8 -r 2 --save build/bench-clients.json
 
 bench-quick: setup
 	mkdir -p build
 	$(BIN)/tsconv bench --suite quick --save build/bench-quick.json $(BENCH)
+	$(BIN)/tsconv bench --clients 1,4 -r 2 --layers 4 --save build/bench-clients-quick.json
 
 # What conversion and profiling cost.
 bench-tools: setup

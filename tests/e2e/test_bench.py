@@ -215,3 +215,20 @@ def test_generated_once(tmp_path, monkeypatch):
     other = generated("small", 2, "q4_0", said.append, active=0.2, seed=3)
     assert other.name == f"{stem}-0.2-seed3.gguf"
     assert other.read_bytes()[-4096:] != path.read_bytes()[-4096:]  # weights, after the header with its random id
+
+
+def test_clients():
+    result = tiny.run("bench", "-m", tiny.converted(), "--clients", "1,3", "-r", 1, "-t", 1, "-o", "json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [row["n_clients"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["avg_ts"] / row["dense_avg_ts"])
+        assert 0 < row["active"] < 0.5  # it is the sparse backend that answered
+        assert 0 < row["bytes_share"] < 1
+    assert rows[1]["bytes_share"] > rows[0]["bytes_share"]  # a batch needs more neurons than a token
+
+
+def test_clients_go_with_one_model():
+    line = tiny.error_line(tiny.run("bench", "--suite", "quick", "--clients", "1"))
+    assert line == "error: --clients goes with one model, without --test and --baseline."

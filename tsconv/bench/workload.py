@@ -60,13 +60,13 @@ def parse_workload(text: str) -> Workload:
     )
 
 
-def parse_threads(text: str) -> tuple[int, ...]:
-    """'2' or '1,2,4' -> the numbers, each once.
+def parse_counts(text: str, what: str = "threads") -> tuple[int, ...]:
+    """'2' or '1,2,4' -> the numbers, each once; `what` they count.
 
     Raises:
         TsconvError: not numbers from 1 to MAX_THREADS.
     """
     counts = [int(part) if re.fullmatch(r"[0-9]{1,6}", part) else 0 for part in text.split(",")]
     if not all(1 <= count <= MAX_THREADS for count in counts):
-        raise TsconvError("threads", expected=f"numbers from 1 to {MAX_THREADS}, such as 2 or 1,2", found=repr(text))
+        raise TsconvError(what, expected=f"numbers from 1 to {MAX_THREADS}, such as 2 or 1,2", found=repr(text))
     return tuple(dict.fromkeys(counts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,11 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tes
     metavar="N[,N...]",
     help="Each number in turn.  [default: physical cores, as far as the CPU quota goes]",
 )
+@click.option(
+    "--clients",
+    metavar="N[,N...]",
+    help="Instead of tests: llama-server with so many clients at once, beside llama-server dense.",
+)
 @click.option("-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Format.")
 @click.option("--save", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there too, as JSON.")
 @click.option("--compare", metavar="OLD.json", type=click.Path(path_type=Path), help="Print the change since OLD.json.")
@@ -76,6 +82,7 @@ def command(
     suite: str | None,
     baseline: str,
     threads: str | None,
+    clients: str | None,
     output: str,
     save: Path | None,
     compare: Path | None,
@@ -84,11 +91,12 @@ def command(
 
     All engines run in turn. Generated models are kept in the cache folder.
     """
+    from tsconv.bench.clients import ClientsRow, measure_clients
     from tsconv.bench.compare import DENSE_DRELU, STOCK
     from tsconv.bench.compare import compare as measure
     from tsconv.bench.generate import PRESETS, generated
     from tsconv.bench.suite import run_suite
-    from tsconv.bench.workload import parse_threads, parse_workload
+    from tsconv.bench.workload import parse_counts, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
     from tsconv.write.writer import check_output, write_file
 
@@ -96,22 +104,29 @@ def command(
     if suite and given:
         option = next(parameter.opts[-1] for parameter in command.params if parameter.name == given[0])
         raise click.UsageError(f"--suite decides about {option} itself.")
+    if clients is not None and (suite or tests or baseline != STOCK):
+        raise click.UsageError("--clients goes with one model, without --test and --baseline.")
     workloads = list(dict.fromkeys(map(parse_workload, tests or ("pp512", "tg128"))))
-    n_threads = parse_threads(threads) if threads is not None else None
+    n_threads = parse_counts(threads) if threads is not None else None
     baselines = (STOCK, DENSE_DRELU) if baseline == DENSE_DRELU else (baseline,)
     old = read_results(compare) if compare is not None else {}
     if save is not None:
         check_output(save, force=True)
 
     progress = say if sys.stderr.isatty() else lambda line: None
+    parts: Iterator[Sequence[Row] | Sequence[ClientsRow]]
     if suite:
         parts = run_suite(suite, baselines=baselines, n_threads=n_threads, say=say, progress=progress)
     else:
         n_layer = layers or PRESETS[shape].n_layer
         path = Path(model) if model else generated(shape, n_layer, outtype, say, predictor_outtype=predictor_outtype)
-        options: dict[str, Any] = {"repetitions": repetitions, "n_threads": n_threads, "progress": progress}
-        parts = iter([measure(path, workloads, baselines=baselines, **options)])
-    rows: list[Row] = []
+        options: dict[str, Any] = {"repetitions": repetitions, "progress": progress}
+        if clients is None:
+            parts = iter([measure(path, workloads, baselines=baselines, n_threads=n_threads, **options)])
+        else:
+            most = max(n_threads) if n_threads else None
+            parts = iter([measure_clients(path, parse_counts(clients, "clients"), n_threads=most, **options)])
+    rows: list[Any] = []
     try:
         for part in parts:
             rows += part
@@ -120,5 +135,5 @@ def command(
     finally:  # what was measured is not lost when a later model fails
         if rows:
             echo(formatted(rows, output), nl=False)
-    for line in changes(rows, old):
+    for line in changes(rows, old) if clients is None else []:
         say(line)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tsconv.bench.clients import ClientsRow
 from tsconv.bench.compare import ENGINES, NOREPACK, STOCK, Row
 from tsconv.cli.text import size
 from tsconv.errors import TsconvError
@@ -22,7 +23,7 @@ NOREPACK_NOTE = (
 Key = tuple[str, str, int, str]  # model, test, threads, baseline
 
 
-def formatted(rows: Sequence[Row], output: str) -> str:
+def formatted(rows: Sequence[Row] | Sequence[ClientsRow], output: str) -> str:
     """The rows, at least one, as "md", "json", "jsonl" or "csv"."""
     dicts = [dataclasses.asdict(row) for row in rows]
     if output == "json":
@@ -35,7 +36,7 @@ def formatted(rows: Sequence[Row], output: str) -> str:
         writer.writeheader()
         writer.writerows(dicts)
         return text.getvalue()
-    return _markdown(rows)
+    return _clients([r for r in rows if isinstance(r, ClientsRow)]) + _markdown([r for r in rows if isinstance(r, Row)])
 
 
 def read_results(path: Path) -> dict[Key, dict[str, float]]:
@@ -75,8 +76,34 @@ def _stem(row: Row) -> str:
     return row.model_filename.removesuffix(".gguf")
 
 
+def _clients(rows: Sequence[ClientsRow]) -> str:
+    """A table of llama-server's speed; nothing without rows."""
+    lines: list[tuple[str, ...]] = [
+        (
+            *("model", "clients", "threads", "t/s", "dense llama-server t/s", "ratio (smallest to largest)"),
+            *("active", "FFN bytes read"),
+        )
+    ]
+    for row in rows:
+        lines.append(
+            (
+                row.model_filename.removesuffix(".gguf"),
+                str(row.n_clients),
+                str(row.n_threads),
+                f"{row.avg_ts:.2f}",
+                f"{row.dense_avg_ts:.2f}",
+                f"{row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f})",
+                f"{row.active:.1%}",
+                f"{row.bytes_share:.1%}",
+            )
+        )
+    return _table(lines, left=("model",)) if rows else ""
+
+
 def _markdown(rows: Sequence[Row]) -> str:
-    """Two tables, of speed and of where the time goes, and a line about the machine."""
+    """Two tables, of speed and of where the time goes, and a line about the machine; nothing without rows."""
+    if not rows:
+        return ""
     speed: list[tuple[str, ...]] = [
         (
             *("model", "size", "predictor", "test", "threads", "t/s", "baseline", "its t/s"),

@@ -10,23 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.output import echo, json_text
+from tsconv.cli.output import echo, json_text, progress_bar, say
 from tsconv.cli.text import size, table
 
 if TYPE_CHECKING:
+    from tsconv.format.header import Header
     from tsconv.format.summary import FileSummary
     from tsconv.report.summary import StatsSummary
 
 SHOWN_CHARACTERS = 72
 SHOWN_ELEMENTS = 8
 NOTE_WIDTH = 100
+DELAY = 1.0  # seconds before a bar shows
 ORDER_OF_LAYER = re.compile(r"turbosparse\.neuron_order\.\d+")
 
 
 @click.command("inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(file: Path, as_json: bool) -> None:
+@click.option("--verify", is_flag=True, help="Compare all tensors, the partner's too, with their checksums.")
+def command(file: Path, as_json: bool, verify: bool) -> None:
     """Show what is in a converted model, predictor sidecar or activation statistics FILE."""
     from tsconv.format.header import read_header
     from tsconv.format.summary import summarise_file
@@ -34,10 +37,23 @@ def command(file: Path, as_json: bool) -> None:
 
     header = read_header(file)
     if stats_file.is_stats(header):
+        if verify:
+            _verify(header)
         _show_stats(file, as_json)
         return
     summary = summarise_file(header)
+    if verify:
+        _verify(header, *([read_header(summary.partner.path)] if summary.partner else []))
     echo(json_text(summary.as_dict(), indent=2) if as_json else _text(summary))
+
+
+def _verify(*headers: Header) -> None:
+    from tsconv.format.checksums import verify
+
+    for header in headers:
+        with progress_bar("verifying", DELAY) as progress:
+            n = verify(header, progress)
+        say(f"{header.path}: {n} tensors are as they were written")
 
 
 def _show_stats(file: Path, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES
 
 from tsconv.checkpoint.config import MAX_DIM
 from tsconv.errors import ModelFileError, OutputError
-from tsconv.format import layouts
+from tsconv.format import checksums, layouts
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.keys import ARCHITECTURE, add_neuron_order
 from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
@@ -163,7 +163,7 @@ def _copy_header(header: Header, file: StreamedFile, pair_id: str) -> None:
     changed = {"turbosparse.pair_id": pair_id, KEY: HOT_FIRST}
     for key, value in header.keys.items():
         kind = header.types[key]
-        if key == "general.architecture" or key.startswith(f"{KEY}."):
+        if key in ("general.architecture", checksums.KEY) or key.startswith(f"{KEY}."):
             continue  # the first is there already, the others are written anew
         if kind.element is not None and not value:
             raise ModelFileError(f"key {key} is an empty array, which cannot be written", where=header.path)

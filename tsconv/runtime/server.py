@@ -81,7 +81,7 @@ def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
         raise BackendError("llama-server cannot be run", where=command.arguments[0], found=error.strerror) from None
     with _forwarding(process):
         while process.poll() is None:
-            if _answers(url):
+            if answers(url):
                 ready()
                 break
             time.sleep(POLL_SECONDS)
@@ -104,7 +104,7 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether the server is up with its model loaded. GET /health needs no key; it is 503 while the model loads."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -13,14 +13,17 @@ import fcntl
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 
 from tsconv.errors import ModelFileError, OutputError
+from tsconv.format import checksums
 from tsconv.format.header import read_header
 from tsconv.signals import signals_wait
 
@@ -47,7 +50,8 @@ class StreamedFile:
         self.part = _part_of(path)
         self.header = gguf.GGUFWriter(None, arch)
         self._sizes: list[int] = []
-        self._tensor, self._done = 0, 0
+        self._tensor, self._done, self._crc = 0, 0, 0
+        self._crcs: list[int] = []  # of the tensors that are written
         self._lock: int | None = None  # file descriptor of .part while it is ours
 
     @property
@@ -65,11 +69,16 @@ class StreamedFile:
         with _reported(self.part):
             with signals_wait():  # between the file's creation and the note that it is ours
                 self._lock = lock(self.part)
+            # The last key: its values are at the end of the keys, and are filled in when they are known.
+            if self._sizes:
+                nothing = [0] * len(self._sizes)
+                self.header.add_key_value(checksums.KEY, nothing, GGUFValueType.ARRAY, GGUFValueType.UINT32)
             self.header.write_header_to_file(self.part)
             self.header.write_kv_data_to_file()
-            self.header.write_ti_data_to_file()
             assert self.header.fout is not None
             self._file = self.header.fout[0]
+            self._keys_end = self._file.tell()
+            self.header.write_ti_data_to_file()
             self.header.write_padding(self._file, self._file.tell())
             self._file.flush()
             self._written = self._file.tell()
@@ -82,10 +91,13 @@ class StreamedFile:
         if self._done > size:
             raise ValueError(f"tensor {self._tensor} of {self.path.name} has {size} bytes, got {self._done}")
         with _reported(self.part):
-            self._append(data.data.cast("B"))
+            raw = data.data.cast("B")
+            self._crc = zlib.crc32(raw, self._crc)
+            self._append(raw)
             if self._done == size:
+                self._crcs.append(self._crc)
                 self._append(memoryview(bytes(gguf.GGUFWriter.ggml_pad(size, self.header.data_alignment) - size)))
-                self._tensor, self._done = self._tensor + 1, 0
+                self._tensor, self._done, self._crc = self._tensor + 1, 0, 0
 
     def write_on(self, data: np.ndarray) -> None:
         """As `write`, for contiguous bytes (uint8) that may go on in the tensors behind the current one."""
@@ -124,6 +136,10 @@ class StreamedFile:
             raise ValueError(f"{self.path.name}: {self._tensor} of {len(self._sizes)} tensors were written")
         with _reported(self.part):
             self._flush()
+            crcs = np.array(self._crcs, "<u4").tobytes()
+            with open(self.part, "r+b") as keys:
+                keys.seek(self._keys_end - len(crcs))
+                keys.write(crcs)
             os.fsync(self._file.fileno())
             # What is written while the input fills the page cache is kept in small pages (a third of a 7B model in huge
             # ones, and its FFNs 6 % slower). The first load reads it again, in huge pages (native: mapping.c).

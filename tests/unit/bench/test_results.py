@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tsconv.bench.compare import Row, Weights, _row
-from tsconv.bench.workload import Workload, parse_threads, parse_workload
+from tsconv.bench.workload import Workload, parse_counts, parse_workload
 from tsconv.cli.bench_table import changes, formatted, read_results
 from tsconv.errors import TsconvError
 
@@ -176,9 +176,9 @@ def test_no_workloads(text):
 
 
 def test_threads():
-    assert parse_threads("2") == (2,)
-    assert parse_threads("1,2,16") == (1, 2, 16)
-    assert parse_threads("2,1,2") == (2, 1)
+    assert parse_counts("2") == (2,)
+    assert parse_counts("1,2,16") == (1, 2, 16)
+    assert parse_counts("2,1,2") == (2, 1)
     for text in ("", "0", "1,", "1;2", "-1", "513", "1, 2", "1.5", "9999999"):
         with pytest.raises(TsconvError, match="threads: expected numbers from 1 to 512"):
-            parse_threads(text)
+            parse_counts(text)

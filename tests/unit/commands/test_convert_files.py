@@ -214,6 +214,7 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "turbosparse.predictor.kind": "embedded",
         "turbosparse.source.fingerprint": model["turbosparse.source.fingerprint"],
         "turbosparse.source.sliding_window": 64,
+        "turbosparse.tensor_crc32": model["turbosparse.tensor_crc32"],
     }
     assert sidecar == {
         "general.architecture": "turbosparse",
@@ -233,6 +234,7 @@ def test_keys_of_a_dense_pair(tmp_path: Path) -> None:
         "turbosparse.predictor.threshold": [0.0, 0.0],
         "turbosparse.predictor.comparison": "gt",
         "turbosparse.source.fingerprint": model["turbosparse.source.fingerprint"],
+        "turbosparse.tensor_crc32": sidecar["turbosparse.tensor_crc32"],
     }
     assert len(bytes.fromhex(model["turbosparse.pair_id"])) == 16
     assert len(model["tokenizer.ggml.tokens"]) == 320

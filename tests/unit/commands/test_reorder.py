@@ -25,7 +25,7 @@ from tsconv.format.header import read_header
 from tsconv.format.order import neuron_order
 from tsconv.write import stream
 
-KEY, PAIR_ID = "turbosparse.neuron_order", "turbosparse.pair_id"
+KEY, PAIR_ID, CRC32 = "turbosparse.neuron_order", "turbosparse.pair_id", "turbosparse.tensor_crc32"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -53,7 +53,7 @@ def check_keys(original: Path, reordered: Path) -> None:
     before, after = fields(original), fields(reordered)
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     extra = {key for key in after if key.startswith(f"{KEY}.")}
-    assert changed - extra <= {PAIR_ID, KEY} and PAIR_ID in changed
+    assert changed - extra <= {PAIR_ID, KEY, CRC32} and PAIR_ID in changed
     assert {key for key in before if not key.startswith(f"{KEY}.")} == set(after) - extra
     assert b"hot_first" in after[KEY]
 
