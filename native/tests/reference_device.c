@@ -1,7 +1,8 @@
 // A device (src/ffn/device.h) in plain C, as the formulas stand: every weight row is widened to f32, every sum is one
 // of doubles, one thread computes. To be read in one sitting, and to hold other devices against.
 //
-//     h_i = relu(gate_i . x) * relu(up_i . x) * m_i,  y = sum_i h_i down_i
+//     h_i = f(gate_i . x) * g(up_i . x) * m_i,  y = sum_i h_i down_i
+//     f, g: the factors of the layer's activation; of dReLU both are relu
 //     m_i = [fc2_i . relu(fc1 . (x * scale)) > threshold], 1 without a predictor
 //
 // A module that TSFFN_DEVICE names.
@@ -14,12 +15,8 @@
 
 // ---- weights
 
-// Bytes of row i, in `row` where they do not lie side by side in memory: panels of docs/format.md.
+// Bytes of row i of a predictor's matrix, in `row` where they do not lie side by side: panels of docs/format.md.
 static const uint8_t * row_bytes(const struct tsffn_weights * m, int64_t i, uint8_t * row) {
-    if (m->layout == TSFFN_LAYOUT_BUNDLES) {
-        const int64_t r = m->bundles.first + TSFFN_BUNDLE_ROWS * i;
-        return m->bundles.pieces[r / m->bundles.piece_rows] + (size_t)(r % m->bundles.piece_rows) * m->row_bytes;
-    }
     if (m->layout == TSFFN_LAYOUT_ROWS || i >= m->n_rows / TSFFN_PANEL_ROWS * TSFFN_PANEL_ROWS) {
         return m->data + (size_t)i * m->row_bytes;
     }
@@ -74,20 +71,34 @@ struct scratch {
     float * w;     // its weights
 };
 
-// row i . x
-static double dot(const struct scratch * s, const struct tsffn_weights * m, int64_t i, const double * x) {
-    const uint8_t * row = row_bytes(m, i, s->row);
-    if (m->type == TSFFN_TYPE_Q3_NL) {
-        widen_q3_nl(row, s->w, m->n_cols);
-    } else if (m->type == GGML_TYPE_F32) {
-        memcpy(s->w, row, (size_t)m->n_cols * sizeof(float));
+// row . x, of n weights; s->w holds them afterwards. x NULL: only that.
+static double dot_row(const struct scratch * s, int type, const uint8_t * row, int64_t n, const double * x) {
+    if (type == TSFFN_TYPE_Q3_NL) {
+        widen_q3_nl(row, s->w, n);
+    } else if (type == GGML_TYPE_F32) {
+        memcpy(s->w, row, (size_t)n * sizeof(float));
     } else {
-        ggml_get_type_traits((enum ggml_type)m->type)->to_float(row, s->w, m->n_cols);
+        ggml_get_type_traits((enum ggml_type)type)->to_float(row, s->w, n);
     }
     double sum = 0.0;
-    for (int64_t j = 0; x != NULL && j < m->n_cols; ++j) {
+    for (int64_t j = 0; x != NULL && j < n; ++j) {
         sum += (double)s->w[j] * x[j];
     }
+    return sum;
+}
+
+static double dot(const struct scratch * s, const struct tsffn_weights * m, int64_t i, const double * x) {
+    return dot_row(s, m->type, row_bytes(m, i, s->row), m->n_cols, x);
+}
+
+// Row i of gate, up or down. The neuron is brought in, if need be, for as long as it is read.
+static double dot_part(const struct scratch * s, const struct tsffn_layer * layer, const struct tsffn_neurons * neurons,
+                       enum tsffn_part part, int64_t i, const double * x) {
+    const int32_t neuron = (int32_t)i;
+    tsffn_neurons_announce(neurons, &neuron, 1);
+    tsffn_neurons_await(neurons, &neuron, 1);
+    const double sum = dot_row(s, layer->types[part], tsffn_neuron_row(neurons, part, i), layer->n_embd, x);
+    tsffn_neurons_release(neurons, &neuron, 1);
     return sum;
 }
 
@@ -95,6 +106,10 @@ static double dot(const struct scratch * s, const struct tsffn_weights * m, int6
 
 static double relu(double v) {
     return v > 0.0 ? v : 0.0;
+}
+
+static double factor(struct tsffn_factor f, double v) {
+    return f.kind == TSFFN_FACTOR_LINEAR || (v > 0.0 && v >= (double)f.threshold) ? v : 0.0;
 }
 
 // mask [n_ff]
@@ -131,20 +146,23 @@ static void compute_row(const struct tsffn_layer * layer, const struct tsffn_cal
     for (int64_t i = 0; i < layer->n_ff; ++i) {
         if (call->op == TSFFN_OP_GATE || call->op == TSFFN_OP_UP) {
             const bool is_gate = call->op == TSFFN_OP_GATE;
-            out[i] = is_gate && !mask[i] ? 0.0 : dot(s, is_gate ? &ffn->gate : &ffn->up, i, x);
+            const enum tsffn_part part = is_gate ? TSFFN_PART_GATE : TSFFN_PART_UP;
+            out[i] = is_gate && !mask[i] ? 0.0 : dot_part(s, layer, &ffn->neurons, part, i, x);
             continue;
         }
         if (fused) {
-            const double gate = mask[i] ? relu(dot(s, &ffn->gate, i, x)) : 0.0;
-            h[i] = gate > 0.0 ? gate * relu(dot(s, &ffn->up, i, x)) : 0.0;
+            const double gate = mask[i] ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_GATE, i, x) : 0.0;
+            const double f = factor(layer->activation.gate, gate);
+            const double up = f != 0.0 ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_UP, i, x) : 0.0;
+            h[i] = f * factor(layer->activation.up, up);
             counts->neurons += 1;
             counts->predicted += mask[i];
-            counts->gate_positive += gate > 0.0;
-            counts->active += h[i] > 0.0;
+            counts->gate_positive += f != 0.0;
+            counts->active += h[i] != 0.0;
         }
         const double a = fused ? h[i] : x[i];
         if (a != 0.0) {
-            dot(s, &ffn->down, i, NULL);
+            dot_part(s, layer, &ffn->neurons, TSFFN_PART_DOWN, i, NULL);
             for (int64_t j = 0; j < layer->n_embd; ++j) {
                 out[j] += a * (double)s->w[j];
             }

@@ -77,44 +77,55 @@ static struct tsffn_matrix matrix(const struct tsffn_row_type * type, const floa
     return (struct tsffn_matrix){.type = type, .data = (const uint8_t *)data, .n_rows = rows, .n_cols = cols};
 }
 
-static void describe(struct tsffn_ffn * ffns, const struct tsffn_row_type * gate_type,
-                     const struct tsffn_row_type * up_type, bool predictor, bool scaled) {
+static struct tsffn_ffn ffns[N_EXPERT];
+
+static struct tsffn_cpu_layer describe(const struct tsffn_row_type * gate_type, const struct tsffn_row_type * up_type,
+                                       bool predictor, bool scaled) {
     for (int e = 0; e < N_EXPERT; ++e) {
         struct expert * w = &experts[e];
-        ffns[e] = (struct tsffn_ffn){
-            .n_embd = N_EMBD,
-            .n_ff = N_FF,
-            .gate = matrix(gate_type, w->gate, N_FF, N_EMBD),
-            .up = matrix(up_type, w->up, N_FF, N_EMBD),
-            .down = matrix(up_type, w->down, N_FF, N_EMBD),
-        };
+        const float * const parts[TSFFN_N_PARTS] = {w->gate, w->up, w->down};
+        ffns[e] = (struct tsffn_ffn){0};
+        for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+            ffns[e].neurons.rows[part] = tsffn_rows_at(parts[part], N_FF, N_EMBD * sizeof(float));
+        }
         if (predictor) {
             ffns[e].fc1 = matrix(gate_type, w->fc1, ranks[e], N_EMBD);
             ffns[e].fc2 = matrix(up_type, w->fc2, N_FF, ranks[e]);
-            ffns[e].pred_scale = scaled ? pred_scale : NULL;
         }
     }
+    return (struct tsffn_cpu_layer){
+        .n_embd = N_EMBD,
+        .n_ff = N_FF,
+        .n_ffns = N_EXPERT,
+        .ffns = ffns,
+        .types = {gate_type, up_type, up_type},
+        .activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f),
+        .pred_scale = predictor && scaled ? pred_scale : NULL,
+    };
 }
 
-// The same weights with gate, up and down in bundles, whose pieces lie apart.
-static void bundle(struct tsffn_ffn * ffns) {
+// The same rows in bundles, whose pieces lie apart.
+static void bundle(void) {
     enum { PIECE_ROWS = N_EXPERT * N_FF, GAP = 7 };
-    static float pieces[TSFFN_BUNDLE_ROWS][PIECE_ROWS * N_EMBD + GAP];
-    struct tsffn_bundles bundles = {.piece_rows = PIECE_ROWS};
-    for (int k = 0; k < TSFFN_BUNDLE_ROWS; ++k) {
-        bundles.pieces[k] = (const uint8_t *)pieces[(k + 1) % TSFFN_BUNDLE_ROWS];
-    }
+    static float pieces[TSFFN_N_PARTS][PIECE_ROWS * N_EMBD + GAP];
     for (int e = 0; e < N_EXPERT; ++e) {
-        struct tsffn_matrix * const parts[TSFFN_BUNDLE_ROWS] = {&ffns[e].gate, &ffns[e].up, &ffns[e].down};
-        for (int part = 0; part < TSFFN_BUNDLE_ROWS; ++part) {
-            bundles.first = TSFFN_BUNDLE_ROWS * e * N_FF + part;
-            for (int i = 0; i < N_FF; ++i) {
-                const int row = (int)bundles.first + TSFFN_BUNDLE_ROWS * i;
-                float * piece = pieces[(row / PIECE_ROWS + 1) % TSFFN_BUNDLE_ROWS];
-                memcpy(piece + row % PIECE_ROWS * N_EMBD, tsffn_matrix_row(parts[part], i), N_EMBD * sizeof(float));
+        for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+            struct tsffn_rows bundled = {
+                .piece_rows = PIECE_ROWS,
+                .first = TSFFN_N_PARTS * e * N_FF + part,
+                .step = TSFFN_N_PARTS,
+                .row_bytes = N_EMBD * sizeof(float),
+            };
+            for (int k = 0; k < TSFFN_N_PARTS; ++k) {
+                bundled.pieces[k] = (const uint8_t *)pieces[(k + 1) % TSFFN_N_PARTS];
             }
-            parts[part]->layout = TSFFN_LAYOUT_BUNDLES;
-            parts[part]->bundles = bundles;
+            for (int i = 0; i < N_FF; ++i) {
+                const int row = (int)bundled.first + TSFFN_N_PARTS * i;
+                float * piece = pieces[(row / PIECE_ROWS + 1) % TSFFN_N_PARTS];
+                memcpy(piece + row % PIECE_ROWS * N_EMBD, tsffn_rows_get(&ffns[e].neurons.rows[part], i),
+                       N_EMBD * sizeof(float));
+            }
+            ffns[e].neurons.rows[part] = bundled;
         }
     }
 }
@@ -128,20 +139,20 @@ static double dot_double(const float * w, const double * v, int64_t n) {
 }
 
 // Reference of one row. h is [N_FF], y is [N_EMBD]; returns how many neurons are on, positive, active.
-static void reference(const struct tsffn_ffn * ffn, const struct expert * w, int64_t rank, const float * row,
+static void reference(const struct tsffn_cpu_layer * layer, const struct expert * w, int64_t rank, const float * row,
                       double * gate, double * up, double * y, uint64_t counts[3]) {
     double v[N_EMBD], p[N_EMBD], h1[40];
     for (int j = 0; j < N_EMBD; ++j) {
         v[j] = (double)row[j];
-        p[j] = (double)row[j] * (ffn->pred_scale != NULL ? (double)pred_scale[j] : 1.0);
+        p[j] = (double)row[j] * (layer->pred_scale != NULL ? (double)pred_scale[j] : 1.0);
         y[j] = 0.0;
     }
-    const bool predictor = ffn->fc1.data != NULL;
+    const bool predictor = layer->ffns[0].fc1.data != NULL;
     for (int64_t k = 0; predictor && k < rank; ++k) {
         h1[k] = fmax(0.0, dot_double(w->fc1 + k * N_EMBD, p, N_EMBD));
     }
     for (int64_t i = 0; i < N_FF; ++i) {
-        const bool on = !predictor || dot_double(w->fc2 + i * rank, h1, rank) > (double)ffn->threshold;
+        const bool on = !predictor || dot_double(w->fc2 + i * rank, h1, rank) > (double)layer->threshold;
         gate[i] = on ? dot_double(w->gate + i * N_EMBD, v, N_EMBD) : 0.0;
         up[i] = dot_double(w->up + i * N_EMBD, v, N_EMBD);
         counts[0] += on;
@@ -156,7 +167,7 @@ static void reference(const struct tsffn_ffn * ffn, const struct expert * w, int
 }
 
 // All four operations for `n_tokens` tokens of `n_used` experts each, on `n_threads` threads.
-static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns, bool moe, int64_t n_tokens,
+static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, bool moe, int64_t n_tokens,
                       int n_threads) {
     static struct tsffn_row rows[MAX_TOKENS * MAX_USED];
     static float fused[MAX_TOKENS * MAX_USED * N_EMBD], y[MAX_TOKENS * MAX_USED * N_EMBD];
@@ -186,18 +197,18 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
         rows[r].y = fused + r * N_EMBD;
         rows[r].h = fused_h + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &counts), "out of memory");
 
     call.op = TSFFN_OP_GATE;
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = gate + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &single), "out of memory");
     call.op = TSFFN_OP_UP;
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = up + r * N_FF;
     }
-    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &single), "out of memory");
     for (int64_t i = 0; i < n_rows * N_FF; ++i) {
         h[i] = fmaxf(gate[i], 0.0f) * fmaxf(up[i], 0.0f);
         CHECK(h[i] == fused_h[i], "hidden %d: %g instead of %g", (int)i, (double)fused_h[i], (double)h[i]);
@@ -209,15 +220,15 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     uint64_t want_counts[3] = {0};
     for (int64_t r = 0; r < n_rows; ++r) {
         const struct expert * w = &experts[rows[r].ffn];
-        reference(&ffns[rows[r].ffn], w, ranks[rows[r].ffn], x + (int64_t)rows[r].token * N_EMBD, want_gate, want_up,
-                  want_y, want_counts);
+        reference(layer, w, ranks[rows[r].ffn], x + (int64_t)rows[r].token * N_EMBD, want_gate, want_up, want_y,
+                  want_counts);
         CHECK(nmse(fused + r * N_EMBD, want_y, N_EMBD) < 1e-10, "fused row %d", (int)r);
         CHECK(nmse(gate + r * N_FF, want_gate, N_FF) < 1e-10, "gate row %d", (int)r);
         CHECK(nmse(up + r * N_FF, want_up, N_FF) < 1e-10, "up row %d", (int)r);
         rows[r].token = (int32_t)r;
         rows[r].y = y + r * N_EMBD;
     }
-    CHECK(tsffn_compute(ws, ffns, moe ? N_EXPERT : 1, &call, &single), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &single), "out of memory");
     for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
         CHECK(fabsf(y[j] - fused[j]) <= 1e-4f * (1.0f + fabsf(fused[j])), "operation by operation differs at %d",
               (int)j);
@@ -237,7 +248,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
 }
 
 // Outputs written over the inputs, and a batch giving bit for bit what single tokens give.
-static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns) {
+static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer) {
     static float batch[MAX_TOKENS * N_EMBD], one[N_EMBD];
     static struct tsffn_row rows[MAX_TOKENS];
     struct tsffn_counts counts = {0};
@@ -254,24 +265,23 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_ffn * f
         .n_tokens = MAX_TOKENS,
         .n_threads = 2,
     };
-    CHECK(tsffn_compute(ws, ffns, 1, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &counts), "out of memory");
     for (int t = 0; t < MAX_TOKENS; ++t) {
         struct tsffn_row row = {.y = one};
         call.rows = &row;
         call.n_rows = 1;
         call.x = (const char *)(x + t * N_EMBD);
         call.n_tokens = 1;
-        CHECK(tsffn_compute(ws, ffns, 1, &call, &counts), "out of memory");
+        CHECK(tsffn_compute(ws, layer, &call, &counts), "out of memory");
         CHECK(memcmp(one, batch + (MAX_TOKENS - 1 - t) * N_EMBD, sizeof(one)) == 0, "token %d depends on its batch", t);
     }
 }
 
 // logit >= threshold and logit > threshold differ where the logit is exactly the threshold: with p = 0 all logits are
 // 0.
-static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns) {
+static void test_comparison(struct tsffn_workspace * ws, struct tsffn_cpu_layer layer) {
     static float zero[N_EMBD], y[N_EMBD];
     struct tsffn_row row = {.y = y};
-    struct tsffn_ffn ffn = ffns[0];
     const struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
         .rows = &row,
@@ -283,8 +293,8 @@ static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn 
     };
     for (int equal = 0; equal < 2; ++equal) {
         struct tsffn_counts counts = {0};
-        ffn.on_when_equal = equal != 0;
-        CHECK(tsffn_compute(ws, &ffn, 1, &call, &counts), "out of memory");
+        layer.on_when_equal = equal != 0;
+        CHECK(tsffn_compute(ws, &layer, &call, &counts), "out of memory");
         CHECK(counts.predicted == (equal != 0 ? N_FF : 0), "predicted %d", (int)counts.predicted);
     }
 }
@@ -292,12 +302,12 @@ static void test_comparison(struct tsffn_workspace * ws, const struct tsffn_ffn 
 // Everything a thread keeps while it computes is in the workspace. More than one thread: tests/native says how large
 // the stacks of the others are.
 static void * test_small_stack(void * argument) {
-    const struct tsffn_ffn * ffns = argument;
+    const struct tsffn_cpu_layer * layer = argument;
     struct tsffn_workspace * ws = tsffn_workspace_new();
     CHECK(ws != NULL, "out of memory");
     for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
-        test_call(ws, ffns, false, 1, n_threads);
-        test_call(ws, ffns, true, MAX_TOKENS, n_threads);
+        test_call(ws, layer, false, 1, n_threads);
+        test_call(ws, layer, true, MAX_TOKENS, n_threads);
     }
     tsffn_workspace_free(ws);
     return NULL;
@@ -317,7 +327,7 @@ int main(void) {
     static const int64_t batches[] = {1, 2, 7, 64, 65, MAX_TOKENS};
     struct tsffn_workspace * ws = tsffn_workspace_new();
     CHECK(ws != NULL, "out of memory");
-    struct tsffn_ffn ffns[N_EXPERT];
+    struct tsffn_cpu_layer layer;
     for (int isa = 0; isa < TSFFN_ISA_COUNT; ++isa) {
         const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
         if (kernels == NULL) {
@@ -327,26 +337,26 @@ int main(void) {
         for (int variant = 0; variant < 16; ++variant) {
             const struct tsffn_row_type * gate_type = (variant & 1) != 0 ? &host_type : &own_type;
             const struct tsffn_row_type * up_type = (variant & 2) != 0 ? &host_type : &own_type;
-            describe(ffns, gate_type, up_type, (variant & 4) != 0, (variant & 8) != 0);
+            layer = describe(gate_type, up_type, (variant & 4) != 0, (variant & 8) != 0);
             for (size_t b = 0; b < sizeof(batches) / sizeof(batches[0]); ++b) {
                 for (int n_threads = 1; n_threads <= 3; ++n_threads) {
-                    test_call(ws, ffns, false, batches[b], n_threads);
-                    test_call(ws, ffns, true, batches[b], n_threads);
+                    test_call(ws, &layer, false, batches[b], n_threads);
+                    test_call(ws, &layer, true, batches[b], n_threads);
                 }
             }
-            test_overlap(ws, ffns);
+            test_overlap(ws, &layer);
         }
-        test_comparison(ws, ffns);
-        describe(ffns, &own_type, &host_type, true, true);
-        on_small_stack(test_small_stack, ffns);
+        test_comparison(ws, layer);
+        layer = describe(&own_type, &host_type, true, true);
+        on_small_stack(test_small_stack, &layer);
         for (int variant = 0; variant < 16; variant += 5) {
-            describe(ffns, (variant & 1) != 0 ? &host_type : &own_type, &own_type, (variant & 4) != 0,
-                     (variant & 8) != 0);
-            bundle(ffns);
+            layer = describe((variant & 1) != 0 ? &host_type : &own_type, &own_type, (variant & 4) != 0,
+                             (variant & 8) != 0);
+            bundle();
             for (int n_threads = 1; n_threads <= 3; ++n_threads) {
-                test_call(ws, ffns, false, 1, n_threads);
-                test_call(ws, ffns, true, 7, n_threads);
-                test_call(ws, ffns, true, 65, n_threads);
+                test_call(ws, &layer, false, 1, n_threads);
+                test_call(ws, &layer, true, 7, n_threads);
+                test_call(ws, &layer, true, 65, n_threads);
             }
         }
         printf("%s: ok\n", kernels->name);

@@ -105,13 +105,12 @@ static double edge(int k) {
     return ldexp(1.0 + (k - 1) % 4 / 4.0, N_FIRST + (k - 1) / 4);
 }
 
-static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns, bool moe, int64_t n_tokens,
+static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, bool moe, int64_t n_tokens,
                       int n_threads, bool exact_output) {
     static struct tsffn_row rows[MAX_TOKENS * 2];
     static float plain[MAX_TOKENS * 2 * N_EMBD], counted[MAX_TOKENS * 2 * N_EMBD];
     static uint64_t tokens[N_EXPERT], neurons[TSFFN_PROFILE_COUNTS][N_EXPERT][N_FF];
     static uint64_t histograms[TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS];
-    const int n_ffns = N_EXPERT; // a dense call uses the first only
     int64_t n_rows = 0;
     memset(want, 0, sizeof(want));
     memset(want_tokens, 0, sizeof(want_tokens));
@@ -124,7 +123,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
             if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) { // top-2
                 rows[n_rows] = (struct tsffn_row){.ffn = e, .token = (int32_t)t, .y = plain + n_rows * N_EMBD};
                 ++n_rows;
-                count_row(e, x + t * N_EMBD, ffns[0].fc1.data != NULL);
+                count_row(e, x + t * N_EMBD, layer->ffns[0].fc1.data != NULL);
             }
         }
     }
@@ -138,7 +137,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
         .n_threads = n_threads,
     };
     struct tsffn_counts plain_counts = {0}, counts = {0};
-    CHECK(tsffn_compute(ws, ffns, n_ffns, &call, &plain_counts), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &plain_counts), "out of memory");
     const struct tsffn_profile profile = {
         .tokens = tokens,
         .neurons = &neurons[0][0][0],
@@ -148,10 +147,10 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
     for (int64_t r = 0; r < n_rows; ++r) {
         rows[r].y = counted + r * N_EMBD;
     }
-    CHECK(tsffn_compute(ws, ffns, n_ffns, &call, &counts), "out of memory");
+    CHECK(tsffn_compute(ws, layer, &call, &counts), "out of memory");
 
     // With a predictor threads share other neurons while they count.
-    const bool exact = exact_output && (n_threads == 1 || ffns[0].fc1.data == NULL);
+    const bool exact = exact_output && (n_threads == 1 || layer->ffns[0].fc1.data == NULL);
     double error = 0.0, size = 1e-30;
     for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
         CHECK(!exact || plain[j] == counted[j], "counting changes the output");
@@ -192,12 +191,18 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_ffn * ffns
 static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * kernels) {
     const struct tsffn_row_type type = row_type(kernels, TSFFN_FORMAT_F32);
     const float one = 1.0f, zero = 0.0f;
-    const struct tsffn_ffn ffn = {
+    const struct tsffn_ffn ffn = {.neurons.rows = {
+                                      tsffn_rows_at(&one, 1, sizeof(one)),
+                                      tsffn_rows_at(&one, 1, sizeof(one)),
+                                      tsffn_rows_at(&zero, 1, sizeof(zero)),
+                                  }};
+    const struct tsffn_cpu_layer layer = {
         .n_embd = 1,
         .n_ff = 1,
-        .gate = matrix(&type, &one, 1, 1),
-        .up = matrix(&type, &one, 1, 1),
-        .down = matrix(&type, &zero, 1, 1),
+        .n_ffns = 1,
+        .ffns = &ffn,
+        .types = {&type, &type, &type},
+        .activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f),
     };
     for (int k = 0; k < TSFFN_PROFILE_BINS; ++k) {
         const float lower = k > 0 ? (float)edge(k) : 0.0f;
@@ -218,7 +223,7 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
                                             .n_threads = 1,
                                             .profile = &profile};
             struct tsffn_counts counts = {0};
-            CHECK(tsffn_compute(ws, &ffn, 1, &call, &counts), "out of memory");
+            CHECK(tsffn_compute(ws, &layer, &call, &counts), "out of memory");
             CHECK(histograms[0][k] == 1 && histograms[1][k] == 1, "%g is not in bin %d", (double)inside[v], k);
             const bool active = inside[v] > 0.0f;
             CHECK(neurons[2] == active && (active || histograms[2][0] == 1), "product of %g", (double)inside[v]);
@@ -227,11 +232,11 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
 }
 
 static void * test_small_stack(void * argument) {
-    const struct tsffn_ffn * ffns = argument;
+    const struct tsffn_cpu_layer * layer = argument;
     struct tsffn_workspace * ws = tsffn_workspace_new();
     CHECK(ws != NULL, "out of memory");
     for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
-        test_call(ws, ffns, true, MAX_TOKENS, n_threads, false);
+        test_call(ws, layer, true, MAX_TOKENS, n_threads, false);
     }
     tsffn_workspace_free(ws);
     return NULL;
@@ -267,25 +272,33 @@ int main(void) {
             struct tsffn_ffn ffns[N_EXPERT];
             for (int e = 0; e < N_EXPERT; ++e) {
                 const bool f16 = format == TSFFN_FORMAT_F16;
+                const size_t row_bytes = tsffn_row_bytes(&type, N_EMBD);
                 ffns[e] = (struct tsffn_ffn){
-                    .n_embd = N_EMBD,
-                    .n_ff = N_FF,
-                    .gate = matrix(&type, f16 ? (void *)halves[e].gate : floats[e].gate, N_FF, N_EMBD),
-                    .up = matrix(&type, f16 ? (void *)halves[e].up : floats[e].up, N_FF, N_EMBD),
-                    .down = matrix(&type, f16 ? (void *)halves[e].down : floats[e].down, N_FF, N_EMBD),
-                };
+                    .neurons.rows = {
+                        tsffn_rows_at(f16 ? (void *)halves[e].gate : floats[e].gate, N_FF, row_bytes),
+                        tsffn_rows_at(f16 ? (void *)halves[e].up : floats[e].up, N_FF, row_bytes),
+                        tsffn_rows_at(f16 ? (void *)halves[e].down : floats[e].down, N_FF, row_bytes),
+                    }};
                 if ((variant & 2) != 0) {
                     ffns[e].fc1 = matrix(&type, f16 ? (void *)halves[e].fc1 : floats[e].fc1, RANK, N_EMBD);
                     ffns[e].fc2 = matrix(&type, f16 ? (void *)halves[e].fc2 : floats[e].fc2, N_FF, RANK);
                 }
             }
+            struct tsffn_cpu_layer layer = {
+                .n_embd = N_EMBD,
+                .n_ff = N_FF,
+                .n_ffns = N_EXPERT, // a dense call uses the first only
+                .ffns = ffns,
+                .types = {&type, &type, &type},
+                .activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f),
+            };
             for (size_t b = 0; b < sizeof(batches) / sizeof(batches[0]); ++b) {
                 for (int n_threads = 1; n_threads <= 3; ++n_threads) {
-                    test_call(ws, ffns, false, batches[b], n_threads, type.gemm == NULL);
-                    test_call(ws, ffns, true, batches[b], n_threads, type.gemm == NULL);
+                    test_call(ws, &layer, false, batches[b], n_threads, type.gemm == NULL);
+                    test_call(ws, &layer, true, batches[b], n_threads, type.gemm == NULL);
                 }
             }
-            on_small_stack(test_small_stack, ffns);
+            on_small_stack(test_small_stack, &layer);
         }
         printf("%s: ok\n", kernels->name);
     }

@@ -21,7 +21,10 @@ def native_tests() -> Path:
     return build(BUILD, "-DTSFFN_TESTS=ON") / "tests"
 
 
-@pytest.mark.parametrize("name", ["test_kernels", "test_panels", "test_ffn", "test_profile"])
+PROGRAMS = ["test_kernels", "test_panels", "test_ffn", "test_neurons", "test_activation", "test_profile"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_program(native_tests, name):
     # Several threads on few cores: waiting threads must sleep, or the test takes minutes. Their stacks can be small.
     env = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_STACKSIZE": "64k"}

@@ -7,7 +7,7 @@
 #ifndef TSFFN_ASK_QUEUE_H
 #define TSFFN_ASK_QUEUE_H
 
-#include "matrix.h"
+#include "kernels/kernels.h"
 
 #include <stdbool.h>
 
@@ -28,11 +28,10 @@ static inline void tsffn_queue_clear(struct tsffn_ask_queue * queue) {
     queue->n_lines = queue->next = 0;
 }
 
-// Adds row i of m, which is not in panels.
-static inline void tsffn_queue_row(struct tsffn_ask_queue * queue, const struct tsffn_matrix * m, int64_t i) {
+static inline void tsffn_queue_row(struct tsffn_ask_queue * queue, const uint8_t * row, size_t bytes) {
     if (queue->n_rows < TSFFN_ASK_ROWS) {
-        queue->rows[queue->n_rows] = tsffn_matrix_row(m, i);
-        queue->row_lines[queue->n_rows] = tsffn_cache_lines(tsffn_row_bytes(m->type, m->n_cols));
+        queue->rows[queue->n_rows] = row;
+        queue->row_lines[queue->n_rows] = tsffn_cache_lines(bytes);
         ++queue->n_rows;
     }
 }

@@ -6,9 +6,9 @@
 
 #include <stdlib.h>
 
-// A layer for this device: its FFNs, each matrix with the functions that multiply its rows.
+// A layer and its FFNs, with the functions that multiply their rows.
 struct prepared {
-    int64_t n_ffns;
+    struct tsffn_cpu_layer layer;
     struct tsffn_ffn ffns[];
 };
 
@@ -19,7 +19,6 @@ static struct tsffn_matrix matrix_of(const struct tsffn_weights * weights) {
         .n_rows = weights->n_rows,
         .n_cols = weights->n_cols,
         .layout = weights->layout,
-        .bundles = weights->bundles,
     };
 }
 
@@ -32,20 +31,25 @@ static void * prepare(const struct tsffn_layer * layer) {
     if (prepared == NULL) {
         return NULL;
     }
-    prepared->n_ffns = layer->n_ffns;
+    prepared->layer = (struct tsffn_cpu_layer){
+        .n_embd = layer->n_embd,
+        .n_ff = layer->n_ff,
+        .n_ffns = layer->n_ffns,
+        .ffns = prepared->ffns,
+        .activation = layer->activation,
+        .pred_scale = layer->pred_scale,
+        .threshold = layer->threshold,
+        .on_when_equal = layer->on_when_equal,
+    };
+    for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+        prepared->layer.types[part] = tsffn_row_type_for(layer->types[part]);
+    }
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
         const struct tsffn_ffn_weights * weights = &layer->ffns[e];
         prepared->ffns[e] = (struct tsffn_ffn){
-            .n_embd = layer->n_embd,
-            .n_ff = layer->n_ff,
-            .gate = matrix_of(&weights->gate),
-            .up = matrix_of(&weights->up),
-            .down = matrix_of(&weights->down),
+            .neurons = weights->neurons,
             .fc1 = matrix_of(&weights->fc1),
             .fc2 = matrix_of(&weights->fc2),
-            .pred_scale = layer->pred_scale,
-            .threshold = layer->threshold,
-            .on_when_equal = layer->on_when_equal,
         };
     }
     return prepared;
@@ -61,8 +65,7 @@ static void close_workspace(void * workspace) {
 
 static bool compute(void * workspace, const void * layer, const struct tsffn_call * call,
                     struct tsffn_counts * counts) {
-    const struct prepared * prepared = layer;
-    return tsffn_compute(workspace, prepared->ffns, prepared->n_ffns, call, counts);
+    return tsffn_compute(workspace, &((const struct prepared *)layer)->layer, call, counts);
 }
 
 const struct tsffn_device tsffn_cpu_device = {

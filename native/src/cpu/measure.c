@@ -5,7 +5,6 @@
 // equally and end with a barrier, as those of ffn.c: a slow or missing core holds up all the others here as it does
 // there.
 #include "kernels/kernels.h"
-#include "matrix.h"
 #include "tsffn.h"
 
 #include <omp.h>

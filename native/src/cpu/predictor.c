@@ -1,10 +1,10 @@
 // Phases A and B of ffn.c: the predictor's two matrices, of which every row is read for every token.
-#include "call.h"
+#include "phases.h"
 
 static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
     for (int64_t r = r0; r < r1; ++r) {
         const float h = v[(r - r0) * stride];
-        s->h1[r * s->max_rank + k] = h > 0.0f ? h : 0.0f;
+        s->hidden.values[r * s->hidden.max_rank + k] = h > 0.0f ? h : 0.0f;
     }
 }
 
@@ -24,17 +24,17 @@ static struct hidden_share hidden_share(const struct tsffn_matrix * fc1, int ith
     };
 }
 
-void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64_t r1, int ith, int nth,
-                        struct tsffn_counts * counts) {
-    const struct tsffn_row * rows = s->call->rows + tile;
-    const struct tsffn_matrix * fc1 = &s->ffns[rows[r0].ffn].fc1;
+// The thread's share of the hidden layer of the rows [r0, r1) of a tile, which share one FFN.
+static void compute_hidden(const struct shared * s, const struct tile * tile, int64_t r0, int64_t r1) {
+    const struct tsffn_row * rows = tile->rows;
+    const struct tsffn_matrix * fc1 = &s->layer->ffns[rows[r0].ffn].fc1;
     const int n = (int)(r1 - r0);
     const void * x[TILE_ROWS];
     for (int64_t r = r0; r < r1; ++r) {
-        x[r - r0] = s->x_pred + (size_t)rows[r].token * s->x_pred_bytes;
+        x[r - r0] = activations_of(s->x.predictor, rows[r].token);
     }
-    const struct hidden_share mine = hidden_share(fc1, ith, nth);
-    const size_t row_bytes = tsffn_row_bytes(fc1->type, fc1->n_cols);
+    const struct hidden_share mine = hidden_share(fc1, tile->ith, tile->nth);
+    const size_t row_bytes = tsffn_matrix_row_bytes(fc1);
     const uint8_t * end_panels = tsffn_matrix_row(fc1, mine.end_panel * TSFFN_PANEL_ROWS);
     const uint8_t * end_rows = tsffn_matrix_row(fc1, mine.end);
     float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
@@ -49,12 +49,13 @@ void tsffn_hidden_layer(const struct shared * s, int64_t tile, int64_t r0, int64
     }
     float v[TILE_ROWS];
     for (int64_t k = mine.first; k < mine.end; ++k) {
-        const struct tsffn_asks asks = stream_ahead(s, tsffn_matrix_row(fc1, k), row_bytes, end_rows);
-        tsffn_matrix_dots(fc1, k, n, x, v, &asks);
+        const uint8_t * w = tsffn_matrix_row(fc1, k);
+        const struct tsffn_asks asks = stream_ahead(s, w, row_bytes, end_rows);
+        tsffn_row_dots(fc1->type, fc1->n_cols, w, n, x, v, &asks);
         store_hidden(s, r0, r1, k, 1, v);
     }
     const int64_t n_rows = (mine.end_panel - mine.first_panel) * TSFFN_PANEL_ROWS + mine.end - mine.first;
-    counts->bytes_predictor += (uint64_t)n_rows * row_bytes;
+    s->own[tile->ith].counts.bytes_predictor += (uint64_t)n_rows * row_bytes;
 }
 
 void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
@@ -64,15 +65,42 @@ void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ff
     ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
 }
 
-void tsffn_ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
-    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith, nth)),
-                     tsffn_matrix_row(&ffn->fc2, first_neuron(ffn->n_ff, ith + 1, nth)));
+// Asks for what this thread reads first in phase B.
+static void ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
+    const int64_t n_ff = s->layer->n_ff;
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc2, first_neuron(n_ff, ith, nth)),
+                     tsffn_matrix_row(&ffn->fc2, first_neuron(n_ff, ith + 1, nth)));
+}
+
+static void convert_hidden(const struct shared * s, const struct tile * tile, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+        const struct tsffn_matrix * fc2 = &s->layer->ffns[tile->rows[r].ffn].fc2;
+        const float * h1 = s->hidden.values + r * s->hidden.max_rank;
+        tsffn_convert_x(fc2->type, fc2->n_cols, h1, activations_of(s->hidden.converted, r));
+    }
+}
+
+void tsffn_hidden_layer(const struct shared * s, const struct tile * tile) {
+    for (int64_t r0 = 0, r1; r0 < tile->n_rows; r0 = r1) {
+        r1 = segment_end(tile->rows, r0, tile->n_rows);
+        compute_hidden(s, tile, r0, r1);
+    }
+    ask_logits(s, &s->layer->ffns[tile->rows[0].ffn], tile->ith, tile->nth);
+    tsffn_barrier_wait(s->barrier, tile->nth);
+    if (s->copy_bytes != 0) {
+        convert_hidden(s, tile, 0, tile->n_rows);
+        return;
+    }
+    int64_t begin, end;
+    share(tile->n_rows, tile->ith, tile->nth, &begin, &end);
+    convert_hidden(s, tile, begin, end);
+    tsffn_barrier_wait(s->barrier, tile->nth);
 }
 
 // mask[i] has bit r0 set where logit i of the segment's only row passes the threshold.
 static void decide_for_one_row(const struct segment * g, int64_t n, const float * logit, uint64_t * mask) {
-    const float threshold = g->ffn->threshold;
-    if (g->ffn->on_when_equal) {
+    const float threshold = g->s->layer->threshold;
+    if (g->s->layer->on_when_equal) {
         for (int64_t i = 0; i < n; ++i) {
             mask[i] = (uint64_t)(logit[i] >= threshold) << g->r0;
         }
@@ -85,23 +113,24 @@ static void decide_for_one_row(const struct segment * g, int64_t n, const float 
 
 // Bit r0 + k is set when logit k, of n that lie `stride` apart, passes the threshold.
 static uint64_t decide(const struct segment * g, int n, int64_t stride, const float * logit) {
-    const struct tsffn_ffn * ffn = g->ffn;
+    const struct tsffn_cpu_layer * layer = g->s->layer;
     uint64_t bits = 0;
     for (int k = 0; k < n; ++k) {
         const float v = logit[k * stride];
-        bits |= (uint64_t)(ffn->on_when_equal ? v >= ffn->threshold : v > ffn->threshold) << (g->r0 + k);
+        bits |= (uint64_t)(layer->on_when_equal ? v >= layer->threshold : v > layer->threshold) << (g->r0 + k);
     }
     return bits;
 }
 
-void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
+// tsffn_mask_neurons with a predictor.
+static void predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
     const struct tsffn_matrix * fc2 = &g->ffn->fc2;
     const int n = (int)(g->r1 - g->r0);
-    const size_t row_bytes = tsffn_row_bytes(fc2->type, fc2->n_cols);
+    const size_t row_bytes = tsffn_matrix_row_bytes(fc2);
     const uint8_t * end_stream = tsffn_matrix_row(fc2, end);
     const void * hidden[TILE_ROWS];
     for (int k = 0; k < n; ++k) {
-        hidden[k] = g->s->h1_converted + (size_t)(g->r0 + k) * g->s->h1_bytes;
+        hidden[k] = activations_of(g->s->hidden.converted, g->r0 + k);
     }
     const int64_t end_panels = min_i64(i1, tsffn_matrix_panel_rows(fc2));
     float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
@@ -120,9 +149,21 @@ void tsffn_predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end
     }
     float logit[TILE_ROWS];
     for (; i < i1; ++i) {
-        const struct tsffn_asks asks = stream_ahead(g->s, tsffn_matrix_row(fc2, i), row_bytes, end_stream);
-        tsffn_matrix_dots(fc2, i, n, hidden, logit, &asks);
+        const uint8_t * w = tsffn_matrix_row(fc2, i);
+        const struct tsffn_asks asks = stream_ahead(g->s, w, row_bytes, end_stream);
+        tsffn_row_dots(fc2->type, fc2->n_cols, w, n, hidden, logit, &asks);
         mask[i - i0] = decide(g, n, 1, logit);
     }
-    g->counts->bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
+    g->own->counts.bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
+}
+
+void tsffn_mask_neurons(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
+    if (g->s->predicts) {
+        predict(g, i0, i1, end, mask);
+        return;
+    }
+    const uint64_t all_rows = (~(uint64_t)0 >> (TILE_ROWS - (g->r1 - g->r0))) << g->r0;
+    for (int64_t i = i0; i < i1; ++i) {
+        mask[i - i0] = all_rows;
+    }
 }

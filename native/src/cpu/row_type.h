@@ -9,6 +9,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 struct tsffn_gemm;
 
@@ -47,6 +48,46 @@ static inline size_t tsffn_row_bytes(const struct tsffn_row_type * type, int64_t
 
 static inline size_t tsffn_x_bytes(const struct tsffn_row_type * type, int64_t n) {
     return type->x_header_bytes + (size_t)(n / type->x_block_size) * type->x_block_bytes;
+}
+
+// Those activations from x [n].
+static inline void tsffn_convert_x(const struct tsffn_row_type * type, int64_t n, const float * x, void * converted) {
+    if (type->convert_x != NULL) {
+        type->convert_x(x, converted, n);
+    } else {
+        memcpy(converted, x, (size_t)n * sizeof(float));
+    }
+}
+
+// s[j] = dot(row, x[j]) for n_x activations in the type's format. Prefetches along the way.
+static inline void tsffn_row_dots(const struct tsffn_row_type * type, int64_t n, const void * row, int n_x,
+                                  const void * const * x, float * s, const struct tsffn_asks * asks) {
+    if (type->own_dots != NULL) {
+        type->own_dots(n, row, n_x, x, s, asks);
+        return;
+    }
+    tsffn_ask_all(asks);
+    for (int k = 0; k < n_x; ++k) {
+        type->host_dot((int)n, s + k, 0, row, 0, x[k], 0, 1);
+    }
+}
+
+// y += sum_k a[k] * rows[k] for n_rows rows, in their order. Prefetches along the way. The host's formats are widened
+// to f32 first, into `scratch` [n].
+static inline void tsffn_row_axpys(const struct tsffn_row_type * type, int64_t n, int n_rows, const float * a,
+                                   const void * const * rows, float * y, float * scratch,
+                                   const struct tsffn_asks * asks) {
+    if (type->own_axpys != NULL) {
+        type->own_axpys(n, n_rows, a, rows, y, asks);
+        return;
+    }
+    tsffn_ask_all(asks);
+    for (int k = 0; k < n_rows; ++k) {
+        type->host_to_float(rows[k], scratch, n);
+        for (int64_t j = 0; j < n; ++j) {
+            y[j] += a[k] * scratch[j];
+        }
+    }
 }
 
 #endif

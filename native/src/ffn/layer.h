@@ -3,6 +3,9 @@
 #ifndef TSFFN_LAYER_H
 #define TSFFN_LAYER_H
 
+#include "activation.h"
+#include "neurons.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -18,29 +21,17 @@ enum {
 };
 
 enum tsffn_layout {
-    TSFFN_LAYOUT_ROWS,    // one row after the other
-    TSFFN_LAYOUT_PANELS,  // 16 rows interleaved (docs/format.md), then the last n_rows mod 16 one after the other
-    TSFFN_LAYOUT_BUNDLES, // every third row of three pieces
-};
-
-// The rows of gate, up and down of a layer in turn: gate, up and down of neuron 0, those of neuron 1, ... They lie in
-// three pieces of piece_rows rows each, which need not follow each other in memory: row r is row r % piece_rows of
-// piece r / piece_rows.
-enum { TSFFN_BUNDLE_ROWS = 3 };
-struct tsffn_bundles {
-    const uint8_t * pieces[TSFFN_BUNDLE_ROWS];
-    int64_t piece_rows;
-    int64_t first; // row 0 of a matrix is this row of the bundles, row i the row first + 3 i
+    TSFFN_LAYOUT_ROWS,   // one row after the other
+    TSFFN_LAYOUT_PANELS, // 16 rows interleaved (docs/format.md), then the last n_rows mod 16 one after the other
 };
 
 // A matrix of n_rows rows of n_cols weights.
 struct tsffn_weights {
     int type;
-    const uint8_t * data; // row 0 of the layouts without bundles; NULL when the matrix is absent
+    const uint8_t * data; // NULL when the matrix is absent
     int64_t n_rows, n_cols;
     size_t row_bytes;
     enum tsffn_layout layout;
-    struct tsffn_bundles bundles; // of TSFFN_LAYOUT_BUNDLES
 };
 
 // Bytes of all its rows.
@@ -50,16 +41,9 @@ static inline size_t tsffn_weights_bytes(const struct tsffn_weights * weights) {
 
 // The FFN of a dense layer, or one expert of it.
 struct tsffn_ffn_weights {
-    struct tsffn_weights gate; // [n_ff][n_embd]
-    struct tsffn_weights up;   // [n_ff][n_embd]
-    struct tsffn_weights down; // [n_ff][n_embd], neuron-major: row i is what neuron i adds to the output
-    struct tsffn_weights fc1;  // predictor: [rank][n_embd]; absent in exact mode, where every neuron is on
-    struct tsffn_weights fc2;  // [n_ff][rank]
-};
-
-// What a neuron's gate and up make of each other.
-enum tsffn_activation {
-    TSFFN_ACTIVATION_DRELU, // relu(gate . x) * relu(up . x)
+    struct tsffn_neurons neurons; // n_ff: rows of n_embd weights; row i of down is what neuron i adds to the output
+    struct tsffn_weights fc1;     // predictor: [rank][n_embd]; absent in exact mode, where every neuron is on
+    struct tsffn_weights fc2;     // [n_ff][rank]
 };
 
 // Neuron i is on when fc2_i . relu(fc1 . p) passes the threshold, p = x * pred_scale.
@@ -67,7 +51,8 @@ struct tsffn_layer {
     int64_t n_embd, n_ff;
     int64_t n_ffns; // experts; 1 for a dense layer. All have the same types and shapes, but for the rank
     struct tsffn_ffn_weights * ffns;
-    enum tsffn_activation activation;
+    int types[TSFFN_N_PARTS]; // of the rows of gate, up and down
+    struct tsffn_activation activation;
     const float * pred_scale; // [n_embd], or NULL for p = x
     float threshold;
     bool on_when_equal; // logit >= threshold instead of logit > threshold

@@ -223,7 +223,7 @@ static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn
                                       : GGML_STATUS_FAILED;
 }
 
-// h = relu(gate) * relu(up); the predictor's mask is already in gate, as zeros.
+// h of gate and up; the predictor's mask is already in gate, as zeros.
 static enum ggml_status compute_glu(const tsffn_tensor * op) {
     const tsffn_tensor * gate = op->src[0];
     const tsffn_tensor * up = op->src[1];
@@ -243,6 +243,7 @@ static enum ggml_status compute_glu(const tsffn_tensor * op) {
                         op->name, (long long)weight.layer);
         return GGML_STATUS_FAILED;
     }
+    const struct tsffn_activation activation = weight.model->activation;
     for (int64_t k = 0; k < op->ne[2]; ++k) {
         for (int64_t j = 0; j < op->ne[1]; ++j) {
             const float * g =
@@ -250,7 +251,9 @@ static enum ggml_status compute_glu(const tsffn_tensor * op) {
             const float * u = (const float *)((const char *)up->data + (size_t)j * up->nb[1] + (size_t)k * up->nb[2]);
             float * h = (float *)((char *)op->data + (size_t)j * op->nb[1] + (size_t)k * op->nb[2]);
             for (int64_t i = 0; i < op->ne[0]; ++i) {
-                h[i] = g[i] > 0.0f && u[i] > 0.0f ? g[i] * u[i] : 0.0f;
+                const float by_gate = tsffn_factor_of(activation.gate, g[i]);
+                const float by_up = tsffn_factor_of(activation.up, u[i]);
+                h[i] = by_gate != 0.0f && by_up != 0.0f ? by_gate * by_up : 0.0f;
             }
         }
     }

@@ -158,7 +158,7 @@ static void add_tensor(struct pages * pages, const struct tsffn_model * model, c
                        int64_t part, const int32_t * hot, bool is_mapped) {
     const size_t row_bytes = m->row_bytes;
     const int64_t n_ffns = tsffn_model_ffns_per_layer(model);
-    const int64_t rows_of_neuron = model->bundled ? TSFFN_BUNDLE_ROWS : 1;
+    const int64_t rows_of_neuron = model->bundled ? TSFFN_N_PARTS : 1;
     const int64_t before = model->bundled ? part * m->n_rows : 0;
     uintptr_t cold = (uintptr_t)m->data;
     for (int64_t e = 0; e < n_ffns; ++e) {

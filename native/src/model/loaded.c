@@ -2,6 +2,7 @@
 
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct tsffn_loaded {
     struct tsffn_model * model;
@@ -73,44 +74,35 @@ static struct tsffn_loaded * new_loaded(struct tsffn_model * model) {
     return loaded;
 }
 
-static struct tsffn_weights * matrix_of(struct tsffn_ffn_weights * ffn, enum tsffn_part part) {
-    return part == TSFFN_PART_GATE ? &ffn->gate : part == TSFFN_PART_UP ? &ffn->up : &ffn->down;
-}
-
-// Fills the matrices of one part of a layer, whose tensor lies at `data`: an FFN after the other, or, in bundles, a
-// piece of what is known when all three are.
-static void set_matrices(struct tsffn_loaded * loaded, const struct tsffn_weight * weight, int type,
-                         const uint8_t * data, size_t row_bytes) {
+// Fills the rows of one part of a layer, whose tensor lies at `data`: an FFN after the other, or, in bundles, a piece
+// of what is known when all three are.
+static void set_rows(struct tsffn_loaded * loaded, const struct tsffn_weight * weight, int type, const uint8_t * data,
+                     size_t row_bytes) {
     const struct tsffn_model * model = loaded->model;
-    const struct tsffn_layer * layer = &loaded->layers[weight->layer];
+    struct tsffn_layer * layer = &loaded->layers[weight->layer];
+    layer->types[weight->part] = type;
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
-        *matrix_of(&layer->ffns[e], weight->part) = (struct tsffn_weights){
-            .type = type,
-            .data = model->bundled ? NULL : data + (size_t)(e * model->n_ff) * row_bytes,
-            .n_rows = model->n_ff,
-            .n_cols = model->n_embd,
-            .row_bytes = row_bytes,
-            .layout = model->bundled ? TSFFN_LAYOUT_BUNDLES : TSFFN_LAYOUT_ROWS,
-        };
+        const uint8_t * rows = model->bundled ? NULL : data + (size_t)(e * model->n_ff) * row_bytes;
+        layer->ffns[e].neurons.rows[weight->part] = tsffn_rows_at(rows, model->n_ff, row_bytes);
     }
 }
 
 static void join_bundles(struct tsffn_loaded * loaded, int64_t layer) {
     const struct tsffn_model * model = loaded->model;
     const uint8_t ** data = loaded->data + layer * TSFFN_N_PARTS;
-    struct tsffn_bundles bundles = {.piece_rows = loaded->layers[layer].n_ffns * model->n_ff};
     for (int part = 0; part < TSFFN_N_PARTS; ++part) {
         if (data[part] == NULL) {
             return;
         }
-        bundles.pieces[part] = data[part];
     }
-    for (int64_t e = 0; e < loaded->layers[layer].n_ffns; ++e) {
+    const int64_t n_ffns = loaded->layers[layer].n_ffns;
+    for (int64_t e = 0; e < n_ffns; ++e) {
         for (int part = 0; part < TSFFN_N_PARTS; ++part) {
-            struct tsffn_weights * matrix = matrix_of(&loaded->layers[layer].ffns[e], (enum tsffn_part)part);
-            bundles.first = TSFFN_BUNDLE_ROWS * e * model->n_ff + part;
-            matrix->bundles = bundles;
-            matrix->data = data[part];
+            struct tsffn_rows * rows = &loaded->layers[layer].ffns[e].neurons.rows[part];
+            memcpy(rows->pieces, data, sizeof(rows->pieces));
+            rows->piece_rows = n_ffns * model->n_ff;
+            rows->first = TSFFN_N_PARTS * e * model->n_ff + part;
+            rows->step = TSFFN_N_PARTS;
         }
     }
 }
@@ -137,7 +129,7 @@ const struct tsffn_weight * tsffn_loaded_add(const struct tsffn_weight * weight,
     }
     if (loaded != NULL) {
         loaded->data[i] = data;
-        set_matrices(loaded, weight, type, data, row_bytes);
+        set_rows(loaded, weight, type, data, row_bytes);
         if (model->bundled) {
             join_bundles(loaded, weight->layer);
         }
@@ -182,9 +174,5 @@ const void * tsffn_loaded_prepared(const struct tsffn_weight * weight) {
 }
 
 bool tsffn_loaded_has(const struct tsffn_weight * weight, enum tsffn_part part) {
-    struct tsffn_ffn_weights * ffn = &weight->loaded->layers[weight->layer].ffns[0];
-    if (part == TSFFN_N_PARTS) {
-        return ffn->gate.data != NULL && ffn->up.data != NULL && ffn->down.data != NULL;
-    }
-    return matrix_of(ffn, part)->data != NULL;
+    return weight->loaded->layers[weight->layer].ffns[0].neurons.rows[part].pieces[0] != NULL;
 }

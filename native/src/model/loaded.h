@@ -27,7 +27,7 @@ void tsffn_loaded_release(struct tsffn_model * model, struct tsffn_loaded * load
 // tsffn_loaded_add returned, and all weights of its load must have come.
 const void * tsffn_loaded_prepared(const struct tsffn_weight * weight);
 
-// Whether a layer has what an operation needs: the matrix of `part`, or with TSFFN_N_PARTS all three.
+// Whether the rows of `part` of a weight's layer are known.
 bool tsffn_loaded_has(const struct tsffn_weight * weight, enum tsffn_part part);
 
 #endif

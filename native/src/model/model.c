@@ -55,7 +55,7 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
     }
     model->fd = -1;
     model->computes = device;
-    model->activation = TSFFN_ACTIVATION_DRELU;
+    model->activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f);
     model->load.is_ours = true;
     atomic_init(&model->references, 1);
     pthread_mutex_init(&model->residency_mutex, NULL);

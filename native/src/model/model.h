@@ -8,14 +8,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-// The weight tensors of an FFN layer, in this order wherever they are counted.
-enum tsffn_part {
-    TSFFN_PART_GATE,
-    TSFFN_PART_UP,
-    TSFFN_PART_DOWN,
-    TSFFN_N_PARTS,
-};
-
 // The predictor of one layer, or of one expert of it; data NULL in exact mode.
 struct tsffn_predictor {
     struct tsffn_weights fc1; // [rank][n_embd]
@@ -39,7 +31,7 @@ struct tsffn_model {
     atomic_int references;
     const struct tsffn_device * computes;
     enum tsffn_sparsity sparsity;
-    enum tsffn_activation activation;
+    struct tsffn_activation activation;
     int64_t n_layer, n_embd, n_ff;
     int64_t n_expert;       // 0 for a dense model
     bool hot_first;         // the neurons are not in the order of the checkpoint

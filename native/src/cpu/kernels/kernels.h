@@ -122,6 +122,12 @@ static inline size_t tsffn_u14_bytes(int64_t n) {
 }
 void tsffn_convert_u14(const float * x, void * converted, int64_t n);
 
+enum { TSFFN_CACHE_LINE = 64 };
+
+static inline int64_t tsffn_cache_lines(size_t bytes) {
+    return (int64_t)((bytes + TSFFN_CACHE_LINE - 1) / TSFFN_CACHE_LINE);
+}
+
 // Cache lines to ask for while something is computed, evenly, because they will be needed next. They share the few fill
 // buffers of L1 with everything else, so that a burst of them would stop the products.
 struct tsffn_asks {
@@ -158,7 +164,7 @@ static inline struct tsffn_asking tsffn_asking_begin(const struct tsffn_asks * a
         .line = asks->lines,
         .lines_end = asks->lines + asks->n_lines,
         .stream = asks->stream,
-        .stream_end = asks->stream + asks->n_stream * 64,
+        .stream_end = asks->stream + asks->n_stream * TSFFN_CACHE_LINE,
         .lines_per_step = n_steps > 0 ? (asks->n_lines + n_steps - 1) / n_steps : 0,
         .stream_per_step = n_steps > 0 ? (asks->n_stream + n_steps - 1) / n_steps : 0,
     };
@@ -170,7 +176,7 @@ static inline void tsffn_asking_step(struct tsffn_asking * asking) {
     }
     for (int64_t k = asking->stream_per_step; k > 0 && asking->stream < asking->stream_end; --k) {
         tsffn_ask(asking->stream);
-        asking->stream += 64;
+        asking->stream += TSFFN_CACHE_LINE;
     }
 }
 
