@@ -4,7 +4,7 @@
 // All weights are bytes 0x3c, which is a normal number in every format: kernels take no time that depends on their
 // values, short of subnormal ones. So every row is the same, and every sum is known from one row of the plain C kernel.
 #define _DEFAULT_SOURCE // madvise, MAP_ANONYMOUS
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/tiers.h"
 #include "report.h"
 #include "tsffn.h"
 

@@ -3,6 +3,7 @@
 #include "check.h"
 #include "cpu/kernels/half.h"
 #include "cpu/kernels/panels.h"
+#include "cpu/kernels/tiers.h"
 
 #include <math.h>
 #include <stdbool.h>

@@ -107,7 +107,7 @@ bool tsffn_measure_compute(int n_threads, double min_seconds, double * rows_per_
     }
     memset(rows, 0x3c, COMPUTE_ROWS * row_bytes); // as f16: 1.06
     memset(x, 0, x_bytes);
-    const tsffn_dots_fn dots = tsffn_kernels_best()->dots[TSFFN_FORMAT_Q4_0];
+    tsffn_dots * const dots = tsffn_kernels_best()->dots[TSFFN_FORMAT_Q4_0];
     const void * const activations = x;
     double start = 0.0, elapsed = 0.0;
     uint64_t phases = 0;

@@ -28,10 +28,10 @@ struct tsffn_row_type {
 
     // Own kernels; NULL selects the host's functions below. A type that has neither dots nor the host's is of panels
     // only.
-    tsffn_dots_fn own_dots;
-    tsffn_axpys_fn own_axpys;
-    tsffn_add_rows_fn own_add_rows; // NULL: there is only own_axpys
-    tsffn_panel_fn own_panel;       // for matrices in panels; NULL: there are none of this type
+    tsffn_dots * own_dots;
+    tsffn_axpys * own_axpys;
+    tsffn_add_rows * own_add_rows; // NULL: there is only own_axpys
+    tsffn_panel * own_panel;       // for matrices in panels; NULL: there are none of this type
 
     // Products with many activation vectors at once on a matrix unit, when there is one and it takes this type.
     const struct tsffn_gemm * gemm;

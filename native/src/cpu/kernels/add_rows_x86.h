@@ -65,7 +65,7 @@ DEFINE_ADD_TERMS(add_terms_of_floats, FACTOR_OF_FLOATS)
 DEFINE_ADD_TERMS(add_terms_of_blocks, FACTOR_OF_BLOCKS)
 
 #define DEFINE_ADD_ROWS(SUFFIX, KIND)                                                                                  \
-    static void add_rows_##SUFFIX(const struct tsffn_additions * additions, int64_t c0) {                              \
+    void KERNEL(add_rows_##SUFFIX)(const struct tsffn_additions * additions, int64_t c0) {                             \
         struct tsffn_unpacked * u = additions->unpacked;                                                               \
         for (int i = 0; i < additions->n_rows; ++i) {                                                                  \
             unpack_##SUFFIX(additions->rows[i], c0, u->w[i], u->scales[i]);                                            \
@@ -81,7 +81,5 @@ DEFINE_ADD_ROWS(f16, floats)
 DEFINE_ADD_ROWS(bf16, floats)
 DEFINE_ADD_ROWS(q8_0, blocks)
 DEFINE_ADD_ROWS(q4_0, blocks)
-
-#define TSFFN_ADD_ROWS_KERNELS .add_rows = {add_rows_f32, add_rows_f16, add_rows_bf16, add_rows_q8_0, add_rows_q4_0}
 
 #endif

@@ -1,4 +1,5 @@
 // Loops over the blocks of Q8_0 and Q4_0 rows, shared by the x86 tiers. The including file has defined
+//   KERNEL(name)                 tsffn_name_TIER
 //   vec                          its vector of floats
 //   vec_zero(), vec_set1(f)      0 and f in every lane
 //   vec_fmadd(a, b, c), vec_add  a * b + c, a + b
@@ -13,7 +14,7 @@
 #define TSFFN_BLOCKS_X86_H
 
 #include "half.h"
-#include "kernels.h"
+#include "templates.h"
 
 #include <immintrin.h>
 
@@ -57,7 +58,7 @@ static inline vec block_scale(const uint8_t * block) {
             s[t] = vec_sum(vec_add(even[t], odd[t])) * TSFFN_F16_SCALE_BACK * tsffn_i16_scale(activations[t]);         \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX)
+    TSFFN_DEFINE_DOTS(KERNEL(dots_##SUFFIX), 4, dots_of_##SUFFIX)
 DEFINE_BLOCK_DOTS(q8_0, TSFFN_Q8_0_BYTES)
 DEFINE_BLOCK_DOTS(q4_0, TSFFN_Q4_0_BYTES)
 
@@ -119,7 +120,7 @@ DEFINE_BLOCK_SCALES(scales_q8_0, TSFFN_Q8_0_BYTES)
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS(axpys_##SUFFIX, n / (TSFFN_BLOCK_SIZE * ASK_BLOCKS), axpys_of_##SUFFIX)
+    TSFFN_DEFINE_AXPYS(KERNEL(axpys_##SUFFIX), n / (TSFFN_BLOCK_SIZE * ASK_BLOCKS), axpys_of_##SUFFIX)
 DEFINE_BLOCK_AXPYS(q8_0, TSFFN_Q8_0_BYTES)
 
 #endif

@@ -1,6 +1,6 @@
 // Choice of the ISA tier at run time. This file is compiled without ISA flags.
 #define _GNU_SOURCE // syscall
-#include "kernels.h"
+#include "tiers.h"
 
 #include <stdatomic.h>
 #include <stdio.h>

@@ -30,8 +30,4 @@ struct tsffn_gemm {
                      const void * packed, float * s);
 };
 
-#if defined(TSFFN_HAVE_X86)
-extern const struct tsffn_gemm tsffn_gemm_amx;
-#endif
-
 #endif

@@ -7,6 +7,7 @@
 #include "amx.h"
 #include "gemm.h"
 #include "half.h"
+#include "tiers.h"
 
 #include <immintrin.h>
 #include <string.h>

@@ -15,7 +15,7 @@
 //                                       w_j = d * ((q_{j-16} >> 4) - 8)  j >= 16
 // and one that only panels know (panels.h), for a matrix whose every row is read, as the predictor's second is:
 //   Q3_NL: f16 d of a row; then for each 32 weights uint8 scales; uint8 q[3][4];                   13 bytes + 2 per row
-enum tsffn_format { // TSFFN_DEFINE_KERNELS lists kernels in this order
+enum tsffn_format {
     TSFFN_FORMAT_F32,
     TSFFN_FORMAT_F16,
     TSFFN_FORMAT_BF16,
@@ -68,7 +68,7 @@ enum tsffn_isa {
     TSFFN_ISA_AVXVNNI,    // and AVX-VNNI
     TSFFN_ISA_AVX512,     // AVX-512 F, BW, DQ, VL
     TSFFN_ISA_AVX512VNNI, // and VNNI
-    TSFFN_ISA_AMX,        // and AMX: panels (panels_amx.c), dense products (gemm.h)
+    TSFFN_ISA_AMX,        // and AMX: panels, dense products (gemm.h)
     TSFFN_ISA_NEON,       // AArch64
     TSFFN_ISA_NEONDOT,    // and the dot-product extension of ARMv8.2
     TSFFN_ISA_COUNT,
@@ -188,12 +188,12 @@ static inline void tsffn_ask_all(const struct tsffn_asks * asks) {
 // s[t] = sum_j row[j] * x[t][j] over n weights, for n_x activation vectors in the format that tsffn_x_format tells. A
 // row is unpacked once for four or eight of them; each sum is bit for bit what it is for that vector alone. Asks
 // meanwhile.
-typedef void (*tsffn_dots_fn)(int64_t n, const void * row, int n_x, const void * const * x, float * s,
-                              const struct tsffn_asks * asks);
+typedef void tsffn_dots(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                        const struct tsffn_asks * asks);
 // y[j] += a[i] * rows[i][j] over n weights, for n_rows rows in their order; bit for bit what a call for each gives.
 // Asks meanwhile.
-typedef void (*tsffn_axpys_fn)(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
-                               const struct tsffn_asks * asks);
+typedef void tsffn_axpys(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                         const struct tsffn_asks * asks);
 
 // Several weight rows, each added to several sums: y_t[j] += sum_i a_i rows[i][j] over the terms of sum t, in their
 // order; bit for bit what axpys gives.
@@ -217,96 +217,24 @@ struct tsffn_additions {
     struct tsffn_unpacked * unpacked; // scratch
 };
 // TSFFN_ADD_COLUMNS columns from c0 on, a multiple of 32: every row is unpacked once.
-typedef void (*tsffn_add_rows_fn)(const struct tsffn_additions * additions, int64_t c0);
+typedef void tsffn_add_rows(const struct tsffn_additions * additions, int64_t c0);
 
 struct tsffn_gemm;
 
 // s[t][i] = row i of a panel times x[t], see panels.h.
-typedef void (*tsffn_panel_fn)(int64_t n, const void * panel, int n_x, const void * const * x,
-                               float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks);
+typedef void tsffn_panel(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                         const struct tsffn_asks * asks);
 
-// The kernels of one tier.
+// The kernels of one tier: all that a machine of this tier runs. Each tier's file ends with its table.
 struct tsffn_kernels {
     enum tsffn_isa isa;
     const char * name;
-    tsffn_dots_fn dots[TSFFN_ROW_FORMAT_COUNT];
-    tsffn_axpys_fn axpys[TSFFN_ROW_FORMAT_COUNT];
-    tsffn_add_rows_fn add_rows[TSFFN_ROW_FORMAT_COUNT]; // NULL: there is only axpys
-    tsffn_panel_fn panel[TSFFN_FORMAT_COUNT];           // of the block formats (panels.h)
-    const struct tsffn_gemm * gemm;                     // NULL: the tier has no matrix unit
+    tsffn_dots * dots[TSFFN_ROW_FORMAT_COUNT];
+    tsffn_axpys * axpys[TSFFN_ROW_FORMAT_COUNT];
+    tsffn_add_rows * add_rows[TSFFN_ROW_FORMAT_COUNT]; // NULL: there is only axpys
+    tsffn_panel * panel[TSFFN_FORMAT_COUNT];           // of the block formats (panels.h)
+    const struct tsffn_gemm * gemm;                    // NULL: the tier has no matrix unit
 };
-
-// Defines the table of a tier from the functions of its file, which have these names in every tier; the rest as
-// designated initializers.
-#define TSFFN_AXPYS {axpys_f32, axpys_f16, axpys_bf16, axpys_q8_0, axpys_q4_0}
-#define TSFFN_DEFINE_KERNELS(tier, tier_isa, ...)                                                                      \
-    const struct tsffn_kernels tsffn_kernels_##tier = {.isa = (tier_isa),                                              \
-                                                       .name = #tier,                                                  \
-                                                       .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, dots_q4_0},  \
-                                                       .axpys = TSFFN_AXPYS,                                           \
-                                                       __VA_ARGS__}
-// dots from BODY, a function of the same parameters that is inlined for 1 to MOST <= 8 vectors.
-#define TSFFN_INLINED static inline __attribute__((always_inline))
-#define TSFFN_DOTS_OF(N_X, MOST, BODY)                                                                                 \
-    case N_X:                                                                                                          \
-        if ((N_X) <= (MOST)) {                                                                                         \
-            BODY(n, row, (N_X) <= (MOST) ? (N_X) : 1, x, s, asks);                                                     \
-        }                                                                                                              \
-        break
-#define TSFFN_DEFINE_DOTS(NAME, MOST, BODY)                                                                            \
-    void NAME(int64_t n, const void * row, int n_x, const void * const * x, float * s,                                 \
-              const struct tsffn_asks * asks) {                                                                        \
-        for (; n_x > 0; n_x -= (MOST), x += (MOST), s += (MOST), asks = NULL) {                                        \
-            switch (n_x < (MOST) ? n_x : (MOST)) {                                                                     \
-                TSFFN_DOTS_OF(1, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(2, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(3, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(4, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(5, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(6, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(7, MOST, BODY);                                                                          \
-                TSFFN_DOTS_OF(8, MOST, BODY);                                                                          \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-// dots from DOT(n, row, x), which takes one vector and does not ask.
-#define TSFFN_DEFINE_DOTS_ONE_BY_ONE(NAME, DOT)                                                                        \
-    static void NAME(int64_t n, const void * row, int n_x, const void * const * x, float * s,                          \
-                     const struct tsffn_asks * asks) {                                                                 \
-        tsffn_ask_all(asks);                                                                                           \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            s[t] = DOT(n, row, x[t]);                                                                                  \
-        }                                                                                                              \
-    }
-// axpys from BODY, a function of n, n_rows, a, rows, y and the asking, that is inlined for 1 to 4 rows: so many share
-// reading and writing y. It asks STEPS times.
-#define TSFFN_AXPYS_OF(N_ROWS, BODY)                                                                                   \
-    case N_ROWS:                                                                                                       \
-        BODY(n, N_ROWS, a, rows, y, &asking);                                                                          \
-        break
-#define TSFFN_DEFINE_AXPYS(NAME, STEPS, BODY)                                                                          \
-    static void NAME(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,                     \
-                     const struct tsffn_asks * asks) {                                                                 \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, (STEPS) * ((n_rows + 3) / 4));                           \
-        for (; n_rows > 0; n_rows -= 4, a += 4, rows += 4) {                                                           \
-            switch (n_rows < 4 ? n_rows : 4) {                                                                         \
-                TSFFN_AXPYS_OF(1, BODY);                                                                               \
-                TSFFN_AXPYS_OF(2, BODY);                                                                               \
-                TSFFN_AXPYS_OF(3, BODY);                                                                               \
-                TSFFN_AXPYS_OF(4, BODY);                                                                               \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-// axpys from AXPY(n, a, row, y), which does not ask.
-#define TSFFN_DEFINE_AXPYS_ONE_BY_ONE(NAME, AXPY)                                                                      \
-    static void NAME(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,                     \
-                     const struct tsffn_asks * asks) {                                                                 \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, n_rows);                                                 \
-        for (int i = 0; i < n_rows; ++i) {                                                                             \
-            tsffn_asking_step(&asking);                                                                                \
-            AXPY(n, a[i], rows[i], y);                                                                                 \
-        }                                                                                                              \
-    }
 
 // The kernels of `isa`, or NULL when this library was built without them or the CPU or the operating system lacks them.
 const struct tsffn_kernels * tsffn_kernels_for(enum tsffn_isa isa);
@@ -321,17 +249,5 @@ const struct tsffn_kernels * tsffn_kernels_up_to(const char * limit);
 // The tier in use: the best one up to the environment variable TSFFN_ISA, if it is set. Chosen by the first call, for
 // as long as the process lives; that call warns, on stderr, of a name that is unknown, and ignores it.
 const struct tsffn_kernels * tsffn_kernels_best(void);
-
-extern const struct tsffn_kernels tsffn_kernels_ref;
-#if defined(TSFFN_HAVE_X86)
-extern const struct tsffn_kernels tsffn_kernels_avx2;
-extern const struct tsffn_kernels tsffn_kernels_avxvnni;
-extern const struct tsffn_kernels tsffn_kernels_avx512;
-extern const struct tsffn_kernels tsffn_kernels_avx512vnni;
-extern const struct tsffn_kernels tsffn_kernels_amx;
-#elif defined(TSFFN_HAVE_NEON)
-extern const struct tsffn_kernels tsffn_kernels_neon;
-extern const struct tsffn_kernels tsffn_kernels_neondot;
-#endif
 
 #endif

@@ -13,6 +13,11 @@
 //                           bits 3-5 of q[g - 3][k]                  for g = 3, 4, 5
 //                           bits 6-7 of q[g - 6][k] and, above them, bit g of q[2][k]  for g = 6, 7
 // A weight is d * s_h * levels[code]. These are the bytes of the 16 plain rows in another order.
+//
+// A panel's products (tsffn_panel): row i of the panel times x[t], for n_x vectors of n values. All tiers give the same
+// bits. Q8_0, Q4_0: the products of a block are summed in integers, the blocks in order, each with one fused
+// multiply-add. Q3_NL: all products are summed in integers, those with hi and those with lo; then
+// s = (128 * hi + lo) * d * scale of x, the first with one rounding.
 #ifndef TSFFN_PANELS_H
 #define TSFFN_PANELS_H
 
@@ -27,59 +32,5 @@ enum {
 
 // For 3 bits, twice: the tables of byte shuffles have 16 entries.
 #define TSFFN_Q3_NL_LEVELS -15, -9, -5, -2, 1, 4, 8, 13, -15, -9, -5, -2, 1, 4, 8, 13
-
-// Panels of each tier (tsffn_panel_fn): row i of the panel times x[t], for n_x vectors of n values. All tiers give the
-// same bits. Q8_0, Q4_0: the products of a block are summed in integers, the blocks in order, each with one fused
-// multiply-add. Q3_NL: all products are summed in integers, those with hi and those with lo; then
-// s = (128 * hi + lo) * d * scale of x, the first with one rounding.
-#define TSFFN_DECLARE_PANELS(tier)                                                                                     \
-    void tsffn_panel_q8_0_##tier(int64_t n, const void * panel, int n_x, const void * const * x,                       \
-                                 float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks);                        \
-    void tsffn_panel_q4_0_##tier(int64_t n, const void * panel, int n_x, const void * const * x,                       \
-                                 float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks);                        \
-    void tsffn_panel_q3_nl_##tier(int64_t n, const void * panel, int n_x, const void * const * x,                      \
-                                  float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks)
-TSFFN_DECLARE_PANELS(ref);
-TSFFN_DECLARE_PANELS(avx2);
-TSFFN_DECLARE_PANELS(avxvnni);
-TSFFN_DECLARE_PANELS(avx512vnni);
-TSFFN_DECLARE_PANELS(amx);
-TSFFN_DECLARE_PANELS(neon);
-TSFFN_DECLARE_PANELS(neondot);
-#define TSFFN_PANELS(tier)                                                                                             \
-    {[TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_##tier,                                                                    \
-     [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_##tier,                                                                    \
-     [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_##tier}
-
-// The panels of a tier by CALL(SUFFIX, N_X) for that many vectors at once, 1 to 4, which share unpacking the weights.
-#define TSFFN_PANELS_OF(SUFFIX, N_X, CALL)                                                                             \
-    case N_X:                                                                                                          \
-        CALL(SUFFIX, N_X);                                                                                             \
-        break
-#define TSFFN_DISPATCH_PANELS(SUFFIX, TIER, CALL)                                                                      \
-    void tsffn_panel_##SUFFIX##_##TIER(int64_t n, const void * panel, int n_x, const void * const * x,                 \
-                                       float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                 \
-        for (; n_x > 0; n_x -= 4, x += 4, s += 4, asks = NULL) {                                                       \
-            switch (n_x < 4 ? n_x : 4) {                                                                               \
-                TSFFN_PANELS_OF(SUFFIX, 1, CALL);                                                                      \
-                TSFFN_PANELS_OF(SUFFIX, 2, CALL);                                                                      \
-                TSFFN_PANELS_OF(SUFFIX, 3, CALL);                                                                      \
-                TSFFN_PANELS_OF(SUFFIX, 4, CALL);                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-
-// By functions SUFFIX_1 .. SUFFIX_4, which the file's own DEFINE_PANEL(SUFFIX, N_X, ...) defines.
-#define TSFFN_CALL_NUMBERED(SUFFIX, N_X) SUFFIX##_##N_X(n, panel, x, s, asks)
-#define TSFFN_DEFINE_PANELS_BY_FOUR(SUFFIX, TIER, ...)                                                                 \
-    DEFINE_PANEL(SUFFIX, 1, __VA_ARGS__)                                                                               \
-    DEFINE_PANEL(SUFFIX, 2, __VA_ARGS__)                                                                               \
-    DEFINE_PANEL(SUFFIX, 3, __VA_ARGS__)                                                                               \
-    DEFINE_PANEL(SUFFIX, 4, __VA_ARGS__)                                                                               \
-    TSFFN_DISPATCH_PANELS(SUFFIX, TIER, TSFFN_CALL_NUMBERED)
-
-// By a function SUFFIX of the same parameters as the panels, which is inlined for each number.
-#define TSFFN_CALL_INLINED(SUFFIX, N_X) SUFFIX(n, panel, N_X, x, s, asks)
-#define TSFFN_DEFINE_PANELS_INLINED(SUFFIX, TIER) TSFFN_DISPATCH_PANELS(SUFFIX, TIER, TSFFN_CALL_INLINED)
 
 #endif

@@ -1,9 +1,13 @@
 // AVX2 + FMA + F16C. Four accumulators hide the FMA latency (4 cycles at 2 per cycle would want 8; memory is the
 // bound).
 #include "half.h"
-#include "kernels.h"
+#include "panels.h"
+#include "templates.h"
+#include "tiers.h"
 
 #include <immintrin.h>
+
+#define KERNEL(name) tsffn_##name##_avx2
 
 static inline float hsum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -51,8 +55,8 @@ static inline float one_f32(float w) {
         }                                                                                                              \
         return sum;                                                                                                    \
     }                                                                                                                  \
-    static void dots_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * x, float * s,                 \
-                              const struct tsffn_asks * asks) {                                                        \
+    void KERNEL(dots_##SUFFIX)(int64_t n, const void * row, int n_x, const void * const * x, float * s,                \
+                               const struct tsffn_asks * asks) {                                                       \
         for (int t = 0; t < n_x; ++t) {                                                                                \
             s[t] = dot_##SUFFIX(n, row, x[t], t == 0 ? asks : NULL);                                                   \
         }                                                                                                              \
@@ -76,7 +80,7 @@ static inline float one_f32(float w) {
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS(axpys_##SUFFIX, (n + 31) / 32, axpys_of_##SUFFIX)
+    TSFFN_DEFINE_AXPYS(KERNEL(axpys_##SUFFIX), (n + 31) / 32, axpys_of_##SUFFIX)
 DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
@@ -152,10 +156,95 @@ typedef __m256 vec;
 #define vec_sum hsum
 #include "add_rows_x86.h"
 #include "blocks_x86.h"
-#include "panels.h"
 
 DEFINE_BLOCK_SCALES(scales_q4_0, TSFFN_Q4_0_BYTES)
 DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(avx2, TSFFN_ISA_AVX2, TSFFN_ADD_ROWS_KERNELS, .panel = TSFFN_PANELS(avx2));
-TSFFN_DEFINE_KERNELS(avxvnni, TSFFN_ISA_AVXVNNI, TSFFN_ADD_ROWS_KERNELS, .panel = TSFFN_PANELS(avxvnni));
+// ---- panels
+
+// Products of unsigned and signed bytes (VPMADDUBSW) are added in 16 bits, two to a sum. Over half a block nibbles do
+// not overflow there: 8 * 15 * 128 at most in each lane.
+static inline __m256i add_products(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(unsigned_bytes, signed_bytes));
+}
+
+// Such sums in 32 bits, four products each.
+static inline __m256i wide_sums(__m256i sum) {
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
+// total += wide_sums(sum) * scale; a scale is in both words of its 32 bits.
+static inline __m256i add_scaled(__m256i total, __m256i sum, __m256i scales) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(sum, scales));
+}
+
+#include "panels_x86.h"
+
+// panel_products of Q8_0. Whole bytes would overflow 16 bits: they are widened to words. Four rows to a register; pairs
+// of sums are added at the end, which leaves rows 0 1 4 5 2 3 6 7.
+static inline __m256i products_of_bytes(const uint8_t * q, const int16_t * words, const int8_t * hi,
+                                        const int8_t * lo) {
+    (void)hi;
+    (void)lo;
+    __m256i sum_a = _mm256_setzero_si256(), sum_b = sum_a;
+    for (int g = 0; g < 8; ++g) {
+        int64_t four_words;
+        __builtin_memcpy(&four_words, words + 4 * g, sizeof(four_words));
+        const __m256i v = _mm256_set1_epi64x(four_words);
+        const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + g * 64)));
+        const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + g * 64 + 16)));
+        sum_a = _mm256_add_epi32(sum_a, _mm256_madd_epi16(a, v));
+        sum_b = _mm256_add_epi32(sum_b, _mm256_madd_epi16(b, v));
+    }
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum_a, sum_b), 0xd8);
+}
+
+void tsffn_panel_q8_0_avx2(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                           const struct tsffn_asks * asks) {
+    panel_of_blocks(products_of_bytes, TSFFN_PANEL_Q8_0_BYTES, 0, n, panel, n_x, x, s, asks);
+}
+
+void tsffn_panel_q4_0_avx2(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                           const struct tsffn_asks * asks) {
+    panel_of_blocks(products_of_nibbles, TSFFN_PANEL_Q4_0_BYTES, 8, n, panel, n_x, x, s, asks);
+}
+
+void tsffn_panel_q3_nl_avx2(int64_t n, const void * panel, int n_x, const void * const * x,
+                            float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    panel_of_q3_nl(n, panel, n_x, x, s, asks);
+}
+
+const struct tsffn_kernels tsffn_kernels_avx2 = {
+    .isa = TSFFN_ISA_AVX2,
+    .name = "avx2",
+    .dots =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_dots_f32_avx2,
+            [TSFFN_FORMAT_F16] = tsffn_dots_f16_avx2,
+            [TSFFN_FORMAT_BF16] = tsffn_dots_bf16_avx2,
+            [TSFFN_FORMAT_Q8_0] = tsffn_dots_q8_0_avx2,
+            [TSFFN_FORMAT_Q4_0] = tsffn_dots_q4_0_avx2,
+        },
+    .axpys =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_axpys_f32_avx2,
+            [TSFFN_FORMAT_F16] = tsffn_axpys_f16_avx2,
+            [TSFFN_FORMAT_BF16] = tsffn_axpys_bf16_avx2,
+            [TSFFN_FORMAT_Q8_0] = tsffn_axpys_q8_0_avx2,
+            [TSFFN_FORMAT_Q4_0] = tsffn_axpys_q4_0_avx2,
+        },
+    .add_rows =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_add_rows_f32_avx2,
+            [TSFFN_FORMAT_F16] = tsffn_add_rows_f16_avx2,
+            [TSFFN_FORMAT_BF16] = tsffn_add_rows_bf16_avx2,
+            [TSFFN_FORMAT_Q8_0] = tsffn_add_rows_q8_0_avx2,
+            [TSFFN_FORMAT_Q4_0] = tsffn_add_rows_q4_0_avx2,
+        },
+    .panel =
+        {
+            [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_avx2,
+            [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_avx2,
+            [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_avx2,
+        },
+};

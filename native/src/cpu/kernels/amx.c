@@ -1,4 +1,6 @@
-// Panels with AMX, for many activation vectors: 16 of them times the 16 rows of a panel, 32 columns at a time, one
+// AMX: panels for many activation vectors; gemm_amx.c has dense products. Rows are those of AVX512-VNNI.
+//
+// A panel: 16 of them times the 16 rows of a panel, 32 columns at a time, one
 // TDPBSSD each for hi and lo (panels.h).
 //
 // The bytes of a panel's block of columns are a tile of weights already: row g holds four columns of the 16 rows. What
@@ -6,6 +8,7 @@
 // them take 64 instructions, the tiles' 4096 products 16 cycles.
 #include "amx.h"
 #include "q3_nl_avx512.h"
+#include "tiers.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -251,3 +254,39 @@ void tsffn_panel_q3_nl_amx(int64_t n, const void * panel, int n_x, const void * 
     }
     tsffn_load_tile_config(&before);
 }
+
+const struct tsffn_kernels tsffn_kernels_amx = {
+    .isa = TSFFN_ISA_AMX,
+    .name = "amx",
+    .dots =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_dots_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_dots_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_dots_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_dots_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_dots_q4_0_avx512vnni,
+        },
+    .axpys =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_axpys_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_axpys_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_axpys_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_axpys_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_axpys_q4_0_avx512,
+        },
+    .add_rows =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_add_rows_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_add_rows_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_add_rows_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_add_rows_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_add_rows_q4_0_avx512,
+        },
+    .panel =
+        {
+            [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_amx,
+            [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_amx,
+            [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_amx,
+        },
+    .gemm = &tsffn_gemm_amx,
+};

@@ -1,7 +1,6 @@
-// What the AVX-512 files share: Q4_0 four blocks (a quad) at a time, and the functions of AVX512-VNNI
-// (rows_avx512vnni.c) for the tables of kernels_avx512.c.
-#ifndef TSFFN_ROWS_AVX512_H
-#define TSFFN_ROWS_AVX512_H
+// Q4_0 with AVX-512, four blocks (a quad) at a time.
+#ifndef TSFFN_QUADS_AVX512_H
+#define TSFFN_QUADS_AVX512_H
 
 #include "kernels.h"
 
@@ -32,8 +31,5 @@ static inline __m512 scales_of_quads(const uint8_t * blocks, int n_quads) {
     }
     return _mm512_cvtph_ps(_mm512_castsi512_si256(scales));
 }
-
-void tsffn_dots_q4_0_avx512vnni(int64_t n, const void * row, int n_x, const void * const * x, float * s,
-                                const struct tsffn_asks * asks);
 
 #endif

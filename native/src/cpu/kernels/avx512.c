@@ -1,10 +1,12 @@
 // AVX-512 F, BW, DQ, VL. Tails are masked, so no scalar loop is needed for the float formats.
-#include "gemm.h"
 #include "half.h"
-#include "kernels.h"
-#include "rows_avx512.h"
+#include "quads_avx512.h"
+#include "templates.h"
+#include "tiers.h"
 
 #include <immintrin.h>
+
+#define KERNEL(name) tsffn_##name##_avx512
 
 static inline __m512 load16_f32(__mmask16 m, const float * w) {
     return _mm512_maskz_loadu_ps(m, w);
@@ -58,8 +60,9 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
                 _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3])));          \
         }                                                                                                              \
     }                                                                                                                  \
-    static TSFFN_DEFINE_DOTS(dots_##SUFFIX, 4, dots_of_##SUFFIX) TSFFN_INLINED void axpys_of_##SUFFIX(                 \
-        int64_t n, int n_rows, const float * a, const void * const * rows, float * y, struct tsffn_asking * asking) {  \
+    TSFFN_DEFINE_DOTS(KERNEL(dots_##SUFFIX), 4, dots_of_##SUFFIX)                                                      \
+    TSFFN_INLINED void axpys_of_##SUFFIX(int64_t n, int n_rows, const float * a, const void * const * rows, float * y, \
+                                         struct tsffn_asking * asking) {                                               \
         int64_t j = 0;                                                                                                 \
         for (; j + 16 <= n; j += 16) {                                                                                 \
             if (j % 64 == 0) {                                                                                         \
@@ -80,7 +83,7 @@ static inline __m512 load16_bf16(__mmask16 m, const uint16_t * w) {
             _mm512_mask_storeu_ps(y + j, m, sum);                                                                      \
         }                                                                                                              \
     }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS(axpys_##SUFFIX, (n + 63) / 64, axpys_of_##SUFFIX)
+    TSFFN_DEFINE_AXPYS(KERNEL(axpys_##SUFFIX), (n + 63) / 64, axpys_of_##SUFFIX)
 DEFINE_FLOAT_KERNELS(f32, float, load16_f32)
 DEFINE_FLOAT_KERNELS(f16, uint16_t, load16_f16)
 DEFINE_FLOAT_KERNELS(bf16, uint16_t, load16_bf16)
@@ -149,7 +152,6 @@ typedef __m512 vec;
 #define vec_sum _mm512_reduce_add_ps
 #include "add_rows_x86.h"
 #include "blocks_x86.h"
-#include "panels.h"
 
 DEFINE_BLOCK_SCALES(few_scales_q4_0, TSFFN_Q4_0_BYTES)
 
@@ -164,17 +166,37 @@ static inline void scales_q4_0(int64_t n, float a, const uint8_t * block, float 
 _Static_assert((int)SCALES == 4 * (int)TSFFN_Q4_0_QUADS, "quads have as many scales");
 DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
 
-TSFFN_DEFINE_KERNELS(avx512, TSFFN_ISA_AVX512, TSFFN_ADD_ROWS_KERNELS, .panel = TSFFN_PANELS(avx2));
-
-#define DEFINE_VNNI_KERNELS(tier, tier_isa, ...)                                                                       \
-    const struct tsffn_kernels tsffn_kernels_##tier = {                                                                \
-        .isa = (tier_isa),                                                                                             \
-        .name = #tier,                                                                                                 \
-        .dots = {dots_f32, dots_f16, dots_bf16, dots_q8_0, tsffn_dots_q4_0_avx512vnni},                                \
-        .axpys = TSFFN_AXPYS,                                                                                          \
-        TSFFN_ADD_ROWS_KERNELS,                                                                                        \
-        .panel = TSFFN_PANELS(tier),                                                                                   \
-        __VA_ARGS__}
-
-DEFINE_VNNI_KERNELS(avx512vnni, TSFFN_ISA_AVX512VNNI, );
-DEFINE_VNNI_KERNELS(amx, TSFFN_ISA_AMX, .gemm = &tsffn_gemm_amx);
+const struct tsffn_kernels tsffn_kernels_avx512 = {
+    .isa = TSFFN_ISA_AVX512,
+    .name = "avx512",
+    .dots =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_dots_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_dots_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_dots_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_dots_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_dots_q4_0_avx512,
+        },
+    .axpys =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_axpys_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_axpys_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_axpys_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_axpys_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_axpys_q4_0_avx512,
+        },
+    .add_rows =
+        {
+            [TSFFN_FORMAT_F32] = tsffn_add_rows_f32_avx512,
+            [TSFFN_FORMAT_F16] = tsffn_add_rows_f16_avx512,
+            [TSFFN_FORMAT_BF16] = tsffn_add_rows_bf16_avx512,
+            [TSFFN_FORMAT_Q8_0] = tsffn_add_rows_q8_0_avx512,
+            [TSFFN_FORMAT_Q4_0] = tsffn_add_rows_q4_0_avx512,
+        },
+    .panel =
+        {
+            [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_avx2,
+            [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_avx2,
+            [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_avx2,
+        },
+};
