@@ -8,6 +8,7 @@
 // them take 64 instructions, the tiles' 4096 products 16 cycles.
 #include "amx.h"
 #include "q3_nl_avx512.h"
+#include "templates.h"
 #include "tiers.h"
 
 #include <immintrin.h>
@@ -79,9 +80,8 @@ static inline void store(products c) {
 
 // s += d * (256 hi + lo), block by block; while the products of one are added, those of the next are made and
 // stored: a load right behind a tile's store would wait for it. With a constant n_x of 16 the sums stay in registers.
-static inline __attribute__((always_inline)) void add_n_x(int n_x, const int8_t * w, const uint8_t * block,
-                                                          size_t block_bytes, int n_blocks, struct vectors x, int64_t j,
-                                                          float (*s)[TSFFN_PANEL_ROWS]) {
+TSFFN_INLINED void add_n_x(int n_x, const int8_t * w, const uint8_t * block, size_t block_bytes, int n_blocks,
+                           struct vectors x, int64_t j, float (*s)[TSFFN_PANEL_ROWS]) {
     _Alignas(64) products c[2];
     __m512 sums[TSFFN_TILE_ROWS];
     for (int t = 0; t < n_x; ++t) {
@@ -127,47 +127,64 @@ static int64_t distance_of(int n_x, const void * const * x) {
     return distance;
 }
 
-#define DEFINE_PANEL(SUFFIX, BYTES)                                                                                    \
-    void tsffn_panel_##SUFFIX##_amx(int64_t n, const void * panel, int n_x, const void * const * x,                    \
-                                    float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {                    \
-        const int64_t distance = n_x < MIN_X ? 0 : distance_of(n_x, x);                                                \
-        if (distance == 0) {                                                                                           \
-            tsffn_panel_##SUFFIX##_avx512vnni(n, panel, n_x, x, s, asks);                                              \
-            return;                                                                                                    \
-        }                                                                                                              \
-        struct tsffn_tile_config before;                                                                               \
-        tsffn_store_tile_config(&before);                                                                              \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            _mm512_storeu_ps(s[t], _mm512_setzero_ps());                                                               \
-        }                                                                                                              \
-        _Alignas(64) int8_t w[BLOCKS * TILE_BYTES];                                                                    \
-        const uint8_t * block = panel;                                                                                 \
-        const int64_t all_blocks = n / TSFFN_BLOCK_SIZE;                                                               \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, all_blocks);                                             \
-        int configured = 0;                                                                                            \
-        for (int64_t b0 = 0; b0 < all_blocks; b0 += BLOCKS, block += BLOCKS * (BYTES)) {                               \
-            const int n_blocks = (int)(all_blocks - b0 < BLOCKS ? all_blocks - b0 : BLOCKS);                           \
-            for (int b = 0; b < n_blocks; ++b) {                                                                       \
-                tsffn_asking_step(&asking);                                                                            \
-                expand_##SUFFIX(block + b * (BYTES), w + b * TILE_BYTES);                                              \
-            }                                                                                                          \
-            for (int t = 0; t < n_x; t += TSFFN_TILE_ROWS) {                                                           \
-                const int n_tile = n_x - t < TSFFN_TILE_ROWS ? n_x - t : TSFFN_TILE_ROWS;                              \
-                if (n_tile != configured) {                                                                            \
-                    configure(n_tile);                                                                                 \
-                    configured = n_tile;                                                                               \
-                }                                                                                                      \
-                const struct vectors vectors = {tsffn_i16_hi(x[t], n), tsffn_i16_lo(x[t], n), distance, n_tile};       \
-                add_blocks(w, block, BYTES, n_blocks, vectors, b0 * TSFFN_BLOCK_SIZE, s + t);                          \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_loadu_ps(s[t]), _mm512_set1_ps(tsffn_i16_scale(x[t]))));       \
-        }                                                                                                              \
-        tsffn_load_tile_config(&before);                                                                               \
+// Makes a tile of signed weights of a block.
+typedef void expand_block(const uint8_t * block, int8_t * w);
+
+// A panel of a block format for vectors that are `distance` bytes apart.
+TSFFN_INLINED void panel_of_blocks(expand_block * expand, int block_bytes, int64_t n, const void * panel, int n_x,
+                                   const void * const * x, int64_t distance, float (*s)[TSFFN_PANEL_ROWS],
+                                   const struct tsffn_asks * asks) {
+    struct tsffn_tile_config before;
+    tsffn_store_tile_config(&before);
+    for (int t = 0; t < n_x; ++t) {
+        _mm512_storeu_ps(s[t], _mm512_setzero_ps());
     }
-DEFINE_PANEL(q8_0, TSFFN_PANEL_Q8_0_BYTES)
-DEFINE_PANEL(q4_0, TSFFN_PANEL_Q4_0_BYTES)
+    _Alignas(64) int8_t w[BLOCKS * TILE_BYTES];
+    const uint8_t * block = panel;
+    const int64_t all_blocks = n / TSFFN_BLOCK_SIZE;
+    struct tsffn_asking asking = tsffn_asking_begin(asks, all_blocks);
+    int configured = 0;
+    for (int64_t b0 = 0; b0 < all_blocks; b0 += BLOCKS, block += BLOCKS * block_bytes) {
+        const int n_blocks = (int)(all_blocks - b0 < BLOCKS ? all_blocks - b0 : BLOCKS);
+        for (int b = 0; b < n_blocks; ++b) {
+            tsffn_asking_step(&asking);
+            expand(block + b * block_bytes, w + b * TILE_BYTES);
+        }
+        for (int t = 0; t < n_x; t += TSFFN_TILE_ROWS) {
+            const int n_tile = n_x - t < TSFFN_TILE_ROWS ? n_x - t : TSFFN_TILE_ROWS;
+            if (n_tile != configured) {
+                configure(n_tile);
+                configured = n_tile;
+            }
+            const struct vectors vectors = {tsffn_i16_hi(x[t], n), tsffn_i16_lo(x[t], n), distance, n_tile};
+            add_blocks(w, block, (size_t)block_bytes, n_blocks, vectors, b0 * TSFFN_BLOCK_SIZE, s + t);
+        }
+    }
+    for (int t = 0; t < n_x; ++t) {
+        _mm512_storeu_ps(s[t], _mm512_mul_ps(_mm512_loadu_ps(s[t]), _mm512_set1_ps(tsffn_i16_scale(x[t]))));
+    }
+    tsffn_load_tile_config(&before);
+}
+
+void tsffn_panel_q8_0_amx(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                          const struct tsffn_asks * asks) {
+    const int64_t distance = n_x < MIN_X ? 0 : distance_of(n_x, x);
+    if (distance == 0) {
+        tsffn_panel_q8_0_avx512vnni(n, panel, n_x, x, s, asks);
+        return;
+    }
+    panel_of_blocks(expand_q8_0, TSFFN_PANEL_Q8_0_BYTES, n, panel, n_x, x, distance, s, asks);
+}
+
+void tsffn_panel_q4_0_amx(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                          const struct tsffn_asks * asks) {
+    const int64_t distance = n_x < MIN_X ? 0 : distance_of(n_x, x);
+    if (distance == 0) {
+        tsffn_panel_q4_0_avx512vnni(n, panel, n_x, x, s, asks);
+        return;
+    }
+    panel_of_blocks(expand_q4_0, TSFFN_PANEL_Q4_0_BYTES, n, panel, n_x, x, distance, s, asks);
+}
 
 // Q3_NL: weights with their group's scale are signed bytes (at most 8 * 15), so the products of all columns are summed
 // in the tiles, the activations being the unsigned factor.

@@ -7,8 +7,6 @@
 
 #include <immintrin.h>
 
-#define KERNEL(name) tsffn_##name##_avx2
-
 static inline float hsum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -16,74 +14,94 @@ static inline float hsum(__m256 v) {
     return _mm_cvtss_f32(s);
 }
 
-static inline __m256 load8_f32(const float * w) {
-    return _mm256_loadu_ps(w);
+// Eight weights of a row from column j on, and a single one.
+typedef __m256 load_eight(const void * row, int64_t j);
+typedef float load_one(const void * row, int64_t j);
+
+static inline __m256 widen_f32(const void * row, int64_t j) {
+    return _mm256_loadu_ps((const float *)row + j);
 }
-static inline __m256 load8_f16(const uint16_t * w) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w));
+static inline __m256 widen_f16(const void * row, int64_t j) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)row + j)));
 }
-static inline __m256 load8_bf16(const uint16_t * w) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)w));
+static inline __m256 widen_bf16(const void * row, int64_t j) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)row + j)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static inline float one_f32(float w) {
-    return w;
+static inline float one_f32(const void * row, int64_t j) {
+    return ((const float *)row)[j];
+}
+static inline float one_f16(const void * row, int64_t j) {
+    return tsffn_f16_to_f32(((const uint16_t *)row)[j]);
+}
+static inline float one_bf16(const void * row, int64_t j) {
+    return tsffn_bf16_to_f32(((const uint16_t *)row)[j]);
 }
 
-// dots and axpys of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one. The
-// four accumulators of one vector leave no registers for those of another.
-#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations, const struct tsffn_asks * asks) { \
-        struct tsffn_asking asking = tsffn_asking_begin(asks, n / 32);                                                 \
-        const TYPE * w = row;                                                                                          \
-        const float * x = activations;                                                                                 \
-        __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;                                                    \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 32 <= n; j += 32) {                                                                                 \
-            tsffn_asking_step(&asking);                                                                                \
-            s0 = _mm256_fmadd_ps(LOAD8(w + j), _mm256_loadu_ps(x + j), s0);                                            \
-            s1 = _mm256_fmadd_ps(LOAD8(w + j + 8), _mm256_loadu_ps(x + j + 8), s1);                                    \
-            s2 = _mm256_fmadd_ps(LOAD8(w + j + 16), _mm256_loadu_ps(x + j + 16), s2);                                  \
-            s3 = _mm256_fmadd_ps(LOAD8(w + j + 24), _mm256_loadu_ps(x + j + 24), s3);                                  \
-        }                                                                                                              \
-        for (; j + 8 <= n; j += 8) {                                                                                   \
-            s0 = _mm256_fmadd_ps(LOAD8(w + j), _mm256_loadu_ps(x + j), s0);                                            \
-        }                                                                                                              \
-        float sum = hsum(_mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));                                 \
-        for (; j < n; ++j) {                                                                                           \
-            sum += ONE(w[j]) * x[j];                                                                                   \
-        }                                                                                                              \
-        return sum;                                                                                                    \
-    }                                                                                                                  \
-    void KERNEL(dots_##SUFFIX)(int64_t n, const void * row, int n_x, const void * const * x, float * s,                \
-                               const struct tsffn_asks * asks) {                                                       \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            s[t] = dot_##SUFFIX(n, row, x[t], t == 0 ? asks : NULL);                                                   \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_INLINED void axpys_of_##SUFFIX(int64_t n, int n_rows, const float * a, const void * const * rows, float * y, \
-                                         struct tsffn_asking * asking) {                                               \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 8 <= n; j += 8) {                                                                                   \
-            if (j % 32 == 0) {                                                                                         \
-                tsffn_asking_step(asking);                                                                             \
-            }                                                                                                          \
-            __m256 sum = _mm256_loadu_ps(y + j);                                                                       \
-            for (int i = 0; i < n_rows; ++i) {                                                                         \
-                sum = _mm256_fmadd_ps(_mm256_set1_ps(a[i]), LOAD8((const TYPE *)rows[i] + j), sum);                    \
-            }                                                                                                          \
-            _mm256_storeu_ps(y + j, sum);                                                                              \
-        }                                                                                                              \
-        for (; j < n; ++j) {                                                                                           \
-            for (int i = 0; i < n_rows; ++i) {                                                                         \
-                y[j] += a[i] * ONE(((const TYPE *)rows[i])[j]);                                                        \
-            }                                                                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS(KERNEL(axpys_##SUFFIX), (n + 31) / 32, axpys_of_##SUFFIX)
-DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
-DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
-DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
+TSFFN_INLINED float dot_of_floats(load_eight * load, load_one * one, int64_t n, const void * row, const float * x,
+                                  const struct tsffn_asks * asks) {
+    struct tsffn_asking asking = tsffn_asking_begin(asks, n / 32);
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32) {
+        tsffn_asking_step(&asking);
+        s0 = _mm256_fmadd_ps(load(row, j), _mm256_loadu_ps(x + j), s0);
+        s1 = _mm256_fmadd_ps(load(row, j + 8), _mm256_loadu_ps(x + j + 8), s1);
+        s2 = _mm256_fmadd_ps(load(row, j + 16), _mm256_loadu_ps(x + j + 16), s2);
+        s3 = _mm256_fmadd_ps(load(row, j + 24), _mm256_loadu_ps(x + j + 24), s3);
+    }
+    for (; j + 8 <= n; j += 8) {
+        s0 = _mm256_fmadd_ps(load(row, j), _mm256_loadu_ps(x + j), s0);
+    }
+    float sum = hsum(_mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));
+    for (; j < n; ++j) {
+        sum += one(row, j) * x[j];
+    }
+    return sum;
+}
+
+// The four accumulators of one vector leave no registers for those of another.
+TSFFN_INLINED void dots_of_floats(load_eight * load, load_one * one, int64_t n, const void * row, int n_x,
+                                  const void * const * x, float * s, const struct tsffn_asks * asks) {
+    for (int t = 0; t < n_x; ++t) {
+        s[t] = dot_of_floats(load, one, n, row, x[t], t == 0 ? asks : NULL);
+    }
+}
+
+TSFFN_INLINED void axpys_of_floats(load_eight * load, load_one * one, int64_t n, int n_rows, const float * a,
+                                   const void * const * rows, float * y, struct tsffn_asking * asking) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        if (j % 32 == 0) {
+            tsffn_asking_step(asking);
+        }
+        __m256 sum = _mm256_loadu_ps(y + j);
+        for (int i = 0; i < n_rows; ++i) {
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(a[i]), load(rows[i], j), sum);
+        }
+        _mm256_storeu_ps(y + j, sum);
+    }
+    for (; j < n; ++j) {
+        for (int i = 0; i < n_rows; ++i) {
+            y[j] += a[i] * one(rows[i], j);
+        }
+    }
+}
+
+TSFFN_INLINED void axpys_of_f32(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                                struct tsffn_asking * asking) {
+    axpys_of_floats(widen_f32, one_f32, n, n_rows, a, rows, y, asking);
+}
+
+TSFFN_INLINED void axpys_of_f16(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                                struct tsffn_asking * asking) {
+    axpys_of_floats(widen_f16, one_f16, n, n_rows, a, rows, y, asking);
+}
+
+TSFFN_INLINED void axpys_of_bf16(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                                 struct tsffn_asking * asking) {
+    axpys_of_floats(widen_bf16, one_bf16, n, n_rows, a, rows, y, asking);
+}
 
 // Eight int32 sums of the products of 32 weights, as two vectors of 16-bit integers, with x[0..32).
 static inline __m256 products32(__m256i w_low, __m256i w_high, const int16_t * x) {
@@ -141,9 +159,6 @@ static inline void unpack_block_q4_0(const uint8_t * nibbles, float * w) {
     unpack16_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(q, 4), mask), eight), w + 16);
 }
 
-#define widen_f32 load8_f32
-#define widen_f16 load8_f16
-#define widen_bf16 load8_bf16
 #define VEC_LANES 8
 typedef __m256 vec;
 #define vec_load _mm256_loadu_ps
@@ -157,8 +172,59 @@ typedef __m256 vec;
 #include "add_rows_x86.h"
 #include "blocks_x86.h"
 
-DEFINE_BLOCK_SCALES(scales_q4_0, TSFFN_Q4_0_BYTES)
-DEFINE_BLOCK_AXPYS(q4_0, TSFFN_Q4_0_BYTES)
+static inline void scales_q4_0(int64_t n, float a, const uint8_t * block, float * scales) {
+    scales_of_blocks(TSFFN_Q4_0_BYTES, n, a, block, scales);
+}
+
+TSFFN_INLINED void axpys_of_q4_0(int64_t n, int n_rows, const float * a, const void * const * rows, float * y,
+                                 struct tsffn_asking * asking) {
+    axpys_of_blocks(add_block_q4_0, scales_q4_0, TSFFN_Q4_0_BYTES, n, n_rows, a, rows, y, asking);
+}
+
+// ---- rows
+
+void tsffn_dots_f32_avx2(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                         const struct tsffn_asks * asks) {
+    dots_of_floats(widen_f32, one_f32, n, row, n_x, x, s, asks);
+}
+
+void tsffn_dots_f16_avx2(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                         const struct tsffn_asks * asks) {
+    dots_of_floats(widen_f16, one_f16, n, row, n_x, x, s, asks);
+}
+
+void tsffn_dots_bf16_avx2(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                          const struct tsffn_asks * asks) {
+    dots_of_floats(widen_bf16, one_bf16, n, row, n_x, x, s, asks);
+}
+
+TSFFN_DEFINE_DOTS(tsffn_dots_q8_0_avx2, 4, dots_of_q8_0)
+TSFFN_DEFINE_DOTS(tsffn_dots_q4_0_avx2, 4, dots_of_q4_0)
+TSFFN_DEFINE_AXPYS(tsffn_axpys_f32_avx2, (n + 31) / 32, axpys_of_f32)
+TSFFN_DEFINE_AXPYS(tsffn_axpys_f16_avx2, (n + 31) / 32, axpys_of_f16)
+TSFFN_DEFINE_AXPYS(tsffn_axpys_bf16_avx2, (n + 31) / 32, axpys_of_bf16)
+TSFFN_DEFINE_AXPYS(tsffn_axpys_q8_0_avx2, ASKS_OF_BLOCKS, axpys_of_q8_0)
+TSFFN_DEFINE_AXPYS(tsffn_axpys_q4_0_avx2, ASKS_OF_BLOCKS, axpys_of_q4_0)
+
+void tsffn_add_rows_f32_avx2(const struct tsffn_additions * additions, int64_t c0) {
+    add_rows_of(unpack_f32, false, additions, c0);
+}
+
+void tsffn_add_rows_f16_avx2(const struct tsffn_additions * additions, int64_t c0) {
+    add_rows_of(unpack_f16, false, additions, c0);
+}
+
+void tsffn_add_rows_bf16_avx2(const struct tsffn_additions * additions, int64_t c0) {
+    add_rows_of(unpack_bf16, false, additions, c0);
+}
+
+void tsffn_add_rows_q8_0_avx2(const struct tsffn_additions * additions, int64_t c0) {
+    add_rows_of(unpack_q8_0, true, additions, c0);
+}
+
+void tsffn_add_rows_q4_0_avx2(const struct tsffn_additions * additions, int64_t c0) {
+    add_rows_of(unpack_q4_0, true, additions, c0);
+}
 
 // ---- panels
 

@@ -7,6 +7,7 @@
 #include "amx.h"
 #include "gemm.h"
 #include "half.h"
+#include "templates.h"
 #include "tiers.h"
 
 #include <immintrin.h>
@@ -57,6 +58,8 @@ static inline void split32_weights(__m512 a, __m512 b, uint16_t * hi, uint16_t *
 
 // ---- weights: 32 of them at column j of a row, into hi and lo
 
+typedef void expand_columns(const uint8_t * row, int64_t j, uint16_t * hi, uint16_t * lo);
+
 static inline void expand_f16(const uint8_t * row, int64_t j, uint16_t * hi, uint16_t * lo) {
     const __m256i * w = (const __m256i *)(row + 2 * j);
     split32_weights(_mm512_cvtph_ps(_mm256_loadu_si256(w)), _mm512_cvtph_ps(_mm256_loadu_si256(w + 1)), hi, lo);
@@ -96,15 +99,15 @@ static inline void expand_q4_0(const uint8_t * row, int64_t j, uint16_t * hi, ui
 // Columns [j0, j1) of 32 rows as tiles: per 32 columns hi and lo of rows 0..15, then of rows 16..31, which is
 // [(j1 - j0) / 32][2 groups][hi, lo][16][32]. The same columns of the 32 rows behind them, which are likely to be next,
 // are asked for: 32 streams are more than hardware prefetchers follow.
-#define DEFINE_EXPAND(SUFFIX)                                                                                          \
-    static void expand_rows_##SUFFIX(const uint8_t * rows, size_t stride, int64_t j0, int64_t j1, uint16_t * a) {      \
-        for (int64_t j = j0; j < j1; j += TSFFN_GEMM_K, a += 4 * TILE_VALUES) {                                        \
-            for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {                                                                \
-                uint16_t * to = a + (i / TILE) * 2 * TILE_VALUES + (i % TILE) * TSFFN_GEMM_K;                          \
-                expand_##SUFFIX(rows + (size_t)i * stride, j, to, to + TILE_VALUES);                                   \
-            }                                                                                                          \
-        }                                                                                                              \
+TSFFN_INLINED void expand_rows_of(expand_columns * expand, const uint8_t * rows, size_t stride, int64_t j0, int64_t j1,
+                                  uint16_t * a) {
+    for (int64_t j = j0; j < j1; j += TSFFN_GEMM_K, a += 4 * TILE_VALUES) {
+        for (int i = 0; i < TSFFN_GEMM_ROWS; ++i) {
+            uint16_t * to = a + (i / TILE) * 2 * TILE_VALUES + (i % TILE) * TSFFN_GEMM_K;
+            expand(rows + (size_t)i * stride, j, to, to + TILE_VALUES);
+        }
     }
+}
 
 static void ask_for(const uint8_t * rows, size_t stride, size_t begin, size_t end) {
     for (int i = 0; i < TSFFN_GEMM_ROWS; ++i, rows += stride) {
@@ -113,11 +116,6 @@ static void ask_for(const uint8_t * rows, size_t stride, size_t begin, size_t en
         }
     }
 }
-
-DEFINE_EXPAND(f16)
-DEFINE_EXPAND(bf16)
-DEFINE_EXPAND(q8_0)
-DEFINE_EXPAND(q4_0)
 
 static size_t row_bytes(enum tsffn_format format, int64_t n) {
     const size_t blocks = (size_t)n / TSFFN_BLOCK_SIZE;
@@ -131,16 +129,16 @@ static void expand_rows(enum tsffn_format format, const uint8_t * rows, size_t s
     ask_for(rows + TSFFN_GEMM_ROWS * stride, stride, row_bytes(format, j0), row_bytes(format, j1));
     switch (format) {
     case TSFFN_FORMAT_F16:
-        expand_rows_f16(rows, stride, j0, j1, a);
+        expand_rows_of(expand_f16, rows, stride, j0, j1, a);
         break;
     case TSFFN_FORMAT_BF16:
-        expand_rows_bf16(rows, stride, j0, j1, a);
+        expand_rows_of(expand_bf16, rows, stride, j0, j1, a);
         break;
     case TSFFN_FORMAT_Q8_0:
-        expand_rows_q8_0(rows, stride, j0, j1, a);
+        expand_rows_of(expand_q8_0, rows, stride, j0, j1, a);
         break;
     default:
-        expand_rows_q4_0(rows, stride, j0, j1, a);
+        expand_rows_of(expand_q4_0, rows, stride, j0, j1, a);
         break;
     }
 }

@@ -11,20 +11,31 @@
 // Eight floats.
 typedef float32x4x2_t vec8;
 
-static inline vec8 load8_f32(const float * w) {
+// Eight weights of a row from column j on, and a single one.
+typedef vec8 load_eight(const void * row, int64_t j);
+typedef float load_one(const void * row, int64_t j);
+
+static inline vec8 load_f32(const void * row, int64_t j) {
+    const float * w = (const float *)row + j;
     return (vec8){{vld1q_f32(w), vld1q_f32(w + 4)}};
 }
-static inline vec8 load8_f16(const uint16_t * w) {
-    const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(w));
+static inline vec8 load_f16(const void * row, int64_t j) {
+    const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16((const uint16_t *)row + j));
     return (vec8){{vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)}};
 }
-static inline vec8 load8_bf16(const uint16_t * w) {
-    const uint16x8_t h = vld1q_u16(w);
+static inline vec8 load_bf16(const void * row, int64_t j) {
+    const uint16x8_t h = vld1q_u16((const uint16_t *)row + j);
     return (vec8){
         {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(h, 16))}};
 }
-static inline float one_f32(float w) {
-    return w;
+static inline float one_f32(const void * row, int64_t j) {
+    return ((const float *)row)[j];
+}
+static inline float one_f16(const void * row, int64_t j) {
+    return tsffn_f16_to_f32(((const uint16_t *)row)[j]);
+}
+static inline float one_bf16(const void * row, int64_t j) {
+    return tsffn_bf16_to_f32(((const uint16_t *)row)[j]);
 }
 
 // s + w * x
@@ -41,45 +52,59 @@ static inline void axpy8(float a, vec8 w, float * y) {
     vst1q_f32(y + 4, vfmaq_n_f32(vld1q_f32(y + 4), w.val[1], a));
 }
 
-// dots and axpys of an element type: TYPE is the storage type, LOAD8 widens 8 of them, ONE widens a single one.
 // Eight accumulators of four floats: FMLA takes 4 cycles, at 2 per cycle on the common cores.
-#define DEFINE_FLOAT_KERNELS(SUFFIX, TYPE, LOAD8, ONE)                                                                 \
-    static float dot_##SUFFIX(int64_t n, const void * row, const void * activations) {                                 \
-        const TYPE * w = row;                                                                                          \
-        const float * x = activations;                                                                                 \
-        vec8 s0 = {{vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}}, s1 = s0, s2 = s0, s3 = s0;                                 \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 32 <= n; j += 32) {                                                                                 \
-            s0 = fma8(s0, LOAD8(w + j), load8_f32(x + j));                                                             \
-            s1 = fma8(s1, LOAD8(w + j + 8), load8_f32(x + j + 8));                                                     \
-            s2 = fma8(s2, LOAD8(w + j + 16), load8_f32(x + j + 16));                                                   \
-            s3 = fma8(s3, LOAD8(w + j + 24), load8_f32(x + j + 24));                                                   \
-        }                                                                                                              \
-        for (; j + 8 <= n; j += 8) {                                                                                   \
-            s0 = fma8(s0, LOAD8(w + j), load8_f32(x + j));                                                             \
-        }                                                                                                              \
-        float sum = vaddvq_f32(vaddq_f32(vaddq_f32(fold(s0), fold(s1)), vaddq_f32(fold(s2), fold(s3))));               \
-        for (; j < n; ++j) {                                                                                           \
-            sum += ONE(w[j]) * x[j];                                                                                   \
-        }                                                                                                              \
-        return sum;                                                                                                    \
-    }                                                                                                                  \
-    TSFFN_DEFINE_DOTS_ONE_BY_ONE(tsffn_dots_##SUFFIX##_neon, dot_##SUFFIX)                                             \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
-        const TYPE * w = row;                                                                                          \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 8 <= n; j += 8) {                                                                                   \
-            axpy8(a, LOAD8(w + j), y + j);                                                                             \
-        }                                                                                                              \
-        for (; j < n; ++j) {                                                                                           \
-            y[j] += a * ONE(w[j]);                                                                                     \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_##SUFFIX##_neon, axpy_##SUFFIX)
+TSFFN_INLINED float dot_of_floats(load_eight * load, load_one * one, int64_t n, const void * row, const float * x) {
+    vec8 s0 = {{vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}}, s1 = s0, s2 = s0, s3 = s0;
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32) {
+        s0 = fma8(s0, load(row, j), load_f32(x, j));
+        s1 = fma8(s1, load(row, j + 8), load_f32(x, j + 8));
+        s2 = fma8(s2, load(row, j + 16), load_f32(x, j + 16));
+        s3 = fma8(s3, load(row, j + 24), load_f32(x, j + 24));
+    }
+    for (; j + 8 <= n; j += 8) {
+        s0 = fma8(s0, load(row, j), load_f32(x, j));
+    }
+    float sum = vaddvq_f32(vaddq_f32(vaddq_f32(fold(s0), fold(s1)), vaddq_f32(fold(s2), fold(s3))));
+    for (; j < n; ++j) {
+        sum += one(row, j) * x[j];
+    }
+    return sum;
+}
 
-DEFINE_FLOAT_KERNELS(f32, float, load8_f32, one_f32)
-DEFINE_FLOAT_KERNELS(f16, uint16_t, load8_f16, tsffn_f16_to_f32)
-DEFINE_FLOAT_KERNELS(bf16, uint16_t, load8_bf16, tsffn_bf16_to_f32)
+TSFFN_INLINED void axpy_of_floats(load_eight * load, load_one * one, int64_t n, float a, const void * row, float * y) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        axpy8(a, load(row, j), y + j);
+    }
+    for (; j < n; ++j) {
+        y[j] += a * one(row, j);
+    }
+}
+
+static float dot_f32(int64_t n, const void * row, const void * x) {
+    return dot_of_floats(load_f32, one_f32, n, row, x);
+}
+
+static void axpy_f32(int64_t n, float a, const void * row, float * y) {
+    axpy_of_floats(load_f32, one_f32, n, a, row, y);
+}
+
+static float dot_f16(int64_t n, const void * row, const void * x) {
+    return dot_of_floats(load_f16, one_f16, n, row, x);
+}
+
+static void axpy_f16(int64_t n, float a, const void * row, float * y) {
+    axpy_of_floats(load_f16, one_f16, n, a, row, y);
+}
+
+static float dot_bf16(int64_t n, const void * row, const void * x) {
+    return dot_of_floats(load_bf16, one_bf16, n, row, x);
+}
+
+static void axpy_bf16(int64_t n, float a, const void * row, float * y) {
+    axpy_of_floats(load_bf16, one_bf16, n, a, row, y);
+}
 
 // The 32 weights of a block without their scale.
 typedef int16x8x4_t weights;
@@ -121,55 +146,84 @@ static inline vec8 floats(int16x8_t w) {
     return (vec8){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(w))), vcvtq_f32_s32(vmovl_high_s16(w))}};
 }
 
+typedef weights block_weights(const uint8_t * block);
+
 // sums[t] += scale * (the products of the block's weights with x[t][j..j+32))
-#define ADD_BLOCK_PRODUCTS(SUFFIX, sums, block, j)                                                                     \
-    do {                                                                                                               \
-        const weights w = weights_##SUFFIX(block);                                                                     \
-        const float scale = block_scale(block);                                                                        \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            sums[t] = vfmaq_n_f32(sums[t], products(w, x[t] + (j)), scale);                                            \
-        }                                                                                                              \
-    } while (0)
+TSFFN_INLINED void add_products_of_block(block_weights * unpack, const uint8_t * block, int n_x,
+                                         const int16_t * const * x, int64_t j, float32x4_t * sums) {
+    const weights w = unpack(block);
+    const float scale = block_scale(block);
+    for (int t = 0; t < n_x; ++t) {
+        sums[t] = vfmaq_n_f32(sums[t], products(w, x[t] + j), scale);
+    }
+}
 
 // Two accumulators: the sums of one block depend on nothing of the next.
-#define DEFINE_BLOCK_KERNELS(SUFFIX, BYTES)                                                                            \
-    TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * activations,        \
-                                        float * s, const struct tsffn_asks * asks) {                                   \
-        tsffn_ask_all(asks);                                                                                           \
-        const uint8_t * block = row;                                                                                   \
-        const int16_t * x[4];                                                                                          \
-        float32x4_t even[4], odd[4];                                                                                   \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            x[t] = tsffn_i16_values(activations[t]);                                                                   \
-            even[t] = odd[t] = vdupq_n_f32(0.0f);                                                                      \
-        }                                                                                                              \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
-            ADD_BLOCK_PRODUCTS(SUFFIX, odd, block + (BYTES), j + 32);                                                  \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
-        }                                                                                                              \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(activations[t]);                           \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_DEFINE_DOTS(tsffn_dots_##SUFFIX##_neon, 4, dots_of_##SUFFIX)                                                 \
-    static void axpy_##SUFFIX(int64_t n, float a, const void * row, float * y) {                                       \
-        const uint8_t * block = row;                                                                                   \
-        for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += (BYTES)) {                                          \
-            const float d = a * block_scale(block);                                                                    \
-            const weights w = weights_##SUFFIX(block);                                                                 \
-            for (int k = 0; k < 4; ++k) {                                                                              \
-                axpy8(d, floats(w.val[k]), y + j + 8 * k);                                                             \
-            }                                                                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_##SUFFIX##_neon, axpy_##SUFFIX)
+TSFFN_INLINED void dots_of_blocks(block_weights * unpack, int block_bytes, int64_t n, const void * row, int n_x,
+                                  const void * const * activations, float * s, const struct tsffn_asks * asks) {
+    tsffn_ask_all(asks);
+    const uint8_t * block = row;
+    const int16_t * x[4];
+    float32x4_t even[4], odd[4];
+    for (int t = 0; t < n_x; ++t) {
+        x[t] = tsffn_i16_values(activations[t]);
+        even[t] = odd[t] = vdupq_n_f32(0.0f);
+    }
+    int64_t j = 0;
+    for (; j + 64 <= n; j += 64, block += 2 * block_bytes) {
+        add_products_of_block(unpack, block, n_x, x, j, even);
+        add_products_of_block(unpack, block + block_bytes, n_x, x, j + 32, odd);
+    }
+    if (j < n) {
+        add_products_of_block(unpack, block, n_x, x, j, even);
+    }
+    for (int t = 0; t < n_x; ++t) {
+        s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(activations[t]);
+    }
+}
 
-DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
-DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
+TSFFN_INLINED void axpy_of_blocks(block_weights * unpack, int block_bytes, int64_t n, float a, const void * row,
+                                  float * y) {
+    const uint8_t * block = row;
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, block += block_bytes) {
+        const float d = a * block_scale(block);
+        const weights w = unpack(block);
+        for (int k = 0; k < 4; ++k) {
+            axpy8(d, floats(w.val[k]), y + j + 8 * k);
+        }
+    }
+}
+
+TSFFN_INLINED void dots_of_q8_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks) {
+    dots_of_blocks(weights_q8_0, TSFFN_Q8_0_BYTES, n, row, n_x, x, s, asks);
+}
+
+static void axpy_q8_0(int64_t n, float a, const void * row, float * y) {
+    axpy_of_blocks(weights_q8_0, TSFFN_Q8_0_BYTES, n, a, row, y);
+}
+
+TSFFN_INLINED void dots_of_q4_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks) {
+    dots_of_blocks(weights_q4_0, TSFFN_Q4_0_BYTES, n, row, n_x, x, s, asks);
+}
+
+static void axpy_q4_0(int64_t n, float a, const void * row, float * y) {
+    axpy_of_blocks(weights_q4_0, TSFFN_Q4_0_BYTES, n, a, row, y);
+}
+
+// ---- rows
+
+TSFFN_DEFINE_DOTS_ONE_BY_ONE(tsffn_dots_f32_neon, dot_f32)
+TSFFN_DEFINE_DOTS_ONE_BY_ONE(tsffn_dots_f16_neon, dot_f16)
+TSFFN_DEFINE_DOTS_ONE_BY_ONE(tsffn_dots_bf16_neon, dot_bf16)
+TSFFN_DEFINE_DOTS(tsffn_dots_q8_0_neon, 4, dots_of_q8_0)
+TSFFN_DEFINE_DOTS(tsffn_dots_q4_0_neon, 4, dots_of_q4_0)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_f32_neon, axpy_f32)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_f16_neon, axpy_f16)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_bf16_neon, axpy_bf16)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_q8_0_neon, axpy_q8_0)
+TSFFN_DEFINE_AXPYS_ONE_BY_ONE(tsffn_axpys_q4_0_neon, axpy_q4_0)
 
 // ---- panels: products of bytes added in 16 bits (SMLAL), of words in 32
 

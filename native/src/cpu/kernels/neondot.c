@@ -36,44 +36,56 @@ static inline float32x4_t block_products(weights w, const int8_t * hi, const int
     return vcvtq_f32_s32(vdotq_s32(sum, w.val[1], vld1q_s8(lo + 16)));
 }
 
-#define ADD_BLOCK_PRODUCTS(SUFFIX, sums, block, j)                                                                     \
-    do {                                                                                                               \
-        const weights w = weights_##SUFFIX(block);                                                                     \
-        const float scale = block_scale(block);                                                                        \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            sums[t] = vfmaq_n_f32(sums[t], block_products(w, hi[t] + (j), lo[t] + (j)), scale);                        \
-        }                                                                                                              \
-    } while (0)
+typedef weights block_weights(const uint8_t * block);
+
+// sums[t] += scale * (the products of the block's weights with columns j to j + 31 of the vectors)
+TSFFN_INLINED void add_products_of_block(block_weights * unpack, const uint8_t * block, int n_x,
+                                         const int8_t * const * hi, const int8_t * const * lo, int64_t j,
+                                         float32x4_t * sums) {
+    const weights w = unpack(block);
+    const float scale = block_scale(block);
+    for (int t = 0; t < n_x; ++t) {
+        sums[t] = vfmaq_n_f32(sums[t], block_products(w, hi[t] + j, lo[t] + j), scale);
+    }
+}
 
 // Two accumulators: the sums of one block depend on nothing of the next.
-#define DEFINE_BLOCK_KERNELS(SUFFIX, BYTES)                                                                            \
-    TSFFN_INLINED void dots_of_##SUFFIX(int64_t n, const void * row, int n_x, const void * const * x, float * s,       \
-                                        const struct tsffn_asks * asks) {                                              \
-        tsffn_ask_all(asks);                                                                                           \
-        const uint8_t * block = row;                                                                                   \
-        const int8_t *hi[4], *lo[4];                                                                                   \
-        float32x4_t even[4], odd[4];                                                                                   \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            hi[t] = tsffn_i16_hi(x[t], n);                                                                             \
-            lo[t] = tsffn_i16_lo(x[t], n);                                                                             \
-            even[t] = odd[t] = vdupq_n_f32(0.0f);                                                                      \
-        }                                                                                                              \
-        int64_t j = 0;                                                                                                 \
-        for (; j + 64 <= n; j += 64, block += 2 * (BYTES)) {                                                           \
-            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
-            ADD_BLOCK_PRODUCTS(SUFFIX, odd, block + (BYTES), j + 32);                                                  \
-        }                                                                                                              \
-        if (j < n) {                                                                                                   \
-            ADD_BLOCK_PRODUCTS(SUFFIX, even, block, j);                                                                \
-        }                                                                                                              \
-        for (int t = 0; t < n_x; ++t) {                                                                                \
-            s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(x[t]);                                     \
-        }                                                                                                              \
-    }                                                                                                                  \
-    TSFFN_DEFINE_DOTS(tsffn_dots_##SUFFIX##_neondot, 4, dots_of_##SUFFIX)
+TSFFN_INLINED void dots_of_blocks(block_weights * unpack, int block_bytes, int64_t n, const void * row, int n_x,
+                                  const void * const * x, float * s, const struct tsffn_asks * asks) {
+    tsffn_ask_all(asks);
+    const uint8_t * block = row;
+    const int8_t *hi[4], *lo[4];
+    float32x4_t even[4], odd[4];
+    for (int t = 0; t < n_x; ++t) {
+        hi[t] = tsffn_i16_hi(x[t], n);
+        lo[t] = tsffn_i16_lo(x[t], n);
+        even[t] = odd[t] = vdupq_n_f32(0.0f);
+    }
+    int64_t j = 0;
+    for (; j + 64 <= n; j += 64, block += 2 * block_bytes) {
+        add_products_of_block(unpack, block, n_x, hi, lo, j, even);
+        add_products_of_block(unpack, block + block_bytes, n_x, hi, lo, j + 32, odd);
+    }
+    if (j < n) {
+        add_products_of_block(unpack, block, n_x, hi, lo, j, even);
+    }
+    for (int t = 0; t < n_x; ++t) {
+        s[t] = vaddvq_f32(vaddq_f32(even[t], odd[t])) * tsffn_i16_scale(x[t]);
+    }
+}
 
-DEFINE_BLOCK_KERNELS(q8_0, TSFFN_Q8_0_BYTES)
-DEFINE_BLOCK_KERNELS(q4_0, TSFFN_Q4_0_BYTES)
+TSFFN_INLINED void dots_of_q8_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks) {
+    dots_of_blocks(weights_q8_0, TSFFN_Q8_0_BYTES, n, row, n_x, x, s, asks);
+}
+
+TSFFN_INLINED void dots_of_q4_0(int64_t n, const void * row, int n_x, const void * const * x, float * s,
+                                const struct tsffn_asks * asks) {
+    dots_of_blocks(weights_q4_0, TSFFN_Q4_0_BYTES, n, row, n_x, x, s, asks);
+}
+
+TSFFN_DEFINE_DOTS(tsffn_dots_q8_0_neondot, 4, dots_of_q8_0)
+TSFFN_DEFINE_DOTS(tsffn_dots_q4_0_neondot, 4, dots_of_q4_0)
 
 // ---- panels
 //
