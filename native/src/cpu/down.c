@@ -1,5 +1,5 @@
-// h * down_i of the neurons of a chunk, added to a thread's sums (phase C of ffn.c), and those of all threads (phase
-// D).
+// Adds h * down_i of a chunk's neurons to a thread's sums (phase C of ffn.c), and in the end the sums of all threads
+// (phase D).
 #include "phases.h"
 
 #include <string.h>

@@ -44,8 +44,8 @@ struct tsffn_neurons {
 struct tsffn_memory {
     void (*announce)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
     // Returns when these neurons, which some thread has announced, are there. From then on until they are released
-    // their addresses hold. Fails never: a neuron that cannot be brought in is left where it can be read, in the mapped
-    // file.
+    // their addresses hold. It never fails: a neuron that cannot be brought in is left where it can be read, in the
+    // mapped file.
     void (*await)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
     void (*release)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
 };

@@ -1,7 +1,7 @@
 // AMX: panels for many activation vectors; gemm_amx.c has dense products. Rows are those of AVX512-VNNI.
 //
-// A panel: 16 of them times the 16 rows of a panel, 32 columns at a time, one
-// TDPBSSD each for hi and lo (panels.h).
+// 16 vectors are multiplied with the 16 rows of a panel, 32 columns at a time: one TDPBSSD each for hi and lo
+// (panels.h).
 //
 // The bytes of a panel's block of columns are a tile of weights already: row g holds four columns of the 16 rows. What
 // the products of a block have to go through on their way to floats, scales and sums is what bounds this: 16 x 16 of

@@ -1,9 +1,8 @@
 // The dot-product extension of ARMv8.2: rows of blocks, and panels. The other row kernels are those of NEON.
 //
-// Rows: SDOT adds four products of bytes to each lane, so that a block takes four for
-// the bytes hi and lo of the activations (kernels.h), where words (neon.c) take eight SMLAL and four steps of
-// widening. By llvm-mca's model of a Neoverse N1 (not measured), two blocks of Q4_0 take 14 cycles instead of 21, of
-// Q8_0 10 instead of 21.
+// Rows: SDOT adds four products of bytes to each lane, so that a block takes four for the bytes hi and lo of the
+// activations (kernels.h), where words (neon.c) take eight SMLAL and four steps of widening. By llvm-mca's model of a
+// Neoverse N1 (not measured), two blocks of Q4_0 take 14 cycles instead of 21, of Q8_0 10 instead of 21.
 #include "panels.h"
 #include "scales_neon.h"
 #include "templates.h"
@@ -108,9 +107,10 @@ struct panel_sums {
 // Adds those of four columns: lane G, which must be a constant, of a half of the block's.
 #define ADD_COLUMNS(w, half, G)                                                                                        \
     do {                                                                                                               \
+        const int8x16_t bytes = (w);                                                                                   \
         for (int t = 0; t < n_x; ++t) {                                                                                \
-            sums->hi[t] = vdotq_laneq_s32(sums->hi[t], w, v[t].hi[half], G);                                           \
-            sums->lo[t] = vdotq_laneq_s32(sums->lo[t], w, v[t].lo[half], G);                                           \
+            sums->hi[t] = vdotq_laneq_s32(sums->hi[t], bytes, v[t].hi[half], G);                                       \
+            sums->lo[t] = vdotq_laneq_s32(sums->lo[t], bytes, v[t].lo[half], G);                                       \
         }                                                                                                              \
     } while (0)
 
