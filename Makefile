@@ -9,7 +9,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup wheel demo test test-asan test-arm lint format bench bench-quick bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -68,6 +68,10 @@ test-asan: setup
 # The kernels and the FFN for 64-bit ARM, under qemu: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 test-arm: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run_qemu build/arm
+
+# The kernels of every x86 tier, AVX-512 and AMX included, on any processor: apt-get install libsimde-dev
+test-x86: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run_emulated build/emulated
 
 lint: setup
 	$(BIN)/ruff check .
