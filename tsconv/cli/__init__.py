@@ -16,6 +16,8 @@ COMMANDS = {
     "convert": ("tsconv.cli.convert", "Convert a TurboSparse checkpoint to GGUF and a predictor sidecar."),
     "run": ("tsconv.cli.run", "Generate text or chat."),
     "serve": ("tsconv.cli.serve", "Serve a web page and an OpenAI-compatible API."),
+    "list": ("tsconv.cli.list", "List the models that are kept."),
+    "rm": ("tsconv.cli.rm", "Remove kept models."),
     "tools": ("tsconv.cli.tools", "Run llama.cpp's own programs: llama-bench, llama-perplexity, ..."),
     "profile": ("tsconv.cli.profile", "Count which neurons are active on a text; measure this machine."),
     "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),

@@ -22,7 +22,8 @@ threads_option = click.option(
     "--threads",
     "n_threads",
     type=click.IntRange(min=1),
-    help="Threads.  [default: physical cores, as far as the CPU quota goes]",
+    envvar="TSCONV_THREADS",
+    help="Threads.  [env: TSCONV_THREADS; default: physical cores, as far as the CPU quota goes]",
 )
 predictor_option = click.option(
     "--predictor",
@@ -45,19 +46,19 @@ sparsity_option = click.option(
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that loads a model, passed on as model, n_ctx, n_threads, sparsity, predictor_path,
-    verbose."""
+    """The options of the commands that run a model beside its name, passed on as n_ctx, n_threads, sparsity,
+    predictor_path, verbose."""
     for option in reversed(
         (
-            model_option,
             click.option(
                 "-c",
                 "--ctx-size",
                 "n_ctx",
                 type=click.IntRange(min=1),
                 default=DEFAULT_CONTEXT,
-                show_default=True,
-                help="Tokens of prompt and answer together.",
+                envvar="TSCONV_CTX_SIZE",
+                help="Tokens of prompt and answer together, rounded up to a multiple of 256."
+                f"  [env: TSCONV_CTX_SIZE; default: {DEFAULT_CONTEXT}]",
             ),
             threads_option,
             sparsity_option,

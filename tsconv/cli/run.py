@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsconv.cli.machine import load_model, machine_options
+from tsconv.cli.models import ModelName, model_name
 from tsconv.cli.options import finite, model_options, warn_of_long_context
 from tsconv.cli.output import echo, json_text, say
 from tsconv.errors import TsconvError
@@ -24,6 +25,7 @@ CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C sto
 
 
 @click.command("run")
+@model_name
 @model_options
 @machine_options
 @click.option("-p", "--prompt", help="Text to continue.")
@@ -51,6 +53,7 @@ CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C sto
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(
     *,
+    model: ModelName,
     prompt: str | None,
     prompt_file: str | None,
     n_predict: int | None,
@@ -64,6 +67,9 @@ def command(
 ) -> None:
     """Generate text or chat.
 
+    MODEL is a file, a name that tsconv list shows, or OWNER/NAME[:TYPE]: a repository on the Hugging Face Hub. What
+    comes from there is downloaded, and converted if it is a checkpoint, once.
+
     The prompt comes from -p, -f, or stdin. With none of them, on a terminal, this is a chat.
     """
     if n_predict == 0:
@@ -74,7 +80,7 @@ def command(
 
     from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
 
-    llama, chosen = load_model(**loading)
+    llama, chosen = load_model(model=model.find(), **loading)
     sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
     if prompt is None:
         _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)

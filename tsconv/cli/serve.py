@@ -9,13 +9,26 @@ import sys
 import click
 
 from tsconv.cli.machine import choose_for_machine, machine_options
+from tsconv.cli.models import ModelName, model_name
 from tsconv.cli.options import model_options
 from tsconv.cli.output import say
 
+OTHERS = "tsconv.others"  # key of a context's `meta`: the options for llama-server
 QUIET = ("--log-verbosity", "1")  # errors only; llama-server's own default logs every request
 
 
-@click.command("serve")
+class WithOthers(click.Command):
+    """What comes after -- is not parsed here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta[OTHERS] = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+
+@click.command("serve", cls=WithOthers, options_metavar="[OPTIONS]")
+@click.pass_context
+@model_name
 @model_options
 @machine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -27,10 +40,10 @@ QUIET = ("--log-verbosity", "1")  # errors only; llama-server's own default logs
     help="Requests that are computed at once; they share the context.  [default: 4]",
 )
 @click.option("--lora", metavar="FILE", help="LoRA adapter for the model, in GGUF.")
-@click.argument("others", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
 def command(
+    ctx: click.Context,
     *,
-    model: str,
+    model: ModelName,
     n_ctx: int,
     n_threads: int | None,
     sparsity: str | None,
@@ -43,12 +56,13 @@ def command(
     api_key: str | None,
     parallel: int | None,
     lora: str | None,
-    others: tuple[str, ...],
 ) -> None:
     """Serve a web page and the OpenAI API over HTTP until Ctrl-C.
 
+    MODEL is a file, a name that tsconv list shows, or OWNER/NAME[:TYPE]: a repository on the Hugging Face Hub.
+
     This runs llama.cpp's llama-server. What comes after -- is passed on to it:
-    tsconv serve -m NAME.gguf -- --metrics --embeddings
+    tsconv serve NAME.gguf -- --metrics --embeddings
     """
     from tsconv.commands.serve import Serving, prepare
     from tsconv.runtime.server import check_address, serve
@@ -56,14 +70,15 @@ def command(
     port = check_address(host, port)
     if not _is_loopback(host) and api_key is None:
         say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
-    choice = choose_for_machine(model, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
-    serving = Serving(model, predictor_path, sparsity, lora, n_ctx, n_threads, choice)
+    path = str(model.find())
+    choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
+    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, choice)
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:
         options += ["--parallel", str(parallel)]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    command = prepare(serving, [*options, *others], api_key)
-    sys.exit(serve(command, url, lambda: say(f"serving {model} on {url}/v1 (Ctrl-C stops)")))
+    command = prepare(serving, [*options, *ctx.meta[OTHERS]], api_key)
+    sys.exit(serve(command, url, lambda: say(f"serving {path} on {url}/v1 (Ctrl-C stops)")))
 
 
 def _is_loopback(host: str) -> bool:

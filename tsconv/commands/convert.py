@@ -184,11 +184,16 @@ def _parsed(
     return _Wanted(kind, predictor_kind, overrides, ffn_layout, fuse_qkv)
 
 
+def read_known_config(directory: Path) -> ModelConfig:
+    """`directory`/config.json of a checkpoint of one of FAMILIES. Raises CheckpointError for any other."""
+    moe = frozenset(name for name, family in FAMILIES.items() if family.is_moe)
+    return read_config(directory, {name: family.model_type for name, family in FAMILIES.items()}, moe)
+
+
 def _read(source: Source, predictor: str | Path | None) -> _Checkpoint:
     """Reads and checks everything but the weights' values. `predictor` is where external ones are."""
     refuse_adapter_folder(source.directory)
-    moe = frozenset(name for name, family in FAMILIES.items() if family.is_moe)
-    config = read_config(source.directory, {name: family.model_type for name, family in FAMILIES.items()}, moe)
+    config = read_known_config(source.directory)
     family = FAMILIES[config.architecture]
     config, tensors, notes = resolve_tied(config, open_checkpoint(source.directory))
     kind: keys.PredictorKind = "embedded" if has_predictors(family, config, tensors) else "none"

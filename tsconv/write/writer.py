@@ -195,7 +195,7 @@ class OutputFiles:
                 where=folder,
                 expected=f"{needed:,} bytes free",
                 found=f"{free:,}",
-                fix="free some, or write elsewhere with --outfile",
+                fix="free some, or write to another folder",
             )
         return self
 

@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
 import pytest
 
 from support import ROOT
+from support.hub import COMMIT, endpoint, environment, serve
 from support.synthetic import SHAPES, random_tensors, save, write_predictors
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = 7
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The three requests that a snapshot download makes: revision, file tree, files."""
-
-    repos: dict[str, Path]
-    requested: list[str]
-    broken: set[str]
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.split("?")[0].lstrip("/")
-        self.requested.append(path)
-        repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
-        if repo == "owner/gated":
-            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-        if repo not in self.repos:
-            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        folder = self.repos[repo]
-        if match := re.fullmatch(rf"api/models/{repo}/revision/(.+)", path):
-            if match[1] not in ("main", COMMIT):
-                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            return self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(), {}, with_body)
-        if path == f"api/models/{repo}/tree/{COMMIT}":
-            files = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": self.etag(f)}
-                for f in folder.iterdir()
-            ]
-            return self.send(200, json.dumps(files).encode(), {}, with_body)
-        file = folder / path.rsplit("/", 1)[1]
-        if file.name in self.broken and with_body:
-            return self.send(418, b"", {})  # a status that the client does not try again
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self.etag(file)}"', "Accept-Ranges": "bytes"}
-        return self.send(200, file.read_bytes(), headers, with_body)
-
-    @staticmethod
-    def etag(path: Path) -> str:
-        return hashlib.sha1(path.read_bytes()).hexdigest()
-
-    def send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body)), "Content-Type": "application/json"}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
 
 
 @pytest.fixture
@@ -84,26 +25,15 @@ def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (directory / "pytorch_model.bin").write_bytes(b"not wanted")
     write_predictors(tmp_path / "remote-predictors", shape, [32, 64])
-    handler = type("ThisHub", (Hub,), {"repos": {}, "requested": [], "broken": set()})
-    handler.repos = {"owner/Bamboo-Tiny": directory, "owner/predictors": tmp_path / "remote-predictors"}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with serve({"owner/Bamboo-Tiny": directory, "owner/predictors": tmp_path / "remote-predictors"}) as server:
+        yield server
 
 
-def convert(tmp_path: Path, endpoint: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    hf = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+def convert(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tsconv", "convert", *arguments]
     outfile = ["--outfile", str(tmp_path / "m.gguf")]
-    return subprocess.run(
-        [*command, *outfile], capture_output=True, text=True, cwd=ROOT, check=False, env=keep | hf | environment
-    )
-
-
-def endpoint(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}"
+    env = environment(tmp_path / "cache", endpoint) | more
+    return subprocess.run([*command, *outfile], capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
 def keys(path: Path) -> dict[str, object]:
