@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
-import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +13,7 @@ import pytest
 import tsconv
 from support import ROOT, tiny
 from support.edited import edited
+from support.terminal import Terminal
 from tsconv.runtime.generate import Generation, Sampling, chat_tokens, combined, prompt_tokens
 
 PROMPT = "In the beginning"
@@ -249,49 +244,6 @@ def test_the_context_limits_the_text(llama):
 # Chat on a terminal
 
 
-class Terminal:
-    """`tsconv run` with a pseudo-terminal as its stdin and stdout; stderr is a pipe."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [*tiny.TSCONV, "run", "-t", "1", *map(str, arguments)],
-            stdin=slave,
-            stdout=slave,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"TERM": "dumb"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no other threads here
-        )
-        os.close(slave)
-        self.seen = b""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def comes(self, pattern: bytes, seconds: float) -> bytes | None:
-        """Reads until `pattern` comes; returns everything up to its end and forgets it. None if it does not come."""
-        deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.seen)):
-            if not select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]:
-                return None
-            self.seen += os.read(self.master, 4096)
-        head, self.seen = self.seen[: match.end()], self.seen[match.end() :]
-        return head
-
-    def wait_for(self, pattern: bytes) -> bytes:
-        head = self.comes(pattern, tiny.TIMEOUT_S)
-        assert head is not None, self.seen
-        return head
-
-    def end(self) -> tuple[int, str]:
-        """Exit status and stderr."""
-        stderr = self.process.communicate(timeout=tiny.TIMEOUT_S)[1].decode()
-        os.close(self.master)
-        return self.process.returncode, stderr
-
-
 def test_chat_loop(model, llama):
     messages = [{"role": "user", "content": PROMPT}]
     expected = "".join(Generation(llama, chat_tokens(llama, messages), 12, Sampling(temperature=0)))
@@ -306,8 +258,9 @@ def test_chat_loop(model, llama):
     assert status == 0
     lines = stderr.splitlines()
     assert "/exit or Ctrl-D leaves" in lines[0]
-    assert SUMMARY.fullmatch(lines[1])
-    assert len(lines) == 2
+    assert lines[1] == "(cut after 12 tokens: -n)"
+    assert SUMMARY.fullmatch(lines[2])
+    assert len(lines) == 3
 
 
 def test_a_chat_past_the_window_is_warned_of_once(model, tmp_path):

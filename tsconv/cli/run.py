@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 256
 INTERRUPTED = 130
-CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C stops an answer."
 
 
 @click.command("run")
@@ -50,6 +49,7 @@ CHAT_HELP = "/exit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C sto
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="For the same text again.  [default: random]")
 @click.option("--chat/--no-chat", default=None, help="Wrap the prompt in the model's chat template.")
+@click.option("--system", metavar="TEXT", help="What the model is told before a chat.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(
     *,
@@ -62,6 +62,7 @@ def command(
     top_p: float,
     seed: int | None,
     chat: bool | None,
+    system: str | None,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -77,15 +78,17 @@ def command(
     prompt = _prompt(prompt, prompt_file)
     if prompt is None and (as_json or chat is False):
         raise click.UsageError("A prompt is needed: -p, -f or stdin.")
+    if system is not None and prompt is not None and not chat:
+        raise click.UsageError("--system is for a chat: with a prompt it needs --chat.")
 
     from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
 
     llama, chosen = load_model(model=model.find(), **loading)
     sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
     if prompt is None:
-        _chat(llama, None if n_predict is None or n_predict < 0 else n_predict, sampling)
+        _chat(llama, system, None if n_predict is None or n_predict < 0 else n_predict, sampling)
         return
-    tokens = chat_tokens(llama, [{"role": "user", "content": prompt}]) if chat else prompt_tokens(llama, prompt)
+    tokens = chat_tokens(llama, _messages(system, prompt)) if chat else prompt_tokens(llama, prompt)
     warned = warn_of_long_context(llama, len(tokens))
     limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
     with interruptible() as interrupted:
@@ -124,6 +127,11 @@ def _prompt(text: str | None, file: str | None) -> str | None:
     return text
 
 
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
+
+
 def _stream(generation: Generation) -> str:
     """Writes the text while it comes, and returns it."""
     pieces = []
@@ -133,48 +141,16 @@ def _stream(generation: Generation) -> str:
     return "".join(pieces)
 
 
-def _chat(llama: SparseLlama, limit: int | None, sampling: Sampling) -> None:
-    """Reads a line, answers it, and so on until /exit or the end of the input."""
-    import readline  # noqa: F401 - editing and history for input()
+def _chat(llama: SparseLlama, system: str | None, limit: int | None, sampling: Sampling) -> None:
+    """Talks with the user, and says at the end what all answers together took."""
+    from tsconv.cli.chat import Chat
+    from tsconv.runtime.conversation import Conversation
+    from tsconv.runtime.generate import combined
 
-    from tsconv.runtime.generate import Generation, chat_tokens, combined
-
-    chat_tokens(llama, [{"role": "user", "content": "Hello."}])  # a model that cannot chat says so at once
-    say(CHAT_HELP)
-    messages: list[dict[str, str]] = []
-    summaries: list[GenerationSummary] = []
-    warned = False
-    while True:
-        try:
-            line = input("> ").strip()
-        except KeyboardInterrupt:
-            echo()
-            continue
-        except EOFError:
-            echo()
-            break
-        if line == "/exit":
-            break
-        if line == "/clear":
-            messages = []
-        if not line or line.startswith("/clear"):
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            with interruptible() as interrupted:
-                generation = Generation(llama, chat_tokens(llama, messages), limit, sampling, should_stop=interrupted)
-                answer = _stream(generation)
-        except TsconvError as error:
-            messages.pop()
-            say(f"error: {error}; or start over with /clear")
-            continue
-        echo("" if answer.endswith("\n") else "\n", nl=False)
-        messages.append({"role": "assistant", "content": answer})
-        summaries.append(generation.summary)
-        if not warned:
-            warned = warn_of_long_context(llama, summaries[-1].n_prompt + summaries[-1].n_generated)
-    if summaries:
-        say(_line(combined(summaries)))
+    chat = Chat(llama, Conversation(llama, system), limit, sampling)  # a model that cannot chat says so at once
+    chat.loop()
+    if chat.summaries:
+        say(_line(combined(chat.summaries)))
 
 
 def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: GenerationSummary) -> dict[str, Any]:
