@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="tsconv")
+@click.version_option(__version__, "-V", "--version", prog_name="tsconv")
 def cli() -> None:
     """TurboSparse dReLU models to GGUF, run with neuron-level sparsity inside unmodified llama.cpp."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,10 +52,11 @@ def load_model(
     sparsity: str | None,
     predictor_path: str | None,
     verbose: bool,
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
 
-    The arguments are the options of `model_options` and `machine_options`.
+    The arguments are the options of `model_options` and `machine_options`, and `more` for SparseLlama.
 
     Returns:
         the model, and what was chosen for --json; None without a machine.
@@ -76,6 +77,7 @@ def load_model(
                 predictor_path=predictor_path,
                 verbose=verbose,
                 progress=progress,
+                **(more or {}),
             )
         return llama, None
 
@@ -94,6 +96,7 @@ def load_model(
             verbose=verbose,
             say=say,
             progress=progress,
+            **(more or {}),
         )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
     for line in notes:

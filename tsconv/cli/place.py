@@ -61,12 +61,14 @@ class Size(click.ParamType):
 )
 @click.option(
     "-c",
-    "--ctx",
+    "--ctx-size",
+    "ctx",
     type=click.IntRange(1, MAX_CONTEXT),
     default=DEFAULT_CONTEXT,
     show_default=True,
     help="Tokens of the KV cache.",
 )
+@click.option("--ctx", "old_ctx", type=click.IntRange(1, MAX_CONTEXT), hidden=True)  # its name before
 @click.option(
     "--outfile",
     metavar="FILE",
@@ -75,7 +77,7 @@ class Size(click.ParamType):
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(model: Path, as_json: bool, **options: Any) -> None:
+def command(model: Path, as_json: bool, old_ctx: int | None, **options: Any) -> None:
     """Decide which neurons of MODEL live on the GPU, in RAM and on disk.
 
     MODEL has its hot neurons first (tsconv reorder). The placement is the one with the least expected time per token,
@@ -83,6 +85,8 @@ def command(model: Path, as_json: bool, **options: Any) -> None:
     """
     from tsconv.commands.place import place
 
+    if old_ctx is not None:
+        options["ctx"] = old_ctx
     placed = place(model, **options)
     for note in placed.notes:
         say(f"note: {note}")

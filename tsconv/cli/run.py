@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.models import ModelName, model_name
-from tsconv.cli.options import finite, model_options, warn_of_long_context
+from tsconv.cli.options import model_options, warn_of_long_context
 from tsconv.cli.output import echo, json_text, say
-from tsconv.errors import TsconvError
+from tsconv.cli.sampling import sampling_options
+from tsconv.errors import OutputError, TsconvError
 from tsconv.signals import interruptible
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
 
 DEFAULT_LIMIT = 256
+DRAFTED = 2  # tokens at once: on a CPU each costs almost as much as one alone
 INTERRUPTED = 130
 
 
@@ -35,21 +40,24 @@ INTERRUPTED = 130
     type=click.IntRange(min=-1),
     help=f"Most tokens to generate, -1 until the context is full.  [default: {DEFAULT_LIMIT}; in a chat -1]",
 )
-@click.option(
-    "--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, callback=finite, help="0: greedy."
-)
-@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="0: all tokens.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.95,
-    show_default=True,
-    callback=finite,
-    help="1: off.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="For the same text again.  [default: random]")
+@sampling_options
 @click.option("--chat/--no-chat", default=None, help="Wrap the prompt in the model's chat template.")
 @click.option("--system", metavar="TEXT", help="What the model is told before a chat.")
+@click.option("--lora", "lora_path", metavar="FILE", help="LoRA adapter for the model, in GGUF.")
+@click.option(
+    "--draft",
+    type=click.Choice(["prompt-lookup"]),
+    help="Guess tokens from what was said before and check them together. Greedy text is the same but for rounding.",
+)
+@click.option(
+    "--prompt-cache",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Keep what was computed of the text in FILE, and begin with what is there.",
+)
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the text to a new file, not stdout."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(
     *,
@@ -57,12 +65,13 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     n_predict: int | None,
-    temp: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     chat: bool | None,
     system: str | None,
+    lora_path: str | None,
+    draft: str | None,
+    prompt_cache: Path | None,
+    output: Path | None,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -76,35 +85,98 @@ def command(
     if n_predict == 0:
         raise click.BadParameter("0 is neither -1 nor at least 1.", param_hint="-n")
     prompt = _prompt(prompt, prompt_file)
-    if prompt is None and (as_json or chat is False):
+    if prompt is None and (as_json or output is not None or chat is False):
         raise click.UsageError("A prompt is needed: -p, -f or stdin.")
     if system is not None and prompt is not None and not chat:
         raise click.UsageError("--system is for a chat: with a prompt it needs --chat.")
+    for path in (output, prompt_cache):
+        if path is not None:
+            _check_writable(path, replaces=path == prompt_cache)
 
-    from tsconv.runtime.generate import Generation, Sampling, chat_tokens, prompt_tokens
+    from tsconv.runtime.generate import Sampling
 
-    llama, chosen = load_model(model=model.find(), **loading)
-    sampling = Sampling(temperature=temp, top_k=top_k, top_p=top_p, seed=seed)
-    if prompt is None:
-        _chat(llama, system, None if n_predict is None or n_predict < 0 else n_predict, sampling)
-        return
-    tokens = chat_tokens(llama, _messages(system, prompt)) if chat else prompt_tokens(llama, prompt)
-    warned = warn_of_long_context(llama, len(tokens))
-    limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
-    with interruptible() as interrupted:
-        generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
-        text = "".join(generation) if as_json else _stream(generation)
-    summary = generation.summary
-    if as_json:
-        answer = _as_dict(llama, prompt, text, summary)
-        echo(json_text(answer if chosen is None else answer | {"machine": chosen}))
-    else:
-        echo("" if text.endswith("\n") else "\n", nl=False)
-    if not warned:
-        warn_of_long_context(llama, summary.n_prompt + summary.n_generated)
+    more = {"lora_path": lora_path, "draft_model": _draft_model(draft)}
+    llama, chosen = load_model(model=model.find(), **loading, more=more)
+    options = Sampling(**sampling)
+    if options.grammar is not None:
+        from tsconv.runtime.grammar import check
+
+        check(llama, options.grammar)
+    with _cached(llama, prompt_cache):
+        if prompt is None:
+            _chat(llama, system, None if n_predict is None or n_predict < 0 else n_predict, options)
+            return
+        limit = DEFAULT_LIMIT if n_predict is None else None if n_predict < 0 else n_predict
+        summary = _generate(llama, chosen, prompt, system, chat, limit, options, output, as_json)
     say(_line(summary))
     if summary.finish_reason == "interrupted":
         raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _generate(
+    llama: SparseLlama,
+    chosen: dict[str, Any] | None,
+    prompt: str,
+    system: str | None,
+    chat: bool | None,
+    limit: int | None,
+    sampling: Sampling,
+    output: Path | None,
+    as_json: bool,
+) -> GenerationSummary:
+    """Writes one text, while it comes when it goes to stdout as it is; `chosen` is what `load_model` says."""
+    from tsconv.runtime.generate import Generation, chat_tokens, prompt_tokens
+
+    tokens = chat_tokens(llama, _messages(system, prompt)) if chat else prompt_tokens(llama, prompt)
+    warned = warn_of_long_context(llama, len(tokens))
+    with interruptible() as interrupted:
+        generation = Generation(llama, tokens, limit, sampling, should_stop=interrupted)
+        text = "".join(generation) if as_json or output is not None else _stream(generation)
+    summary = generation.summary
+    if as_json:
+        answer = _as_dict(llama, prompt, text, summary)
+        text = json_text(answer if chosen is None else answer | {"machine": chosen})
+    end = "" if text.endswith("\n") else "\n"
+    if output is not None:
+        from tsconv.write.writer import write_file
+
+        write_file(output, (text + end).encode("utf-8", errors="surrogateescape"), force=False)
+    else:
+        echo(text + end if as_json else end, nl=False)
+    if not warned:
+        warn_of_long_context(llama, summary.n_prompt + summary.n_generated)
+    return summary
+
+
+def _check_writable(path: Path, replaces: bool) -> None:
+    """Before a model is loaded. Raises OutputError."""
+    from tsconv.write.writer import check_output
+
+    if path.is_file() and not replaces:
+        raise OutputError("the file exists", where=path, fix="choose another name")
+    check_output(path, force=replaces)
+
+
+def _draft_model(draft: str | None) -> Any:
+    if draft is None:
+        return None
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    return LlamaPromptLookupDecoding(num_pred_tokens=DRAFTED)
+
+
+@contextmanager
+def _cached(llama: SparseLlama, path: Path | None) -> Iterator[None]:
+    """Begins with the context in a file, if it is there, and leaves what there is at the end in it."""
+    if path is None:
+        yield
+        return
+    from tsconv.runtime.session import restore, save
+
+    if path.exists():
+        restore(llama, path)
+    yield
+    save(llama, path)
 
 
 def _prompt(text: str | None, file: str | None) -> str | None:

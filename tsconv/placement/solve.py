@@ -110,7 +110,7 @@ def _refuse_too_small(work: Workload, rates: Rates, vram: int, ram: int) -> None
             "the budgets do not hold what every token reads: embeddings, attention, KV cache, predictors, output",
             expected=f"{_always_read(work):,} bytes in VRAM and RAM, {work.embedding_bytes:,} of them in RAM",
             found=f"{vram:,} and {ram:,}",
-            fix="raise --ram-budget or --vram-budget, or lower --ctx",
+            fix="raise --ram-budget or --vram-budget, or lower --ctx-size",
         )
     everything = _always_read(work) + sum(layer.n_neurons * layer.neuron_bytes for layer in work.layers)
     if not rates.has_disk and vram + ram < everything:

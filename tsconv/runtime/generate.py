@@ -21,11 +21,18 @@ from tsconv.runtime.model import TEMPLATE_KEY, WITHOUT_CHAT, SparseLlama
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 takes the likeliest; `seed` None is random."""
+    """How tokens are chosen. `temperature` 0 takes the likeliest; `seed` None is random.
+
+    `min_p` leaves out tokens less likely than this share of the likeliest, `repeat_penalty` above 1 makes those of the
+    last 64 less likely. `grammar` (GBNF, see tsconv.runtime.grammar) is what the text follows.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    grammar: str | None = None
     seed: int | None = None
 
 
@@ -170,7 +177,14 @@ class Generation:
         n_cached = min(llama.longest_token_prefix(known, self._tokens), len(self._tokens) - 1)
         sampling, finish_reason = self._sampling, "length"
         llama.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if sampling.seed is None else sampling.seed)
-        chosen = {"temp": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        chosen = {
+            "temp": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repeat_penalty": sampling.repeat_penalty,
+            "grammar": None if sampling.grammar is None else llama_cpp.LlamaGrammar.from_string(sampling.grammar),
+        }
         stream = llama.generate(self._tokens, **chosen)  # type: ignore[arg-type] # wraps() hides that it is a method
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         seconds = [0.0, 0.0]  # prefill, decode

@@ -6,7 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,14 @@ class SparseLlama(llama_cpp.Llama):
             return self._arguments | {"seed": self._seed}
 
     # ---- one call at a time
+
+    def alone(self, *, changes: bool = True) -> AbstractContextManager[None]:
+        """While this holds, no other thread uses the model. `changes`: tokens may come into the context, or leave it.
+
+        Raises:
+            BackendError: the model cannot be used any more.
+        """
+        return self._guard.alone(changes=changes)
 
     reset = _alone(llama_cpp.Llama.reset)
     embed = _alone(llama_cpp.Llama.embed)

@@ -93,7 +93,7 @@ def _files(family: str, tmp_path: Path, factory: pytest.TempPathFactory) -> File
 def arguments(files: Files, **changes: object) -> list[object]:
     """The command line; `changes` replace options, None leaves them out, "" are flags."""
     options = {"--profile": files.stats, "--machine": files.machine, "--vram-budget": "60kB", "--ram-budget": "100 kB"}
-    options |= {"--ctx": 256} | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    options |= {"--ctx-size": 256} | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     flat: list[object] = ["place", files.model]
     for name, value in options.items():
         flat += [] if value is None else [name] if value == "" else [name, value]
@@ -224,7 +224,7 @@ def test_existing_output_stays(mixtral: Files, run: Run) -> None:
         ({"vram_budget": "9"}, USAGE, "'9' is not a size"),
         ({"vram_budget": "-1GiB"}, USAGE, "is not a size"),
         ({"ram_budget": "many"}, USAGE, "is not a size"),
-        ({"ctx": 0}, USAGE, "--ctx"),
+        ({"ctx_size": 0}, USAGE, "--ctx-size"),
         ({"ram_budget": "20kB", "vram_budget": "10kB"}, 1, "budgets do not hold what every token reads"),
         ({"vram_budget": "3GiB"}, 1, "the VRAM budget is more than the machine has"),
         ({"ram_budget": "9GiB"}, 1, "the RAM budget is more than the machine has"),
