@@ -41,6 +41,16 @@ cli.main()
 """
 
 
+# Believes that every disk has room.
+ROOMY = """
+import shutil
+from collections import namedtuple
+from tsconv.cli import main
+shutil.disk_usage = lambda path: namedtuple("Usage", "total used free")(1 << 50, 0, 1 << 50)
+main()
+"""
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     pair = tmp_path / "pair"
@@ -251,6 +261,42 @@ def test_too_little_room(machine: Machine) -> None:
     assert needed and int(needed[1].replace(",", "")) > 10**15  # the download and what is made of it
     assert "XDG_CACHE_HOME" in line
     assert machine.shards() == []
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system with 1 MB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_nearly_full(machine: Machine, full: Path) -> None:
+    for variable, room in (("HF_HOME", "hub"), ("XDG_CACHE_HOME", "tsconv/models/owner")):
+        line = machine.refused(REPO, code=6, **{variable: str(full)})
+        assert f"{full}/{room}: not enough room for {REPO}:q4_0" in line
+    assert machine.shards() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "code", "message"),
+    [("HF_HOME", 7, "no room in the Hub's cache"), ("XDG_CACHE_HOME", 6, "cannot be written: No space left on device")],
+)
+def test_a_disk_that_fills_up_meanwhile(machine: Machine, full: Path, variable: str, code: int, message: str) -> None:
+    """After the check, which therefore does not see it."""
+    command = [sys.executable, "-c", ROOMY, "run", REPO, *TEXT]
+    env = machine.environment | {variable: str(full)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert [path for path in full.rglob("*.gguf*") if path.suffix != ".lock"] == []
 
 
 def test_without_the_hub(machine: Machine) -> None:

@@ -100,6 +100,12 @@ def arguments(files: Files, **changes: object) -> list[object]:
     return flat
 
 
+def test_the_old_name_of_the_context(files: Files, run: Run) -> None:
+    code, _, stderr = run(*arguments(files, ctx_size=4096, ctx=256))
+    assert code == 0, stderr
+    assert Placement.load(files.output).ctx == 256
+
+
 def test_writes_what_it_says(files: Files, run: Run) -> None:
     code, stdout, stderr = run(*arguments(files, json=""))
     assert code == 0, stderr
