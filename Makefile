@@ -1,6 +1,7 @@
-# make demo   set up, convert the small checkpoint that ships with the repository, generate text
-# make test   set up, run the tests
-# make wheel  wheels in dist/, which install without a compiler on machines like this one
+# make demo          set up, convert the small checkpoint that ships with the repository, generate text
+# make test          set up, run the tests
+# make test-server   llama.cpp's own server tests, with tsconv serve and with llama-server alone
+# make wheel         wheels in dist/, which install without a compiler on machines like this one
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup wheel demo test test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-server test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -60,6 +61,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# llama.cpp's own server tests, with tsconv serve and with llama-server alone: the same must pass. About 8 minutes.
+test-server: setup
+	$(PIP) install -c constraints.txt -r tests/llama_server/requirements.txt
+	$(BIN)/python tests/llama_server/run.py $(PYTEST)
 
 # The native library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan: setup

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import openai
 import pytest
 
 import tsconv
 from support import ROOT, tiny
+from support.serving import Server, serving
 
 MESSAGES = [{"role": "user", "content": "In the beginning"}]
 GREEDY = {"temperature": 0}
-# llama-server takes defaults from these; what tsconv says on its command line counts.
-HOSTILE_ENVIRONMENT = {"LLAMA_ARG_PORT": "1", "LLAMA_ARG_HOST": "192.0.2.1", "LLAMA_ARG_MODEL": "/nonexistent.gguf"}
-
-
-class Server:
-    def __init__(self, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [*tiny.TSCONV, "serve", "-m", str(tiny.converted()), "-t", "1", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | HOSTILE_ENVIRONMENT,
-            text=True,
-        )
-        self.log = [self.process.stderr.readline()]
-        match = re.fullmatch(
-            r"serving .+tiny-turbosparse-mistral.gguf on (http://.+/v1) \(Ctrl-C stops\)\n", self.log[0]
-        )
-        assert match, self.log[0] + self.process.stderr.read()
-        self.url = match[1]
-        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
-        self.reader.start()
-
-    def client(self, api_key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=tiny.TIMEOUT_S)
-
-    def stop(self) -> tuple[int, str]:
-        """Ctrl-C; returns the exit status and everything on stderr."""
-        self.process.send_signal(signal.SIGINT)
-        status = self.process.wait(tiny.TIMEOUT_S)
-        self.reader.join(tiny.TIMEOUT_S)
-        self.process.stderr.close()
-        self.process.stdout.close()
-        return status, "".join(self.log)
-
-
-@contextmanager
-def serving(*arguments: object) -> Iterator[Server]:
-    server = Server("--port", 0, *arguments)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +68,15 @@ def test_completion_and_models(server):
     completion = client.completions.create(model="any", prompt="In the beginning", max_tokens=5, temperature=0)
     assert completion.choices[0].text
     assert completion.usage.completion_tokens == 5
+
+
+def test_names_and_addresses():
+    with serving("--host", "127.0.0.1,::1", "--", "--alias", "one,two") as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        for url in (server.url, server.url.replace("127.0.0.1", "[::1]")):
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+            assert [model.id for model in client.models.list()] == ["one"]
+            assert client.completions.create(model="two", prompt="In", max_tokens=2).usage.completion_tokens == 2
 
 
 def test_prompt_that_does_not_fit(server):

@@ -31,7 +31,7 @@ class WithOthers(click.Command):
 @model_name
 @model_options
 @machine_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Addresses to listen on, A or A,B.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option("--api-key", envvar="TSCONV_API_KEY", help="Key that clients must send.  [env: TSCONV_API_KEY]")
 @click.option(
@@ -67,8 +67,10 @@ def command(
     from tsconv.commands.serve import Serving, prepare
     from tsconv.runtime.server import check_address, serve
 
-    port = check_address(host, port)
-    if not _is_loopback(host) and api_key is None:
+    hosts = [name.strip() for name in host.split(",")]
+    for name in hosts:
+        port = check_address(name, port)
+    if api_key is None and not all(map(_is_loopback, hosts)):
         say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
     path = str(model.find())
     choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
@@ -76,7 +78,7 @@ def command(
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:
         options += ["--parallel", str(parallel)]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = f"http://{f'[{hosts[0]}]' if ':' in hosts[0] else hosts[0]}:{port}"
     command = prepare(serving, [*options, *ctx.meta[OTHERS]], api_key)
     sys.exit(serve(command, url, lambda: say(f"serving {path} on {url}/v1 (Ctrl-C stops)")))
 

@@ -14,6 +14,17 @@ from tsconv.machine.limits import usable_cores
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.programs import Command, command, environment, model_arguments
 
+ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
+# llama-server's variables for what its command line says here: it would warn that they do not count.
+DECIDED = (
+    "LLAMA_ARG_MODEL",
+    "LLAMA_ARG_ALIAS",
+    "LLAMA_ARG_CTX_SIZE",
+    "LLAMA_ARG_THREADS",
+    "LLAMA_ARG_HOST",
+    "LLAMA_ARG_PORT",
+)
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -61,11 +72,15 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
             lock=fit.lock,
             read_ahead=fit.read_ahead,
         )
-    arguments = [*model_arguments(path), "--alias", path.stem]
+    arguments = model_arguments(path)
+    if not ALIAS & set(options):
+        arguments += ["--alias", path.stem]
     arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]
     if serving.lora is not None:
         refuse_adapter(header, read_header(Path(serving.lora)))
         arguments += ["--lora", serving.lora, "--load-mode", "none"]
+    for name in DECIDED:
+        variables.pop(name, None)
     if api_key is not None:
         variables["LLAMA_API_KEY"] = api_key  # not on the command line, which everybody can read
     return command("llama-server", [*arguments, *options], variables)
