@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +19,10 @@ from tsconv.errors import BackendError, TsconvError
 from tsconv.runtime.programs import Command
 
 POLL_SECONDS = 0.05
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# llama-server waits for streams until their next sign of life, and for other requests until they are given up.
+GRACE_SECONDS = 3.0
+ENDING = (signal.SIGINT, signal.SIGTERM)  # ask llama-server to end
+FORWARDED = (*ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _prctl = ctypes.CDLL(None).prctl
 EXIT_OF_SIGNAL = 128  # a shell's exit status of a process that signal n ended: 128 + n
@@ -55,8 +59,8 @@ def check_address(host: str, port: int) -> int:
 def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
     """Runs llama-server until it ends.
 
-    Signals that ask this process to end, or mean something to llama-server, go on to it. It ends when this process is
-    killed.
+    Signals that ask this process to end, or mean something to llama-server, go on to it. GRACE_SECONDS after it was
+    asked to end, it is killed, and requests that are still computed are cut off. It is killed with this process too.
 
     Args:
         command: llama-server with all its options.
@@ -64,7 +68,7 @@ def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
         ready: called once, when the model is loaded and the server answers.
 
     Returns:
-        its exit status, 128 + n when signal n ended it.
+        its exit status, 128 + n when signal n ended it; 0 when it was killed after it was asked to end.
 
     Raises:
         BackendError: it cannot be executed.
@@ -79,27 +83,42 @@ def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
         )
     except OSError as error:
         raise BackendError("llama-server cannot be run", where=command.arguments[0], found=error.strerror) from None
-    with _forwarding(process):
+    with _forwarding(process) as late:
         while process.poll() is None:
             if answers(url):
                 ready()
                 break
             time.sleep(POLL_SECONDS)
         status = process.wait()
+    if late.is_set():
+        return 0
     return EXIT_OF_SIGNAL - status if status < 0 else status
 
 
 @contextlib.contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While this holds, the signals in FORWARDED go to `process` instead of ending this one."""
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """While this holds, the signals in FORWARDED go to `process` instead of ending this one.
+
+    Yields:
+        an event that is set when the process was killed because it did not end in GRACE_SECONDS.
+    """
+    late = threading.Event()
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
+        if number in ENDING:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def kill(number: int, frame: FrameType | None) -> None:
+        late.set()
+        process.kill()
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, kill)
     try:
-        yield
+        yield late
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -115,7 +134,7 @@ def answers(url: str) -> bool:
 
 
 def _end_with_parent() -> None:
-    """In the child: it gets SIGTERM when this process ends, however that happens."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child: it is killed when this process ends, however that happens."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:  # it ended before that was asked for
         os._exit(1)
