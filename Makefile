@@ -62,7 +62,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# llama.cpp's own server tests, with tsconv serve and with llama-server alone: the same must pass. About 8 minutes.
+# llama.cpp's own server tests, with tsconv serve and with llama-server alone: the same must pass. 5 to 9 minutes.
 test-server: setup
 	$(PIP) install -c constraints.txt -r tests/llama_server/requirements.txt
 	$(BIN)/python tests/llama_server/run.py $(PYTEST)
