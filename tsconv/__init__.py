@@ -5,7 +5,6 @@ These are imported on first use, so that `import tsconv` stays cheap.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,13 +23,6 @@ _LAZY = {
     "place": "tsconv.commands.place",
     "reorder": "tsconv.commands.reorder",
 }
-
-
-# OpenMP's threads wait for one another after every operation of llama.cpp. libgomp lets them spin for milliseconds; on
-# a busy machine they then spin on the very processor that the thread they wait for needs. It reads this when it is
-# loaded, which is when llama_cpp is. What the user set counts.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> object:

@@ -29,6 +29,11 @@ COMMANDS = {
 }
 
 
+# Those whose threads wait for one another. They look for so long whether others use more than so many processors.
+COMPUTE = ("run", "serve", "perplexity", "profile")
+LOOK_SECONDS, MAX_BUSY_CORES = 0.1, 0.5
+
+
 class LazyGroup(click.Group):
     """A group whose subcommands are imported when they are called: `tsconv --help` must not pay for torch."""
 
@@ -48,8 +53,15 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="tsconv")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """TurboSparse dReLU models to GGUF, run with neuron-level sparsity inside unmodified llama.cpp."""
+    if ctx.invoked_subcommand in COMPUTE:
+        from tsconv.machine.limits import busy_cores
+        from tsconv.native.threads import wait_asleep
+
+        if (busy_cores(LOOK_SECONDS) or 0) > MAX_BUSY_CORES:
+            wait_asleep()
 
 
 def main() -> None:

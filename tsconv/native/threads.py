@@ -6,6 +6,7 @@ import os
 
 from tsconv.errors import BackendError
 
+SPINS_WHEN_BUSY = "1000"
 _pool_of: list[int] = []  # the process that OpenMP's threads were first asked for in; at most one
 
 
@@ -29,3 +30,15 @@ def use_threads(n_threads: int) -> None:
     check_threads(n_threads)
     if n_threads > 1 and not _pool_of:
         _pool_of.append(os.getpid())
+
+
+def wait_asleep() -> None:
+    """Lets OpenMP's threads sleep soon when they wait for one another. What the user set counts.
+
+    To be called before llama_cpp is imported: libgomp reads the environment when it is loaded.
+
+    libgomp has them spin for milliseconds, which is best on a machine that has nothing else to do. On a busy one they
+    then spin on the very processor that the thread they wait for needs (docs/notes/2026-11-28-busy-machine.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS_WHEN_BUSY)

@@ -36,7 +36,7 @@ void tsffn_barrier_wake(struct tsffn_barrier * barrier);
 
 // Returns when n_threads threads have called it.
 static inline void tsffn_barrier_wait(struct tsffn_barrier * barrier, int n_threads) {
-    enum { SPINS = 1000 };
+    enum { SPINS = 10000 };
     const uint32_t generation = atomic_load_explicit(&barrier->generation, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&barrier->n_waiting, 1, memory_order_acq_rel) + 1 == n_threads) {
         atomic_store_explicit(&barrier->n_waiting, 0, memory_order_relaxed);
