@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_backend_that_does_not_load(tmp_path):
 def test_lora_that_is_missing(tmp_path):
     line = tiny.error_line(serve("--lora", tmp_path / "none.gguf"))
     assert line.startswith("error: ") and "none.gguf" in line
+
+
+def test_first_process_of_a_container():
+    """There the parent of llama-server is process 1, as if it had ended and left llama-server to init."""
+    new_namespace = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*new_namespace, "true"], check=False).returncode != 0:
+        pytest.skip("this user may not make namespaces of process ids")
+    with serving(before=new_namespace) as server:
+        assert server.client().models.list().data

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,10 @@ class Server:
         log: lines on stderr until now.
     """
 
-    def __init__(self, model: Path, *arguments: object) -> None:
+    def __init__(self, model: Path, *arguments: object, before: Sequence[str] = ()) -> None:
+        """`before`: a program that starts the server, with its options."""
         self.process = subprocess.Popen(
-            [*tiny.TSCONV, "serve", "-m", str(model), "-t", "1", *map(str, arguments)],
+            [*before, *tiny.TSCONV, "serve", "-m", str(model), "-t", "1", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
@@ -65,9 +66,9 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: object, model: Path | None = None) -> Iterator[Server]:
-    """A server of `model`, by default the tiny Mistral, that ends with the context."""
-    server = Server(model or tiny.converted(), "--port", 0, *arguments)
+def serving(*arguments: object, model: Path | None = None, before: Sequence[str] = ()) -> Iterator[Server]:
+    """A server of `model`, by default the tiny Mistral, that ends with the context; `before` as for Server."""
+    server = Server(model or tiny.converted(), "--port", 0, *arguments, before=before)
     try:
         yield server
     finally:

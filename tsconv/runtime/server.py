@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -79,7 +80,7 @@ def serve(command: Command, url: str, ready: Callable[[], None]) -> int:
             command.arguments,
             env=command.environment,
             process_group=0,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it takes no lock that a thread of this process may hold
+            preexec_fn=functools.partial(_end_with, os.getpid()),  # noqa: PLW1509 - takes no lock of another thread
         )
     except OSError as error:
         raise BackendError("llama-server cannot be run", where=command.arguments[0], found=error.strerror) from None
@@ -133,8 +134,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def _end_with_parent() -> None:
-    """In the child: it is killed when this process ends, however that happens."""
+def _end_with(parent: int) -> None:
+    """In the child: it is killed when the process `parent`, which started it, ends, however that happens."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it ended before that was asked for
+    if os.getppid() != parent:  # it ended before that was asked for
         os._exit(1)
