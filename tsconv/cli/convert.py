@@ -14,7 +14,7 @@ from tsconv.cli.text import size, table
 if TYPE_CHECKING:
     from tsconv.commands.convert import ConversionResult
 
-TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K"
+TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, q3_K, iq4_nl"
 
 
 @click.command("convert")

@@ -39,6 +39,8 @@ FILE_TYPES = {
     GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_S,
     GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_S,
     GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_S,
+    GGMLQuantizationType.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
 }
 
 

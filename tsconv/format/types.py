@@ -35,7 +35,13 @@ DEFAULTS = {
     T.Q4_K: (T.Q6_K, q3_nl.KIND),
     T.Q5_K: (T.Q6_K, T.Q8_0),
     T.Q6_K: (T.Q6_K, T.Q8_0),
+    T.Q3_K: (T.Q6_K, q3_nl.KIND),
+    T.IQ4_NL: (T.Q6_K, q3_nl.KIND),
 }
+
+# Types of blocks of 256 -> what takes their place where a row is no multiple of that, in blocks of 32.
+# Source: llama-quant.cpp, tensor_type_fallback. A predictor takes q8_0, which has kernels for panels.
+FALLBACKS = {T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
 ROUTER = re.compile(r"\.ffn_gate_inp\.weight$")
 PREDICTOR = re.compile(r"\.ffn_pred_fc[12]\.")
@@ -107,7 +113,7 @@ def takes_panels(name: str, kind: GGMLQuantizationType) -> bool:
 
 
 def fitting(kind: GGMLQuantizationType, output: Output) -> GGMLQuantizationType:
-    """`kind` if its blocks divide the rows of `output`, else q8_0 (blocks of 32), else f16.
+    """`kind` if its blocks divide the rows of `output`, else what stands in for it (blocks of 32), else f16.
 
     A neuron-major tensor must fit both ways: its blocks run along n_embd, but the declared rows are n_ff long. q3_nl is
     for whole panels only, q4_0 of as long blocks where they are not.
@@ -115,7 +121,8 @@ def fitting(kind: GGMLQuantizationType, output: Output) -> GGMLQuantizationType:
     lengths = {output.shape[-1], output.row_length}
     if kind == q3_nl.KIND and (output.n_rows % PANEL_ROWS or output.row_length > q3_nl.MAX_COLUMNS):
         kind = T.Q4_0
-    for candidate in (kind, T.Q8_0):
+    instead = T.Q8_0 if PREDICTOR.search(output.name) else FALLBACKS.get(kind, T.Q8_0)
+    for candidate in (kind, instead):
         if all(length % block_size(candidate) == 0 for length in lengths):
             return candidate
     return T.F16

@@ -32,6 +32,8 @@ TYPES = {
         GGMLQuantizationType.Q4_K,
         GGMLQuantizationType.Q5_K,
         GGMLQuantizationType.Q6_K,
+        GGMLQuantizationType.Q3_K,
+        GGMLQuantizationType.IQ4_NL,
     )
 }
 

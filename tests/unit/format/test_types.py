@@ -75,8 +75,8 @@ def test_q3_nl_where_it_fits(n_ff: int, rank: int, expected: str) -> None:
 def test_q3_nl_is_for_predictors() -> None:
     with pytest.raises(TsconvError, match=r"unknown type 'q3_nl'"):
         parse_type("q3_nl")
-    with pytest.raises(TsconvError, match=r"unknown predictor type 'q3_k'.*q3_nl"):
-        parse_predictor_type("q3_k")
+    with pytest.raises(TsconvError, match=r"unknown predictor type 'q2_k'.*q3_nl"):
+        parse_predictor_type("q2_k")
 
 
 def test_overrides_win_and_the_first_of_them_counts() -> None:
@@ -88,10 +88,15 @@ def test_overrides_win_and_the_first_of_them_counts() -> None:
 @pytest.mark.parametrize(
     ("outtype", "dims", "op", "expected"),
     [
-        ("q4_K", (64, 1088), "copy", "q8_0"),  # the rank of some layers: not a multiple of 256
+        ("q4_K", (64, 1088), "copy", "q5_0"),  # not a multiple of 256
+        ("q3_K", (64, 1088), "copy", "q4_0"),
+        ("q5_K", (64, 1088), "copy", "q5_1"),
+        ("q6_K", (64, 1088), "copy", "q8_0"),
         ("q4_0", (64, 48), "copy", "f16"),
-        ("q4_K", (256, 1088), "neuron_major", "q8_0"),  # the declared row does not fit
-        ("q4_K", (1088, 256), "neuron_major", "q8_0"),  # the stored row does not fit
+        ("iq4_nl", (64, 48), "copy", "f16"),
+        ("q4_K", (64, 48), "copy", "f16"),
+        ("q4_K", (256, 1088), "neuron_major", "q5_0"),  # the declared row does not fit
+        ("q4_K", (1088, 256), "neuron_major", "q5_0"),  # the stored row does not fit
         ("q4_0", (48, 64), "neuron_major", "f16"),
         ("q4_K", (256, 512), "neuron_major", "q4_k"),
         ("bf16", (3, 5), "copy", "bf16"),
@@ -104,6 +109,14 @@ def test_fallback(outtype: str, dims: tuple[int, int], op: str, expected: str) -
     note = fallback_note(tensor, choice)
     assert (note is None) == (expected == outtype.lower())
     assert note is None or f"{expected} instead of {outtype}" in note
+
+
+@pytest.mark.parametrize("outtype", ["q3_K", "q4_K", "q5_K", "q6_K"])
+def test_fallback_of_a_predictor(outtype: str) -> None:
+    """The rank of some layers is no multiple of 256. q8_0 has kernels for panels."""
+    fc2 = output("blk.0.ffn_pred_fc2.weight", 96, 1088)
+    (choice,) = choose_types([fc2], parse_type("f32"), parse_type(outtype), [])
+    assert type_name(choice.kind) == "q8_0"
 
 
 @pytest.mark.parametrize(
