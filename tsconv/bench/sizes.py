@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType
 
 from tsconv.bench.compare import DENSE_DRELU, ENGINES, NOREPACK, STOCK
 from tsconv.bench.synthetic import Shape, tensor_shapes
-from tsconv.format.types import DEFAULTS, parse_predictor_type, parse_type, predictor_matrix_type
+from tsconv.format.mixes import parse_outtype
+from tsconv.format.types import DEFAULTS, parse_predictor_type, predictor_matrix_type
 from tsconv.transform.quantize import row_bytes
 
 
@@ -20,7 +21,7 @@ def predictor_types(outtype: str, predictor_outtype: str | None) -> tuple[GGMLQu
     Raises:
         TsconvError: a type is unknown.
     """
-    default = DEFAULTS[parse_type(outtype)][1]
+    default = DEFAULTS[parse_outtype(outtype).kind][1]
     return default if predictor_outtype is None else parse_predictor_type(predictor_outtype), default
 
 
@@ -34,7 +35,7 @@ class Bytes:
 
     @classmethod
     def of(cls, shape: Shape, outtype: str, predictor_outtype: str | None = None) -> Bytes:
-        kind = parse_type(outtype)
+        kind = parse_outtype(outtype).kind  # a mix has little more
         output = DEFAULTS[kind][0]
         predictor = predictor_types(outtype, predictor_outtype)[0]
         bytes_ = {"ffn": 0, "other": 0, "predictor": 0}

@@ -14,7 +14,7 @@ from tsconv.cli.text import size, table
 if TYPE_CHECKING:
     from tsconv.commands.convert import ConversionResult
 
-TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, q3_K, iq4_nl"
+TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, q3_K, iq4_nl, q3_K_M, q4_K_M, q5_K_M"
 
 
 @click.command("convert")

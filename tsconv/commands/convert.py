@@ -23,9 +23,10 @@ from tsconv.checkpoint.tied import resolve_tied
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tsconv.errors import CheckpointError, ModelFileError, OutputError, TsconvError
 from tsconv.format import keys
+from tsconv.format.mixes import OutType, mixed, parse_outtype
 from tsconv.format.order import CHECKPOINT, HOT_FIRST
 from tsconv.format.pair import sidecar_path
-from tsconv.format.types import Override, choose_types, parse_override, parse_predictor_type, parse_type
+from tsconv.format.types import Override, choose_types, parse_override, parse_predictor_type
 from tsconv.progress import Progress, counter
 from tsconv.signals import sigterm_exits
 from tsconv.stats import file as stats_file
@@ -81,7 +82,7 @@ class ConversionResult:
 class _Wanted:
     """Types and layout, as asked for: `overrides` as tsconv.format.types.parse_override returns them."""
 
-    kind: GGMLQuantizationType
+    outtype: OutType
     predictor_kind: GGMLQuantizationType | None
     overrides: list[Override]
     ffn_layout: str
@@ -135,7 +136,7 @@ def convert(
         src: checkpoint directory, or a repository on the Hugging Face Hub ("OWNER/NAME").
         outfile: the model to write; default NAME-OUTTYPE.gguf in the current directory. The sidecar goes beside it as
             NAME.predictor.gguf.
-        outtype: ggml type of the weights, see tsconv.transform.quantize.TYPES.
+        outtype: type of the weights, of tsconv.transform.quantize.TYPES or tsconv.format.mixes.MIXES.
         predictor_outtype: type of the predictor's matrices, or "q3_nl" for fc2, fc1 being q4_0 then; by default it
             depends on `outtype`.
         predictor: directory or repository with Bamboo's separate predictors (model_N.pt).
@@ -167,21 +168,21 @@ def convert(
     checkpoint = _read(source, predictor)
     ordered = None if stats is None or profile is None else _hot_first(stats, checkpoint, Path(profile))
     plan = _plan(checkpoint, wanted, ordered)
-    model = _target(outfile, f"{source.name}-{type_name(wanted.kind)}.gguf", profile)
-    sizes = None if dry_run else _write(plan, checkpoint, model, wanted.kind, ordered, force, progress)
-    return _result(checkpoint, plan, model, wanted.kind, ordered, sizes, time.perf_counter() - started)
+    model = _target(outfile, f"{source.name}-{wanted.outtype.name}.gguf", profile)
+    sizes = None if dry_run else _write(plan, checkpoint, model, wanted.outtype, ordered, force, progress)
+    return _result(checkpoint, plan, model, wanted.outtype, ordered, sizes, time.perf_counter() - started)
 
 
 def _parsed(
     outtype: str, predictor_outtype: str | None, tensor_types: Iterable[str], ffn_layout: str, fuse_qkv: bool
 ) -> _Wanted:
     """The arguments of `convert`. Raises TsconvError for one that means nothing."""
-    kind = parse_type(outtype)
+    parsed = parse_outtype(outtype)
     predictor_kind = parse_predictor_type(predictor_outtype) if predictor_outtype is not None else None
     overrides = [parse_override(text) for text in tensor_types]
     if ffn_layout not in LAYOUTS:
         raise TsconvError(f"unknown layout {ffn_layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
-    return _Wanted(kind, predictor_kind, overrides, ffn_layout, fuse_qkv)
+    return _Wanted(parsed, predictor_kind, overrides, ffn_layout, fuse_qkv)
 
 
 def read_known_config(directory: Path) -> ModelConfig:
@@ -256,7 +257,9 @@ def _plan(checkpoint: _Checkpoint, wanted: _Wanted, ordered: _HotFirst | None) -
     return make_plan(
         checkpoint.model,
         checkpoint.sidecar,
-        choose_types(outputs, wanted.kind, wanted.predictor_kind, wanted.overrides),
+        choose_types(
+            outputs, wanted.outtype.kind, wanted.predictor_kind, wanted.overrides, mixed(wanted.outtype, outputs)
+        ),
         rows={} if ordered is None else _rows(ordered.order, checkpoint.family),
         ffn_layout=wanted.ffn_layout,
         fuse_qkv=wanted.fuse_qkv,
@@ -293,7 +296,7 @@ def _result(
     checkpoint: _Checkpoint,
     plan: Plan,
     model: Path,
-    outtype: GGMLQuantizationType,
+    outtype: OutType,
     ordered: _HotFirst | None,
     sizes: tuple[int, int] | None,
     seconds: float,
@@ -303,7 +306,7 @@ def _result(
     return ConversionResult(
         model=model,
         sidecar=sidecar_path(model) if checkpoint.sidecar else None,
-        outtype=type_name(outtype),
+        outtype=outtype.name,
         predictor_kind=checkpoint.kind,
         neuron_order=CHECKPOINT if ordered is None else HOT_FIRST,
         ffn_layout=plan.ffn_layout,
@@ -322,7 +325,7 @@ def _write(
     plan: Plan,
     checkpoint: _Checkpoint,
     model: Path,
-    outtype: GGMLQuantizationType,
+    outtype: OutType,
     ordered: _HotFirst | None,
     force: bool,
     progress: Progress | None,

@@ -16,10 +16,10 @@ from tsconv.checkpoint.source import CHECKPOINT_FILES, Listing, list_files, reso
 from tsconv.commands.convert import convert, read_known_config
 from tsconv.commands.kept import DEFAULT_TYPE, Name, alone, find, link, model_path, parse_name
 from tsconv.errors import CheckpointError, HubError, ModelFileError, OutputError
+from tsconv.format.mixes import MIXES, parse_outtype
 from tsconv.format.pair import SIDECAR_SUFFIX, open_pair
-from tsconv.format.types import parse_type
 from tsconv.progress import Progress
-from tsconv.transform.quantize import TYPES, type_name
+from tsconv.transform.quantize import TYPES
 
 CHECKPOINT_BYTES = 2  # per weight: the families' checkpoints are in bf16 or f16
 MODEL_FILES = "*.gguf"
@@ -89,7 +89,7 @@ def fetch(name: Name, reporter: Reporter) -> Path:
     """
     repo = name.repository
     assert repo is not None
-    kind = type_name(parse_type(name.type)) if name.type is not None else None
+    kind = parse_outtype(name.type).name if name.type is not None else None
     path = model_path(repo, kind or DEFAULT_TYPE)
 
     def waiting() -> None:
@@ -133,7 +133,7 @@ def _converted_model(listing: Listing, kind: str | None) -> str | None:
 def _type_in(name: str) -> str | None:
     """The type that a file's name has as a part: NAME-q4_0.gguf."""
     parts = name.lower().rsplit("/", 1)[-1].replace(".", "-").split("-")
-    return next((known for known in TYPES if known.lower() in parts), None)
+    return next((known for known in (*TYPES, *MIXES) if known.lower() in parts), None)
 
 
 def _download(listing: Listing, model: str, kind: str | None, reporter: Reporter) -> Path:
@@ -195,7 +195,7 @@ def _plan(listing: Listing, kind: str, path: Path, reporter: Reporter) -> None:
     read_known_config(resolve(listing.repo, listing.revision, ("config.json",)).directory)  # before gigabytes come
     wanted = [file.name for file in listing.files if not file.name.endswith(".gguf")]
     missing = _missing_bytes(listing, wanted)
-    block, block_bytes = GGML_QUANT_SIZES[parse_type(kind)]
+    block, block_bytes = GGML_QUANT_SIZES[parse_outtype(kind).kind]
     made = sum(file.n_bytes for file in weights) // CHECKPOINT_BYTES * block_bytes // block
     size = reporter.size
     reporter.say(

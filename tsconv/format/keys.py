@@ -14,6 +14,7 @@ from tsconv.arch.family import Family
 from tsconv.checkpoint.config import ModelConfig
 from tsconv.checkpoint.source import Source
 from tsconv.format import layouts
+from tsconv.format.mixes import OutType
 from tsconv.format.order import KEY as NEURON_ORDER
 from tsconv.format.order import layer_key
 from tsconv.transform.neuron_order import Order
@@ -104,12 +105,12 @@ def _add_layout(writer: gguf.GGUFWriter, key: layouts.LayoutKey, version: int) -
 
 
 def add_model(
-    writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind, outtype: GGMLQuantizationType, in_bundles: bool
+    writer: gguf.GGUFWriter, config: ModelConfig, kind: PredictorKind, outtype: OutType, in_bundles: bool
 ) -> None:
     """Keys of the model file: what llama.cpp's llama architecture reads (src/models/llama.cpp), and ours."""
     writer.add_type("model")
     _add_layout(writer, layouts.FFN, layouts.LAYOUT_VERSION if in_bundles else layouts.PLAIN_VERSION)
-    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_file_type(FILE_TYPES[outtype.kind] if outtype.file_type is None else outtype.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("llama.vocab_size", config.n_vocab)
     writer.add_uint32("llama.context_length", config.n_ctx)

@@ -144,8 +144,12 @@ def choose_types(
     outtype: GGMLQuantizationType,
     predictor_outtype: GGMLQuantizationType | None,
     overrides: Iterable[Override],
+    mixed: Mapping[str, GGMLQuantizationType] | None = None,
 ) -> list[Choice]:
     """The type of every output, in order. Of several overrides that match, the first wins, as in llama-quantize.
+
+    Args:
+        mixed: types that take the place of `outtype`, by name (tsconv.format.mixes).
 
     Raises:
         TsconvError: an override matches no tensor whose type may be chosen, or not all experts of a layer.
@@ -173,7 +177,7 @@ def choose_types(
         elif output.name == "output.weight" or (tied and output.name == "token_embd.weight"):
             wanted = default = output_type
         else:
-            wanted = outtype
+            wanted = (mixed or {}).get(output.name, outtype)
         kind = fitting(wanted, output)
         choices.append(Choice(kind, wanted if default is None else kind))
     if unused:

@@ -15,6 +15,7 @@ from support.synthetic import SHAPES, random_tensors, save
 from tsconv.bench.synthetic import Shape
 from tsconv.cli.convert import TYPES as LISTED
 from tsconv.cli.text import size, table
+from tsconv.format.mixes import MIXES
 from tsconv.transform.quantize import TYPES
 
 Run = Callable[..., tuple[str, str]]
@@ -108,7 +109,7 @@ def test_notes_of_the_checkpoint_come_first_and_whole(tmp_path: Path, run: Run) 
 
 
 def test_help_lists_the_types() -> None:
-    assert ", ".join(TYPES) == LISTED
+    assert ", ".join([*TYPES, *MIXES]) == LISTED
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["inspect", "--help"]])
