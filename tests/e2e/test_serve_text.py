@@ -87,6 +87,7 @@ def test_chat(name, server, llama):
     python = llama.create_chat_completion(messages, max_tokens=N, temperature=0)
     assert answer.choices[0].message.content == python["choices"][0]["message"]["content"]
     assert answer.usage.prompt_tokens == python["usage"]["prompt_tokens"]
+    assert answer.choices[0].message.content == run(name, "--chat", "-p", PROMPT)
 
 
 def likeliest(client: openai.OpenAI, prompt: str) -> list[tuple[str, float, float]]:
