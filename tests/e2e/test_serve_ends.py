@@ -14,6 +14,7 @@ import pytest
 
 from support import tiny
 from support.serving import Server, serving
+from tsconv.format.pair import sidecar_path
 
 ENDS_SECONDS = 20
 
@@ -89,9 +90,8 @@ def serve(*arguments: object, model: Path | None = None, env: dict[str, str] | N
 
 @pytest.mark.parametrize("kept", [0, 100, 5_000, 2_000_000])
 def test_model_cut_short(tmp_path, kept):
-    for path in tiny.converted().parent.iterdir():
-        shutil.copy(path, tmp_path)
-    model = tmp_path / tiny.converted().name
+    model = Path(shutil.copy(tiny.converted(), tmp_path))
+    shutil.copy(sidecar_path(tiny.converted()), tmp_path)
     os.truncate(model, kept)
     line = tiny.error_line(serve(model=model))
     assert line.startswith("error: ") and "\n" not in line
