@@ -173,15 +173,10 @@ def test_not_a_gguf_file(tmp_path, which):
     assert line.isprintable()
 
 
-def test_directory_for_a_model(tmp_path):
-    model = tmp_path / "m.gguf"
-    model.mkdir()
-    assert_in(refusal(model), f"{model}: is a folder; name a .gguf file; tsconv convert {model} makes one")
-
-
-def test_directory_for_a_sidecar(tmp_path):
+@pytest.mark.parametrize("which", ["model", "sidecar"])
+def test_directory(tmp_path, which):
     model = put(tiny.converted(), tmp_path)
-    file = sidecar_of(model)
+    file = sidecar_of(model) if which == "sidecar" else model
     file.unlink()
     file.mkdir()
     assert_in(refusal(model), f"{file}: is not a file: expected a GGUF file")

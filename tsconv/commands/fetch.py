@@ -49,7 +49,7 @@ def find_model(text: str, reporter: Reporter) -> Path:
         ModelFileError: there is no such file, and no kept model of this name.
         HubError, CheckpointError, OutputError: see `fetch`.
     """
-    if os.path.isdir(text):
+    if os.path.isdir(text) and not text.endswith(".gguf"):
         raise ModelFileError("is a folder", where=text, fix=f"name a .gguf file; tsconv convert {text} makes one")
     if os.path.lexists(text):
         return Path(text)
