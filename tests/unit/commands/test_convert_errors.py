@@ -454,7 +454,7 @@ def test_revision_of_a_directory(bamboo: Path, run: Run, out: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--outtype", "q3_K"), ["unknown type 'q3_K'", "q4_K"]),
+        (("--outtype", "q2_K"), ["unknown type 'q2_K'", "q4_K"]),
         (("--predictor-outtype", "int8"), ["unknown predictor type 'int8'", "q3_nl"]),
         (("--tensor-type", "attn_q"), ["REGEX=TYPE"]),
         (("--tensor-type", "nothing=q8_0"), ["matches no tensor"]),
