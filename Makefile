@@ -91,6 +91,7 @@ format: setup
 	$(BIN)/clang-format -i $(C_CODE)
 
 # Speed beside dense baselines: 10 minutes on two cores with 24 GiB, generating the models included; quick: 2 minutes.
+# After that, llama-server with several clients.
 # More options in BENCH: BENCH="--compare build/bench-old.json" for the change since the time before,
 # BENCH="--baseline dense-drelu", BENCH="-t 1,2".
 bench: setup

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tsconv
-from tsconv.runtime.programs import OURS, OVERRIDES, program_path
+from tsconv.runtime.programs import AS_LLAMA, OURS, program_path
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -114,7 +114,7 @@ def main(options: list[str]) -> int:
         folder = Path(name)
         model = tsconv.convert(CHECKPOINT, folder / f"{CHECKPOINT.name}.gguf", "f32").model
         ours = executable(folder / "tsconv", [sys.executable, str(FOLDER / "wrapper.py")])
-        stock = executable(folder / "llama", [str(program_path("llama-server")), *OVERRIDES[:2]])
+        stock = executable(folder / "llama", [str(program_path("llama-server")), *AS_LLAMA])
         running = [
             start(copy_of_tests(source, folder / f"source-{program.name}"), program, model, port, options)
             for program, port in ((ours, FIRST_PORT), (stock, FIRST_PORT + PORTS_APART))

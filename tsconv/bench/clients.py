@@ -25,7 +25,7 @@ from typing import Any
 from tsconv.commands.serve import Serving, prepare
 from tsconv.errors import BackendError
 from tsconv.machine.limits import usable_cores
-from tsconv.runtime.programs import Command, program_path
+from tsconv.runtime.programs import AS_LLAMA, OURS, Command, program_path
 from tsconv.runtime.server import answers, check_address
 
 PROMPT_TOKENS, ANSWER_TOKENS, REPETITIONS = 8, 32, 3
@@ -108,10 +108,9 @@ def _measure(path: Path, n: int, repetitions: int, n_threads: int, progress: Cal
 
 def _dense(path: Path, n_ctx: int, n_threads: int, options: Sequence[str]) -> Command:
     """Stock llama-server on the same file, told that its architecture is llama."""
-    arguments = ["-m", os.fspath(path), "--override-kv", "general.architecture=str:llama"]
+    arguments = ["-m", os.fspath(path), *AS_LLAMA]
     arguments += ["--ctx-size", str(n_ctx), "--threads", str(n_threads), *options]
-    own = ("TSFFN_MODEL", "GGML_BACKEND_PATH")
-    variables = {name: value for name, value in os.environ.items() if name not in own}
+    variables = {name: value for name, value in os.environ.items() if name not in OURS}
     return Command([os.fspath(program_path("llama-server")), *arguments], variables)
 
 

@@ -29,9 +29,8 @@ COMMANDS = {
 }
 
 
-# Those whose threads wait for one another. They look for so long whether others use more than so many processors.
-COMPUTE = ("run", "serve", "perplexity", "profile")
-LOOK_SECONDS, MAX_BUSY_CORES = 0.1, 0.5
+COMPUTE = ("run", "serve", "perplexity", "profile")  # their threads wait for one another
+LOOK_SECONDS = 0.1  # for which these look whether the machine is busy
 
 
 class LazyGroup(click.Group):
@@ -57,7 +56,7 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context) -> None:
     """TurboSparse dReLU models to GGUF, run with neuron-level sparsity inside unmodified llama.cpp."""
     if ctx.invoked_subcommand in COMPUTE:
-        from tsconv.machine.limits import busy_cores
+        from tsconv.machine.limits import MAX_BUSY_CORES, busy_cores
         from tsconv.native.threads import wait_asleep
 
         if (busy_cores(LOOK_SECONDS) or 0) > MAX_BUSY_CORES:

@@ -26,6 +26,9 @@ def cpu_quota(proc: Path | None = None) -> float | None:
     )
 
 
+MAX_BUSY_CORES = 0.5  # of other programs, with which the machine still counts as quiet
+
+
 def busy_cores(seconds: float, proc: Path = PROC) -> float | None:
     """Processors' worth of time that programs on this machine use while this one sleeps; None where it is not told.
 

@@ -25,7 +25,7 @@ OPENMP_LIBRARY = re.compile(r"/lib(gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways compute with 8-bit integers
 PROBE_SECONDS = 60
 MIN_AVAILABLE_BYTES = 1 << 30
-LOAD_SECONDS, MAX_BUSY_CORES = 0.3, 0.5
+LOAD_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _programs() -> Iterator[Check]:
 def _load() -> Iterator[Check]:
     """Threads of a layer wait for one another: where others compute too, all wait for the slowest."""
     busy = limits.busy_cores(LOAD_SECONDS)
-    if busy is not None and busy > MAX_BUSY_CORES:
+    if busy is not None and busy > limits.MAX_BUSY_CORES:
         yield Check(
             "other programs",
             f"use {busy:.1f} of {os.cpu_count() or 1} CPUs",

@@ -32,7 +32,8 @@ WITHOUT_OVERRIDES = ("llama-bench",)  # no --override-kv: a library that is load
 ARCHITECTURE_LIBRARY = "libllama-architecture.so"  # native/programs/llama_architecture.c
 DEVICE = "TSFFN"  # our device's name in ggml
 FFN_WEIGHTS = r"ffn_(gate|up|down)(_exps)?\.weight"
-OVERRIDES = ("--override-kv", "general.architecture=str:llama", "-ot", f"{FFN_WEIGHTS}=CPU")
+AS_LLAMA = ("--override-kv", "general.architecture=str:llama")
+FFN_HERE = ("-ot", f"{FFN_WEIGHTS}=CPU")
 CHECK_SECONDS = 60
 # Variables that this module decides about; TSFFN_STATS and TSFFN_ISA are the user's (docs/usage.md).
 OURS = ("TSFFN_MODEL", "TSFFN_PREDICTOR", "TSFFN_SPARSITY", "TSFFN_HOT", "TSFFN_RESIDENCY", "GGML_BACKEND_PATH")
@@ -105,7 +106,7 @@ def environment(
 
 def model_arguments(model: str | os.PathLike[str]) -> list[str]:
     """Options by which a program loads the converted model."""
-    return ["-m", os.fspath(model), *OVERRIDES]
+    return ["-m", os.fspath(model), *AS_LLAMA, *FFN_HERE]
 
 
 def with_model(name: str, arguments: Sequence[str], model: str | os.PathLike[str]) -> Command:
@@ -116,10 +117,10 @@ def with_model(name: str, arguments: Sequence[str], model: str | os.PathLike[str
     """
     variables = environment(model)
     if name not in WITHOUT_OVERRIDES:
-        return command(name, [*OVERRIDES, *arguments], variables)
+        return command(name, [*AS_LLAMA, *FFN_HERE, *arguments], variables)
     preloaded = os.environ.get("LD_PRELOAD", "").split()
     variables["LD_PRELOAD"] = " ".join([str(program_path(ARCHITECTURE_LIBRARY)), *preloaded])
-    return command(name, [*OVERRIDES[2:], *arguments], variables)
+    return command(name, [*FFN_HERE, *arguments], variables)
 
 
 def command(name: str, arguments: Sequence[str], variables: Mapping[str, str]) -> Command:
