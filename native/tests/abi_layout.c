@@ -71,6 +71,9 @@ int main(void) {
     FIELD(ggml_backend, iface);
     FIELD(ggml_backend, device);
     FIELD(ggml_backend, context);
+    SIZE(ggml_backend_event);
+    FIELD(ggml_backend_event, device);
+    FIELD(ggml_backend_event, context);
     SIZE(ggml_backend_device_i);
     FIELD(ggml_backend_device_i, get_name);
     FIELD(ggml_backend_device_i, get_description);

@@ -68,7 +68,7 @@ def test_reference_device(reference, tmp_path, name, outtype, predictor, sparsit
 
 @pytest.mark.parametrize(("module", "message"), [("nothing.so", "cannot open shared object"), ("gpu", "found none")])
 def test_module_that_is_no_device(reference, module, message):
-    path = reference.with_name("libgpu_double.so") if module == "gpu" else module
+    path = reference.with_name("libfake_gpu.so") if module == "gpu" else module
     script = "import sys, tsconv; tsconv.load(sys.argv[1])"
     done = run(script, tiny.converted(), TSFFN_DEVICE=str(path))
     assert done.returncode == 1

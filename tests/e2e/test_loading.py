@@ -15,6 +15,7 @@ from support.edited import edited
 from support.refused import refusal, sidecar_of
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.runtime.load_error import load_error
+from tsconv.runtime.offload import Offload
 
 MESSAGES = [{"role": "user", "content": "Hello."}]
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -105,11 +106,11 @@ def test_a_context_that_does_not_fit():
 def test_what_llama_cpp_says_without_memory():
     """Not that the file is to blame."""
     says = ["llama_model_load: error loading model: unable to allocate TSFFN buffer"]
-    error = load_error(ValueError("Failed to load model from file: m.gguf"), says, Path("m.gguf"), 256)
+    error = load_error(ValueError("Failed to load model from file: m.gguf"), says, Path("m.gguf"), 256, Offload(0, 7))
     assert isinstance(error, BackendError)
     assert str(error).startswith(f"m.gguf: no memory for the model: found {says[0]}; close other programs")
     says = ["llama_model_load: error loading model: missing tensor 'output_norm.weight'"]
-    error = load_error(ValueError("Failed to load model from file: m.gguf"), says, Path("m.gguf"), 256)
+    error = load_error(ValueError("Failed to load model from file: m.gguf"), says, Path("m.gguf"), 256, Offload(0, 7))
     assert str(error).startswith("m.gguf: llama.cpp cannot load the model: found ")
     assert "convert again" in str(error)
 

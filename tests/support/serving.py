@@ -7,9 +7,10 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -27,21 +28,30 @@ class Server:
         log: lines on stderr until now.
     """
 
-    def __init__(self, model: Path, *arguments: object, before: Sequence[str] = ()) -> None:
-        """`before`: a program that starts the server, with its options."""
+    def __init__(
+        self,
+        model: Path,
+        *arguments: object,
+        before: Sequence[str] = (),
+        cwd: Path = ROOT,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """`before`: a program that starts the server, with its options; `env`: more variables."""
         self.process = subprocess.Popen(
             [*before, *tiny.TSCONV, "serve", "-m", str(model), "-t", "1", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | HOSTILE_ENVIRONMENT,
+            cwd=cwd,
+            env=os.environ | HOSTILE_ENVIRONMENT | (env or {}),
             text=True,
         )
-        self.log = [self.process.stderr.readline()]
-        match = re.fullmatch(rf"serving .*{model.name} on (http://.+)/v1 \(Ctrl-C stops\)\n", self.log[0])
+        self.log, match = [], None
+        while match is None and (line := self.process.stderr.readline()):
+            self.log.append(line)
+            match = re.fullmatch(rf"serving .*{model.name} on (http://.+)/v1 \(Ctrl-C stops\)\n", line)
         if match is None:
             self.process.kill()
-            raise AssertionError(self.log[0] + self.process.stderr.read())
+            raise AssertionError("".join(self.log))
         self.root = match[1]
         self.url = f"{self.root}/v1"
         self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
@@ -66,9 +76,9 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: object, model: Path | None = None, before: Sequence[str] = ()) -> Iterator[Server]:
-    """A server of `model`, by default the tiny Mistral, that ends with the context; `before` as for Server."""
-    server = Server(model or tiny.converted(), "--port", 0, *arguments, before=before)
+def serving(*arguments: object, model: Path | None = None, **started: Any) -> Iterator[Server]:
+    """A server of `model`, by default the tiny Mistral, that ends with the context; `started` as for Server."""
+    server = Server(model or tiny.converted(), "--port", 0, *arguments, **started)
     try:
         yield server
     finally:

@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 
 from tsconv.bench.synthetic import Shape, config, header, tensor_shapes, to_bf16, write_tokenizer
+from tsconv.format.header import Header
+from tsconv.format.order import shape_of
 
 N_VOCAB = 320  # more than the tokenizer has: checkpoints are padded too
 
@@ -84,6 +86,28 @@ def as_float32(tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float32)
+
+
+def save_random_adapter(path: Path, model: Header, part: str, rank: int = 4) -> Path:
+    """A LoRA adapter that changes gate, up or down of every layer of a dense model."""
+    n_layer, _, n_ff = shape_of(model)
+    n_embd = model.keys["llama.embedding_length"]
+    n_in, n_out = (n_ff, n_embd) if part == "down" else (n_embd, n_ff)
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", rank)  # a scale of alpha / rank = 1
+    for n in range(n_layer):
+        a = rng.standard_normal((rank, n_in), dtype=np.float32) / n_in**0.5
+        b = rng.standard_normal((n_out, rank), dtype=np.float32) / 4
+        writer.add_tensor(f"blk.{n}.ffn_{part}.weight.lora_a", a)
+        writer.add_tensor(f"blk.{n}.ffn_{part}.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def save_adapter(path: Path, tensor: str, shape: tuple[int, ...], rank: int = 4, **changes: str | float) -> Path:

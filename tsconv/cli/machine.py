@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tsconv.commands.load import Choice
     from tsconv.placement.fit import Fit
     from tsconv.runtime.model import SparseLlama
+    from tsconv.runtime.offload import Offload
     from tsconv.runtime.residency import Residency
 
 DELAY = 1.0  # seconds of loading before a bar shows
@@ -52,11 +53,12 @@ def load_model(
     sparsity: str | None,
     predictor_path: str | None,
     verbose: bool,
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any],
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
 
-    The arguments are the options of `model_options` and `machine_options`, and `more` for SparseLlama.
+    The arguments are the options of `model_options` and `machine_options`; `more`, those of `gpu_options` and others,
+    is for SparseLlama.
 
     Returns:
         the model, and what was chosen for --json; None without a machine.
@@ -77,8 +79,9 @@ def load_model(
                 predictor_path=predictor_path,
                 verbose=verbose,
                 progress=progress,
-                **(more or {}),
+                **more,
             )
+        _say_offload(llama.offload)
         return llama, None
 
     from tsconv.commands.load import AUTO, load_on_machine
@@ -96,11 +99,12 @@ def load_model(
             verbose=verbose,
             say=say,
             progress=progress,
-            **(more or {}),
+            **more,
         )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
     for line in notes:
         say(line)
+    _say_offload(llama.offload)
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
 
 
@@ -139,6 +143,12 @@ def choose_for_machine(
     for line in describe_choice(choice.fit, ffn_bytes(choice.header), measured):
         say(line)
     return choice
+
+
+def _say_offload(offload: Offload) -> None:
+    """Nothing where there is no GPU to speak of."""
+    if offload.gpus:
+        say(str(offload))
 
 
 def _refuse_placement(placement: str | None) -> None:

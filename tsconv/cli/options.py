@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,42 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
 
 DEFAULT_CONTEXT = 4096
+MAX_BYTES = 1 << 62
+
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+class Size(click.ParamType):
+    """'9GiB', '9 GB', '500MiB', '0': bytes, rounded down."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt]i?)?b)?", value.strip().lower(), re.ASCII)
+        if match is None or ("b" not in value.lower() and float(match[1])):
+            self.fail(f"{value!r} is not a size: a number and a unit, such as 9GiB, 9GB or 500MiB.", param, ctx)
+        n_bytes = int(float(match[1]) * UNITS[match[2] or ""])
+        if n_bytes > MAX_BYTES:
+            self.fail(f"{value!r} is more than any machine has.", param, ctx)
+        return n_bytes
+
+
+class GpuLayers(click.ParamType):
+    """'auto', 'all', or a number: as `tsconv.load` takes it."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value).strip().lower()
+        if text in ("auto", "all"):
+            return text
+        if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) is None:
+            self.fail(f"{value!r} is neither auto, all nor a number.", param, ctx)
+        return int(text)
+
 
 model_option = click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
 threads_option = click.option(
@@ -64,6 +101,37 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             sparsity_option,
             predictor_option,
             click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def gpu_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What goes to GPUs, passed on as n_gpu_layers, device, main_gpu, vram_budget: as `tsconv.load` takes them."""
+    for option in reversed(
+        (
+            click.option(
+                "-ngl",
+                "--n-gpu-layers",
+                type=GpuLayers(),
+                metavar="auto|all|N",
+                default="auto",
+                envvar="TSCONV_N_GPU_LAYERS",
+                help="Layers whose attention and KV cache go to a GPU, counting the output as one. FFNs stay on the "
+                "CPU.  [env: TSCONV_N_GPU_LAYERS; default: as many as fit, 0 without a GPU]",
+            ),
+            click.option("--device", metavar="NAME[,NAME...]", help="GPUs to use, as tsconv doctor names them."),
+            click.option(
+                "--main-gpu", type=click.IntRange(min=0), metavar="N", help="Use one GPU alone: the first is 0."
+            ),
+            click.option(
+                "--vram-budget",
+                type=Size(),
+                metavar="SIZE",
+                help="Most that goes to GPUs when -ngl does not say it, such as 9GiB."
+                "  [default: what is free, less 1 GiB of each]",
+            ),
         )
     ):
         function = option(function)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tsconv.cli.options import model_option, predictor_option, sparsity_option, threads_option, warn_of_long_context
+from tsconv.cli.options import (
+    gpu_options,
+    model_option,
+    predictor_option,
+    sparsity_option,
+    threads_option,
+    warn_of_long_context,
+)
 from tsconv.cli.output import echo, json_text
 
 
@@ -28,6 +36,7 @@ from tsconv.cli.output import echo, json_text
 @threads_option
 @sparsity_option
 @predictor_option
+@gpu_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     *,
@@ -40,6 +49,7 @@ def command(
     sparsity: str | None,
     predictor_path: str | None,
     as_json: bool,
+    **gpu: Any,
 ) -> None:
     """Measure perplexity on a text, and the KL divergence from another conversion."""
     from tqdm import tqdm
@@ -51,7 +61,7 @@ def command(
     mine, theirs = (read_model(Path(model)), read_model(Path(baseline))) if baseline else (None, None)
     if mine and theirs:
         check_baseline(mine, theirs)
-    options = {"n_ctx": n_ctx, "n_threads": n_threads, "sparsity": sparsity}
+    options = {"n_ctx": n_ctx, "n_threads": n_threads, "sparsity": sparsity, **gpu}
     found = load(model, predictor_path=predictor_path, header=mine, **options)
     other = load(baseline, header=theirs, **options) if baseline else None
     sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]

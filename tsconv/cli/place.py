@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.options import DEFAULT_CONTEXT, profile_option
+from tsconv.cli.options import DEFAULT_CONTEXT, Size, profile_option
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
@@ -19,28 +18,7 @@ if TYPE_CHECKING:
     from tsconv.placement.cost import LayerTime
 
 MAX_CONTEXT = 1 << 24  # TSFFN_MAX_CONTEXT
-MAX_BYTES = 1 << 62
 NEGLIGIBLE = 1e-9  # a gap that is rounding
-
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-
-
-class Size(click.ParamType):
-    """'9GiB', '9 GB', '500MiB', '0': bytes, rounded down."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt]i?)?b)?", value.strip().lower(), re.ASCII)
-        if match is None or ("b" not in value.lower() and float(match[1])):
-            self.fail(f"{value!r} is not a size: a number and a unit, such as 9GiB, 9GB or 500MiB.", param, ctx)
-        n_bytes = int(float(match[1]) * UNITS[match[2] or ""])
-        if n_bytes > MAX_BYTES:
-            self.fail(f"{value!r} is more than any machine has.", param, ctx)
-        return n_bytes
 
 
 @click.command("place")

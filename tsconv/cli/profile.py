@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.options import predictor_option, sparsity_option, threads_option
+from tsconv.cli.options import gpu_options, predictor_option, sparsity_option, threads_option
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import table
 from tsconv.signals import interruptible
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @threads_option
 @sparsity_option
 @predictor_option
+@gpu_options
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

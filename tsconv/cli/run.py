@@ -13,7 +13,7 @@ import click
 
 from tsconv.cli.machine import load_model, machine_options
 from tsconv.cli.models import ModelName, model_name
-from tsconv.cli.options import model_options, warn_of_long_context
+from tsconv.cli.options import gpu_options, model_options, warn_of_long_context
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.sampling import sampling_options
 from tsconv.errors import OutputError, TsconvError
@@ -32,6 +32,7 @@ INTERRUPTED = 130
 @model_name
 @model_options
 @machine_options
+@gpu_options
 @click.option("-p", "--prompt", help="Text to continue.")
 @click.option("-f", "--file", "prompt_file", metavar="FILE", help="File with the text to continue, - for stdin.")
 @click.option(
@@ -73,6 +74,10 @@ def command(
     prompt_cache: Path | None,
     output: Path | None,
     as_json: bool,
+    n_gpu_layers: int | str,
+    device: str | None,
+    main_gpu: int | None,
+    vram_budget: int | None,
     **loading: Any,
 ) -> None:
     """Generate text or chat.
@@ -96,6 +101,7 @@ def command(
     from tsconv.runtime.generate import Sampling
 
     more = {"lora_path": lora_path, "draft_model": _draft_model(draft)}
+    more |= {"n_gpu_layers": n_gpu_layers, "device": device, "main_gpu": main_gpu, "vram_budget": vram_budget}
     llama, chosen = load_model(model=model.find(), **loading, more=more)
     options = Sampling(**sampling)
     if options.grammar is not None:
@@ -231,6 +237,9 @@ def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: GenerationSumm
         "sparsity": llama.sparsity,
         "n_threads": llama.n_threads,
         "n_ctx": llama.n_ctx(),
+        "n_gpu_layers": llama.offload.n_gpu_layers,
+        "gpus": [gpu.name for gpu in llama.offload.gpus],
+        "vram_bytes": llama.offload.n_bytes,
         "prompt": prompt,
         "text": text,
         **dataclasses.asdict(summary),

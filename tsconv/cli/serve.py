@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+from typing import Any
 
 import click
 
 from tsconv.cli.machine import choose_for_machine, machine_options
 from tsconv.cli.models import ModelName, model_name
-from tsconv.cli.options import model_options
+from tsconv.cli.options import gpu_options, model_options
 from tsconv.cli.output import say
 
 OTHERS = "tsconv.others"  # key of a context's `meta`: the options for llama-server
@@ -31,6 +32,7 @@ class WithOthers(click.Command):
 @model_name
 @model_options
 @machine_options
+@gpu_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Addresses to listen on, A or A,B.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option("--api-key", envvar="TSCONV_API_KEY", help="Key that clients must send.  [env: TSCONV_API_KEY]")
@@ -56,6 +58,7 @@ def command(
     api_key: str | None,
     parallel: int | None,
     lora: str | None,
+    **gpu: Any,
 ) -> None:
     """Serve a web page and the OpenAI API over HTTP until Ctrl-C.
 
@@ -74,7 +77,7 @@ def command(
         say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
     path = str(model.find())
     choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
-    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, choice)
+    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, choice=choice, **gpu)
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:
         options += ["--parallel", str(parallel)]

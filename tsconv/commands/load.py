@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from tsconv.format.kv_cache import padded
 from tsconv.format.pair import sidecar_path
 from tsconv.machine.profile import Machine, load_machine
 from tsconv.machine.this import this_machine
-from tsconv.placement.file import Placement
+from tsconv.native.devices import Gpu, gpus, may_have_gpus
+from tsconv.placement.file import GPU, Placement
 from tsconv.placement.fit import Fit, fit
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.model import SparseLlama, load
+from tsconv.runtime.offload import MARGIN_BYTES
 from tsconv.runtime.residency import Residency
 
 AUTO = "auto"
@@ -29,6 +31,22 @@ class Choice:
     header: Header
     sparsity: str
     fit: Fit
+    machine: Machine
+    placement: Placement | None
+
+    def gpu(self, n_gpu_layers: int | str, vram_budget: int | None, there: Sequence[Gpu]) -> dict[str, Any]:
+        """n_gpu_layers and vram_budget for SparseLlama: what the user wants, else what the placement says, else as much
+        as the machine's GPU holds; nothing where the machine has none, or where none is there."""
+        wanted: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "vram_budget": vram_budget}
+        if n_gpu_layers != AUTO:
+            return wanted
+        if self.machine.gpu is None or not there:
+            return wanted | {"n_gpu_layers": 0}
+        if self.placement is not None:
+            n = sum(layer.attention == GPU for layer in self.placement.layers)
+            return wanted | {"n_gpu_layers": n + 1 if n or self.placement.output == GPU else 0}
+        of_machine = max(0, self.machine.gpu.memory_bytes - MARGIN_BYTES)
+        return wanted | {"vram_budget": of_machine if vram_budget is None else min(of_machine, vram_budget)}
 
 
 def choose(
@@ -51,17 +69,19 @@ def choose(
     native = open_model(path, named, sparsity)  # checks both files before anything is decided
     native.close()
     header = read_header(path)
+    profile = _machine(machine, say)
+    placement = None if placement_path is None else Placement.load(os.fspath(placement_path))
     chosen = fit(
         header,
-        _machine(machine, say),
+        profile,
         sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
         sparsity=native.sparsity,
         n_ctx=padded(n_ctx),
         n_threads=n_threads,
-        placement=None if placement_path is None else Placement.load(os.fspath(placement_path)),
+        placement=placement,
         available_bytes=available_bytes,
     )
-    return Choice(header, native.sparsity, chosen)
+    return Choice(header, native.sparsity, chosen, profile, placement)
 
 
 def load_on_machine(
@@ -74,6 +94,8 @@ def load_on_machine(
     n_ctx: int = 512,
     n_threads: int | None = None,
     available_bytes: int | None = None,
+    n_gpu_layers: int | str = AUTO,
+    vram_budget: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
 ) -> tuple[SparseLlama, Fit, Residency]:
@@ -84,6 +106,7 @@ def load_on_machine(
         placement_path: made by `tsconv place` for this model.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         available_bytes: as for `fit`.
+        n_gpu_layers, vram_budget: as `SparseLlama`; "auto" heeds the machine and the placement.
         say: called with one line when something takes a while.
         **kwargs: as `SparseLlama`.
 
@@ -112,6 +135,7 @@ def load_on_machine(
         n_ctx=n_ctx,
         n_threads=chosen.n_threads,
         header=choice.header,
+        **choice.gpu(n_gpu_layers, vram_budget, gpus() if may_have_gpus() else ()),
         **kwargs,
     )
     try:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsconv.errors import HubError, OutputError, TsconvError
 from tsconv.format.header import Header, read_header
@@ -64,6 +64,7 @@ def profile(
     force: bool = False,
     progress: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    **gpu: Any,
 ) -> ProfileResult:
     """Runs a converted model over calibration text, counts its activations (tsconv.stats.counts), and writes them.
 
@@ -84,6 +85,7 @@ def profile(
         force: replace an existing output.
         progress: called with the number of tokens counted so far.
         should_stop: asked after every chunk; what was counted until then is written.
+        **gpu: n_gpu_layers, device, main_gpu, vram_budget, as for tsconv.load.
 
     Raises:
         TsconvError: no text, or one shorter than a chunk; files of statistics that do not belong together.
@@ -101,7 +103,14 @@ def profile(
     _check_chunk(header, chunk)
     corpus = open_corpus(calib, seed, text_field)
     llama = load(  # it counts in another context
-        path, sparsity=sparsity, predictor_path=predictor_path, n_threads=n_threads, n_ctx=1, n_batch=1, header=header
+        path,
+        sparsity=sparsity,
+        predictor_path=predictor_path,
+        n_threads=n_threads,
+        n_ctx=1,
+        n_batch=1,
+        header=header,
+        **gpu,
     )
     try:
         subject, n_parts = _sum_of(header, llama.sparsity, merged)

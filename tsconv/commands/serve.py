@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tsconv.commands.load import Choice
 from tsconv.format.adapter import refuse_adapter
-from tsconv.format.header import read_header
+from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import usable_cores
+from tsconv.native.devices import Gpu, gpus_elsewhere, may_have_gpus
 from tsconv.runtime.binding import open_model
+from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, model_arguments
 
 ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
+GPU_LAYERS = {"-ngl", "--gpu-layers", "--n-gpu-layers"}
 # llama-server's variables for what its command line says here: it would warn that they do not count.
 DECIDED = (
     "LLAMA_ARG_MODEL",
@@ -23,6 +27,7 @@ DECIDED = (
     "LLAMA_ARG_THREADS",
     "LLAMA_ARG_HOST",
     "LLAMA_ARG_PORT",
+    "LLAMA_ARG_N_GPU_LAYERS",
 )
 
 
@@ -34,6 +39,7 @@ class Serving:
         model, predictor, sparsity, lora: as for `tsconv.load`.
         n_ctx: tokens that all requests at once have room for; each may use all of it.
         n_threads: None for the cores that this process may use, or those of the machine.
+        n_gpu_layers, device, main_gpu, vram_budget: as for `tsconv.load`.
         choice: made for a machine by `tsconv.commands.load.choose`; None without one.
     """
 
@@ -43,7 +49,23 @@ class Serving:
     lora: str | None = None
     n_ctx: int = 4096
     n_threads: int | None = None
+    n_gpu_layers: int | str = AUTO
+    device: str | None = None
+    main_gpu: int | None = None
+    vram_budget: int | None = None
     choice: Choice | None = None
+
+    def offload(self, header: Header) -> Offload | None:
+        """What goes to which GPUs of llama-server; None where it has no backend for any."""
+        if self.n_gpu_layers == 0 or not may_have_gpus():
+            there: list[Gpu] = []
+        else:
+            there = gpus_elsewhere()
+        wanted: dict[str, Any] = {"n_gpu_layers": self.n_gpu_layers, "vram_budget": self.vram_budget}
+        if self.choice is not None:
+            wanted = self.choice.gpu(self.n_gpu_layers, self.vram_budget, there)
+        offload = choose(header, there, device=self.device, main_gpu=self.main_gpu, n_ctx=self.n_ctx, **wanted)
+        return offload if may_have_gpus() else None
 
 
 def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None) -> Command:
@@ -76,6 +98,9 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
     if not ALIAS & set(options):
         arguments += ["--alias", path.stem]
     arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]
+    offload = None if GPU_LAYERS & set(options) else serving.offload(header)
+    if offload is not None:
+        arguments += offload.arguments()
     if serving.lora is not None:
         refuse_adapter(header, read_header(Path(serving.lora)))
         arguments += ["--lora", serving.lora, "--load-mode", "none"]

@@ -22,12 +22,14 @@ from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
+from tsconv.native.devices import gpus, may_have_gpus
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.load_error import load_error
+from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -76,7 +78,7 @@ def _prepare_openmp(n_threads: int) -> None:
         use_threads(usable_cores())  # of OpenMP's own choice, while weights are repacked
 
 
-class SparseLlama(llama_cpp.Llama):
+class SparseLlama(Offloading, llama_cpp.Llama):
     """A converted model. Everything `llama_cpp.Llama` does works; the FFNs run in the sparse backend.
 
     One call at a time: threads that share a model wait for each other. A text that comes in pieces (`generate`,
@@ -96,6 +98,12 @@ class SparseLlama(llama_cpp.Llama):
             buffers that `llama_cpp.Llama` keeps beside the context are as long as the context.
         flash_attn: llama.cpp's fused attention, which prefill and decoding are faster with. None: on, but for keys or
             values in f32, which it would round to f16 for every token.
+        n_gpu_layers: attention, keys and values of the last so many layers, and the output, which counts as one, are
+            computed by llama.cpp's GPU backends: "auto" (as many as fit into the free memory of GPUs that have their
+            own), "all" or -1, or a number. FFNs are computed here.
+        device: names of the GPUs to use, joined by commas, as `tsconv doctor` shows them. None: all of them.
+        main_gpu: the position among them of one to use alone.
+        vram_budget: with "auto", bytes to put on GPUs at most. None: what is free, but for 1 GiB of each.
         preload: bring the model file into the page cache before llama.cpp maps it, which makes loading it from disk and
             reading its rows faster. None: when it fits in memory, control groups included.
         progress: called with (bytes of the file in memory, bytes in all) meanwhile.
@@ -107,7 +115,7 @@ class SparseLlama(llama_cpp.Llama):
         ModelFileError: model or sidecar missing, damaged, or not a pair; an adapter (lora_path) that does not fit.
         BackendError: the native library does not fit this llama.cpp, or there is no memory for the context, or this
             process was forked from one that computed with several threads.
-        TsconvError: a context or a number of threads that llama.cpp does not have.
+        TsconvError: a context or a number of threads that llama.cpp does not have; no such GPU.
     """
 
     def __init__(
@@ -120,6 +128,10 @@ class SparseLlama(llama_cpp.Llama):
         n_threads_batch: int | None = None,
         n_ctx: int = 512,
         flash_attn: bool | None = None,
+        n_gpu_layers: int | str = AUTO,
+        device: str | None = None,
+        main_gpu: int | None = None,
+        vram_budget: int | None = None,
         preload: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
         header: Header | None = None,
@@ -139,6 +151,13 @@ class SparseLlama(llama_cpp.Llama):
         _prepare_openmp(max(threads))
         self._native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity, header)
         self.sparsity: str = self._native.sparsity
+        try:
+            self.offload = self._choose_offload(
+                n_gpu_layers, n_ctx, device=device, main_gpu=main_gpu, vram_budget=vram_budget
+            )
+        except BaseException:
+            self._native.close()
+            raise
         # llama_cpp.Llama's destructor closes these, also when loading fails before its own constructor runs.
         self._guard, self._stack = Guard(max(threads)), ExitStack()
         self._arguments = {
@@ -149,6 +168,10 @@ class SparseLlama(llama_cpp.Llama):
             "n_threads_batch": n_threads_batch,
             "n_ctx": n_ctx,
             "flash_attn": flash_attn,
+            "n_gpu_layers": n_gpu_layers,
+            "device": device,
+            "main_gpu": main_gpu,
+            "vram_budget": vram_budget,
             "preload": preload,
             "kv_overrides": kv_overrides,
             "verbose": verbose,
@@ -165,6 +188,7 @@ class SparseLlama(llama_cpp.Llama):
             n_threads_batch=threads[1],
             n_ctx=padded(n_ctx),
             flash_attn=flash_attn,
+            n_gpu_layers=self.offload.n_gpu_layers,
             kv_overrides={**(kv_overrides or {}), "general.architecture": "llama"},
             verbose=verbose,
             **kwargs,
@@ -198,9 +222,20 @@ class SparseLlama(llama_cpp.Llama):
                 undo.pop_all()
         except (ValueError, MemoryError) as error:
             self.close()
-            raise load_error(error, errors, path, arguments["n_ctx"]) from None
+            raise load_error(error, errors, path, arguments["n_ctx"], self.offload) from None
         self._model._exit_stack.callback(native.close)  # runs after llama.cpp has freed context and weights
         _models.add(self)
+
+    def _choose_offload(self, n_gpu_layers: int | str, n_ctx: int, **wanted: Any) -> Offload:
+        """What goes to which GPUs of this process. Drivers are asked only when they may be wanted.
+
+        Raises:
+            TsconvError: as `tsconv.runtime.offload.choose`.
+        """
+        header = self._native.header
+        n_ctx = n_ctx or header.keys.get("llama.context_length", 0)
+        there = gpus() if n_gpu_layers != 0 and may_have_gpus() else []
+        return choose(header, there, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, **wanted)
 
     def _use_adapter(self, path: Path) -> None:
         """What llama_cpp.Llama does for lora_path, but that it does not see when llama.cpp refuses the adapter.

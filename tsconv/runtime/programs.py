@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-import tsconv
 from tsconv.errors import BackendError
+from tsconv.native.devices import program_folders
 from tsconv.native.library import library_path
+from tsconv.runtime.offload import FFN_WEIGHTS
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-perplexity", "llama-batched-bench", "llama-bench")
 WITHOUT_OVERRIDES = ("llama-bench",)  # no --override-kv: a library that is loaded before does the same
 ARCHITECTURE_LIBRARY = "libllama-architecture.so"  # native/programs/llama_architecture.c
 DEVICE = "TSFFN"  # our device's name in ggml
-FFN_WEIGHTS = r"ffn_(gate|up|down)(_exps)?\.weight"
 AS_LLAMA = ("--override-kv", "general.architecture=str:llama")
 FFN_HERE = ("-ot", f"{FFN_WEIGHTS}=CPU")
 CHECK_SECONDS = 60
@@ -61,9 +60,7 @@ def program_path(name: str) -> Path:
     Raises:
         BackendError: it was not built.
     """
-    # An editable install leaves the Python files in the checkout and puts the programs into site-packages.
-    packages = [*map(Path, tsconv.__path__), Path(sysconfig.get_path("platlib")) / "tsconv"]
-    candidates = [package / "bin" / name for package in packages]
+    candidates = [folder / name for folder in program_folders()]
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate.absolute()
