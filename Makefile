@@ -10,7 +10,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup wheel demo test test-server test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,14 @@ LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==.*\)",$$/\1/p' pyproject.toml
 # distribution of llama-cpp-python where it cannot be downloaded.
 PROGRAMS_KEY := $(WHEEL_KEY)-$(shell (cat native/programs/*; command -v npm) | sha256sum | cut -c1-8)
 PROGRAMS := $(CACHE)/programs-$(PROGRAMS_KEY)
+# And so are its backends for GPUs: make setup CUDA=1, HIP=1 or VULKAN=1 adds one for good, CUDA=0 takes it away.
+GPU_KEY := $(WHEEL_KEY)-$(shell cat native/programs/* native/compat/vulkan/* | sha256sum | cut -c1-8)
+GPU_CHOSEN := $(shell cat $(VENV)/.gpu 2>/dev/null)
+gpu_choice = $(if $(filter 1,$($(1))),$(2),$(if $(filter 0,$($(1))),,$(filter $(2),$(GPU_CHOSEN))))
+GPU := $(strip $(call gpu_choice,CUDA,cuda) $(call gpu_choice,HIP,hip) $(call gpu_choice,VULKAN,vulkan))
+gpu_module = $(CACHE)/$(1)-$(GPU_KEY)/bin/libggml-$(1).so
+GPU_MODULES := $(foreach name,$(GPU),$(call gpu_module,$(name)))
+PROGRAM_FOLDERS := $(subst $() ,;,$(strip $(PROGRAMS)/bin $(patsubst %/,%,$(dir $(GPU_MODULES)))))
 
 # The build tools and llama-cpp-python come first: the native library is compiled against the very ggml it will run in.
 $(VENV)/.dependencies: pyproject.toml constraints.txt $(COMPAT)
@@ -42,16 +50,35 @@ $(PROGRAMS)/bin/llama-server: | $(VENV)/.dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/programs/build $(PROGRAMS) > build/programs.log 2>&1 || \
 	    echo "llama.cpp's programs were not built: see build/programs.log"
 
-$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE) $(PROGRAMS)/bin/llama-server
+# What each needs beside a C++ compiler. Debian: libvulkan-dev glslc spirv-headers; NVIDIA's CUDA toolkit; AMD's ROCm.
+define gpu_rule
+$(call gpu_module,$(1)): | $(VENV)/.dependencies
+	mkdir -p build
+	@echo "compiling llama.cpp's backend for $(1): this takes 5 minutes, for CUDA 30 or more, once"
+	PATH="$(CURDIR)/$(BIN):$$$$PATH" native/programs/build $(CACHE)/$(1)-$(GPU_KEY) $(1) > build/gpu-$(1).log 2>&1 || { \
+	    grep -i -m 3 error build/gpu-$(1).log; \
+	    echo "llama.cpp's backend for $(1) was not built: see build/gpu-$(1).log, and docs/gpu.md for what it needs"; \
+	    exit 1; }
+endef
+$(foreach name,cuda hip vulkan,$(eval $(call gpu_rule,$(name))))
+
+# The chosen ones; touched when they change.
+ifneq ($(GPU),$(strip $(GPU_CHOSEN)))
+.PHONY: $(VENV)/.gpu
+endif
+$(VENV)/.gpu: | $(VENV)/.dependencies $(GPU_MODULES)
+	echo "$(GPU)" > $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(VENV)/.gpu $(NATIVE) $(PROGRAMS)/bin/llama-server
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
-	    -C cmake.define.TSFFN_PROGRAMS=$(PROGRAMS)/bin -e ".[dev]"
+	    -C "cmake.define.TSFFN_PROGRAMS=$(PROGRAM_FOLDERS)" -e ".[dev]"
 	touch $@
 
 # Wheels of tsconv, llama.cpp's programs included, and of llama-cpp-python: both are compiled for this processor.
 wheel: setup
 	rm -rf dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-deps --no-build-isolation \
-	    -C cmake.define.TSFFN_PROGRAMS=$(PROGRAMS)/bin -C build-dir=build/wheel -w dist .
+	    -C "cmake.define.TSFFN_PROGRAMS=$(PROGRAM_FOLDERS)" -C build-dir=build/wheel -w dist .
 	cp $(WHEELS)/llama_cpp_python-*.whl dist
 
 demo: setup
@@ -66,6 +93,16 @@ test: setup
 test-server: setup
 	$(PIP) install -c constraints.txt -r tests/llama_server/requirements.txt
 	$(BIN)/python tests/llama_server/run.py $(PYTEST)
+
+# Attention on llama.cpp's Vulkan backend, which needs no GPU where Mesa's lavapipe computes on the CPU:
+# apt-get install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers
+ifeq ($(and $(shell command -v glslc),$(wildcard /usr/include/vulkan/vulkan.hpp)),)
+test-vulkan:
+	@echo "skipped: needs Vulkan's headers and a driver: apt-get install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers"
+else
+test-vulkan: setup $(call gpu_module,vulkan)
+	TSCONV_TEST_VULKAN=$(call gpu_module,vulkan) GGML_VK_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/e2e/test_vulkan.py
+endif
 
 # The native library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan: setup
