@@ -86,8 +86,9 @@ demo: setup
 	$(BIN)/tsconv convert checkpoints/tiny-turbosparse-mistral --outtype q4_0 --outfile $(DEMO)/tiny-turbosparse-mistral-q4_0.gguf --force
 	$(BIN)/tsconv run -m $(DEMO)/tiny-turbosparse-mistral-q4_0.gguf -p "And it came to pass" -n 96 --temp 0.7 --seed 1
 
+# As many tests at once as there are CPUs, within what they need of memory.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # llama.cpp's own server tests, with tsconv serve and with llama-server alone: the same must pass. 5 to 9 minutes.
 test-server: setup

@@ -16,6 +16,7 @@ from support import tiny
 from tsconv.errors import BackendError
 from tsconv.format.header import read_header
 from tsconv.format.order import shape_of
+from tsconv.runtime import programs
 from tsconv.runtime.programs import check_devices, command, environment, model_arguments
 from tsconv.runtime.server import answers, check_address
 
@@ -48,6 +49,18 @@ def test_wrong_values(name: str, variable: str, value: str, message: str) -> Non
     with pytest.raises(BackendError) as caught:
         check_devices("llama-server", environment(model) | {variable: value})
     assert message.format(n=n_layer * n_ffn, n_ff=n_ff) in str(caught.value)
+
+
+def test_program_that_ends_before_its_log_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is found all the same."""
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho 'Available devices:'\necho '  (none)'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(programs, "program_path", lambda name: program)
+    with pytest.raises(BackendError, match=r"found tsffn: TSFFN_RESIDENCY: expected .*, found 'often'; run make setup"):
+        check_devices("llama-server", environment(tiny.converted()) | {"TSFFN_RESIDENCY": "often"})
+    with pytest.raises(BackendError, match=r"found Available devices:; \(none\); run make setup"):
+        check_devices("llama-server", environment(tiny.converted()))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -14,12 +15,19 @@ TOOLS = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH'
 OTHER_GGML = "0.9.1"
 
 
+@functools.cache
 def build(directory: Path, *options: str) -> Path:
-    """Configures and builds native/ into `directory`."""
+    """Configures and builds native/ into `directory`, while no other process of the tests does."""
     configure = ["cmake", "-S", ROOT / "native", "-B", directory, "-G", "Ninja"]
-    for command in ([*configure, f"-DPython_EXECUTABLE={sys.executable}", *options], ["cmake", "--build", directory]):
-        done = subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [*configure, f"-DPython_EXECUTABLE={sys.executable}", *options],
+            ["cmake", "--build", directory],
+        ):
+            done = subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
 

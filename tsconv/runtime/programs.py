@@ -14,7 +14,9 @@ llama.cpp can be run the same way:
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +154,35 @@ def check_devices(name: str, variables: Mapping[str, str]) -> None:
         raise BackendError(f"llama.cpp's {name} cannot be run", where=path, found=error, fix="make setup") from None
     if f"{DEVICE}:" not in listed.stdout:
         lines = [line for line in (listed.stderr + listed.stdout).splitlines() if line.strip()]
-        own = [line for line in lines if "tsffn" in line.lower()]
         raise BackendError(
             f"llama.cpp's {name} does not load the sparse backend",
             where=path,
-            found="; ".join((own or lines)[-2:]) or f"exit status {listed.returncode}",
+            found="; ".join((_own(listed.stderr) or _refusal(variables) or lines)[-2:])
+            or f"exit status {listed.returncode}",
             fix="run make setup again, which builds both for one another",
         )
+
+
+def _own(log: str) -> list[str]:
+    """What the backend says, of a program's log."""
+    return [line for line in log.splitlines() if "tsffn" in line.lower()]
+
+
+def _refusal(variables: Mapping[str, str]) -> list[str]:
+    """Why the backend does not load with this environment. Programs write their log in a thread of its own, and may end
+    before the line is written."""
+    load = "from tsconv.native.library import load_backend; load_backend()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", load],
+            env=dict(variables),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CHECK_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.search(r"tsffn: (.*?)(; load_backend: |$)", done.stderr, re.MULTILINE)
+    return [] if found is None else [f"tsffn: {found[1]}"]

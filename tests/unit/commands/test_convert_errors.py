@@ -432,7 +432,7 @@ def test_predictor_beside_embedded_ones(predictors: Path, tmp_path: Path, run: R
     refused(run, out, directory, CHECKPOINT, "has its own predictors", options=("--predictor", predictors))
 
 
-@pytest.mark.parametrize("source", ["no/such/place", "nowhere", "./owner/name", "../x"])
+@pytest.mark.parametrize("source", ["no/such/place", "nowhere", "./owner/name", "../no-such-folder"])
 def test_no_such_directory(source: str, run: Run, out: Path) -> None:
     refused(run, out, Path(source) if source[0] != "." else source, CHECKPOINT, "no such directory")
 
