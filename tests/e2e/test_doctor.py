@@ -14,7 +14,7 @@ import llama_cpp
 import pytest
 
 import tsconv
-from support import LLAMA, ROOT, tiny
+from support import LLAMA, ROOT, fake_gpu, tiny
 
 OTHERS = "other programs"  # whether there are any changes from moment to moment
 
@@ -60,6 +60,17 @@ def test_programs():
     _, _, checks = diagnose()
     assert checks["programs"]["status"] == "ok"
     assert checks["programs"]["value"].startswith("llama-server, llama-cli, ")
+
+
+def test_gpu():
+    """One that llama.cpp has a backend for, and a backend without one."""
+    _, healthy, checks = diagnose({"TSCONV_GPU_BACKEND": str(fake_gpu.library()), "FAKE_GPU_DEVICES": "2"})
+    assert healthy and checks["GPU"]["status"] == "ok"
+    for name in ("FAKE0", "FAKE1"):
+        assert f"{name} (a GPU that is none, 8.6 of 8.6 GB free)" in checks["GPU"]["value"]
+    _, healthy, checks = diagnose({"TSCONV_GPU_BACKEND": str(fake_gpu.library()), "FAKE_GPU_DEVICES": "0"})
+    assert healthy and checks["GPU"]["status"] == "warning"
+    assert "none that llama.cpp's backend" in checks["GPU"]["value"]
 
 
 def test_busy_machine():

@@ -14,8 +14,7 @@ import pytest
 from support import fake_gpu, tiny
 from support.edited import as_ordinary
 from tsconv.native.library import library_path
-from tsconv.runtime.offload import FFN_WEIGHTS
-from tsconv.runtime.programs import AS_LLAMA, environment, program_path
+from tsconv.runtime.programs import AS_LLAMA, FFN_WEIGHTS, environment, program_path
 
 MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}
 KEEP_FFN = b"ffn_(gate|up|down)(_exps)?.weight"

@@ -18,6 +18,7 @@ import tsconv
 from tsconv.errors import BackendError
 from tsconv.machine import limits
 from tsconv.machine.cpu import cpu_model, physical_cores
+from tsconv.native.devices import gpu_libraries, gpu_modules, gpus
 from tsconv.native.library import library_path, llama_cpp_python, load_backend
 from tsconv.runtime.programs import PROGRAMS, check_devices, program_path
 
@@ -26,6 +27,11 @@ MAX_AMX_ERROR = 1e-3  # squared error over squared size of logits; both ways com
 PROBE_SECONDS = 60
 MIN_AVAILABLE_BYTES = 1 << 30
 LOAD_SECONDS = 0.3
+GPU_DEVICES = (  # in /dev, and what adds llama.cpp's backend for them
+    ("nvidia[0-9]*", "make setup CUDA=1"),
+    ("kfd", "make setup HIP=1"),
+    ("dri/renderD*", "make setup VULKAN=1"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Check:
 def diagnose() -> list[Check]:
     """All findings. Loads llama.cpp and the native backend into this process."""
     checks = [Check("tsconv", tsconv.__version__), Check("python", platform.python_version())]
-    for find in (_packages, _ggml, _backend, _openmp, _programs, _cpu, _load, _memory):
+    for find in (_packages, _ggml, _backend, _openmp, _programs, _gpus, _cpu, _load, _memory):
         checks += find()
     return checks
 
@@ -180,6 +186,27 @@ def _programs() -> Iterator[Check]:
         yield Check("programs", str(error), "warning", "tsconv serve and tsconv tools need them")
     else:
         yield Check("programs", f"{', '.join(PROGRAMS)} in {folder}")
+
+
+def _gpus() -> Iterator[Check]:
+    """GPUs that llama.cpp can use for attention, or why there are none."""
+    modules, libraries = gpu_modules(), gpu_libraries()
+    if not modules and not libraries:
+        device, command = next(
+            ((path, command) for path, command in GPU_DEVICES if list(Path("/dev").glob(path))), (None, None)
+        )
+        if device is None:
+            yield Check("GPU", "none, and llama.cpp has no backend for one")
+        else:
+            fix = f"{command} compiles llama.cpp's backend for it (docs/gpu.md)"
+            yield Check("GPU", f"/dev/{device} is there, but llama.cpp has no backend for it", "warning", fix)
+        return
+    names = ", ".join(path.name.removeprefix("libggml-").removesuffix(".so") for path in (*modules, *libraries))
+    found = gpus()
+    if found:
+        yield Check("GPU", f"{'; '.join(map(str, found))}: llama.cpp's backend for {names}")
+    else:
+        yield Check("GPU", f"none that llama.cpp's backend for {names} can use", "warning", "look at the GPU's driver")
 
 
 def _load() -> Iterator[Check]:

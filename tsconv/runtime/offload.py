@@ -19,8 +19,8 @@ from tsconv.format.header import Header
 from tsconv.format.kv_cache import kv_bytes_per_token, padded
 from tsconv.format.order import shape_of
 from tsconv.native.devices import Gpu, cpu_buffer_type, gpu_pointer
+from tsconv.runtime.programs import FFN_WEIGHTS
 
-FFN_WEIGHTS = r"ffn_(gate|up|down)(_exps)?\.weight"
 AUTO = "auto"
 ALL = -1  # as llama.cpp and llama_cpp.Llama have it
 MARGIN_BYTES = 1 << 30  # left free on each GPU: compute buffers, a desktop; llama.cpp's own default (--fit-target)

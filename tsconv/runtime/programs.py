@@ -27,12 +27,12 @@ import numpy.typing as npt
 from tsconv.errors import BackendError
 from tsconv.native.devices import program_folders
 from tsconv.native.library import library_path
-from tsconv.runtime.offload import FFN_WEIGHTS
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-perplexity", "llama-batched-bench", "llama-bench")
 WITHOUT_OVERRIDES = ("llama-bench",)  # no --override-kv: a library that is loaded before does the same
 ARCHITECTURE_LIBRARY = "libllama-architecture.so"  # native/programs/llama_architecture.c
 DEVICE = "TSFFN"  # our device's name in ggml
+FFN_WEIGHTS = r"ffn_(gate|up|down)(_exps)?\.weight"
 AS_LLAMA = ("--override-kv", "general.architecture=str:llama")
 FFN_HERE = ("-ot", f"{FFN_WEIGHTS}=CPU")
 CHECK_SECONDS = 60
