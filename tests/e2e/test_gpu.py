@@ -16,7 +16,10 @@ import pytest
 from support import ROOT, fake_gpu, tiny
 from support.serving import serving
 from support.synthetic import save_random_adapter
+from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, Wanted, described, shares
+from tsconv.bench.workload import MAX_TOKENS
 from tsconv.format.header import read_header
+from tsconv.native.devices import Gpu
 from tsconv.runtime import offload
 from tsconv.stats import file as stats_file
 
@@ -285,6 +288,51 @@ def test_serve(tmp_path, model):
     assert answers[0] == answers[1]
 
 
+def test_bench(tmp_path, model):
+    """Beside the faster of llama.cpp's two ways to use the same memory, with whole layers and with FFNs on the CPU."""
+    header = read_header(model)
+    whole, attention = (offload.layer_bytes(header, MAX_TOKENS, with_ffn) for with_ffn in (True, False))
+    budget = sum(attention) + whole[1] - attention[1]  # all attention, and the FFN of one layer
+    arguments = [
+        "-m",
+        model,
+        "-t",
+        1,
+        "-r",
+        1,
+        "--test",
+        "tg4",
+        "--vram-budget",
+        budget,
+        "--save",
+        tmp_path / "rows.json",
+    ]
+    done = tsconv_cli("bench", *arguments)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["gpus"] == "FAKE0" and row["vram_bytes"] == sum(attention)
+    assert row["baseline"] in ("llama.cpp-ngl", "llama.cpp-n-cpu-ffn")
+    assert 0 < row["dense_vram_bytes"] <= budget
+    assert row["active"] > 0 and row["avg_ts"] > 0 and row["dense_avg_ts"] > 0
+    assert f"{row['gpu_share']}. {row['baseline']}: {row['dense_gpu_share']}" in done.stdout
+    found = shares(header, MAX_TOKENS, Wanted(vram_budget=budget), [Gpu("G", "", 1 << 40, 1 << 40, False)])
+    n_layer = len(attention) - 1
+    on_cpu = "|".join(map(str, range(n_layer - 1)))
+    assert found[CPU_FFN].on_host == rf"blk\.({on_cpu})\.ffn_(gate|up|down)(_exps)?\.weight"
+    assert found[CPU_FFN].n_bytes == budget and found[CPU_FFN].n_gpu_layers == n_layer + 1
+    assert found[WHOLE_LAYERS].n_gpu_layers == offload.layers_that_fit(whole, budget)
+    assert "the FFNs of " + str(n_layer - 1) + " on the CPU" in described(found[CPU_FFN])
+
+
+def test_bench_of_clients(tmp_path):
+    (tmp_path / "libggml-cuda.so").symlink_to(fake_gpu.library())
+    model = tiny.converted(MODELS["dense"])
+    done = tsconv_cli("bench", "-m", model, "-t", 1, "-r", 1, "--clients", "2", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["active"] > 0 and row["avg_ts"] > 0 and row["dense_avg_ts"] > 0
+
+
 # ---- what cannot be
 
 
@@ -298,6 +346,7 @@ def test_serve(tmp_path, model):
         ),
         (["--device", "CUDA0"], {}, "no such GPU: expected some of FAKE0, found CUDA0"),
         (["--main-gpu", "1"], {}, "the main GPU: expected a number below 1: FAKE0, found 1"),
+        (["-ngl", "-3"], {}, "'-3' is neither auto, all nor a number."),
         (["-ngl", "some"], {}, "'some' is neither auto, all nor a number."),
         (["-ngl", "all"], {"FAKE_GPU_MEMORY": "100000"}, "or put fewer layers on the GPU (-ngl)"),
     ],

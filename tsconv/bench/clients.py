@@ -16,15 +16,19 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, Wanted, shares
 from tsconv.commands.serve import Serving, prepare
 from tsconv.errors import BackendError
+from tsconv.format.header import read_header
 from tsconv.machine.limits import usable_cores
+from tsconv.native.devices import may_have_gpus
+from tsconv.runtime.offload import Offload
 from tsconv.runtime.programs import AS_LLAMA, OURS, Command, program_path
 from tsconv.runtime.server import answers, check_address
 
@@ -63,27 +67,51 @@ def measure_clients(
     *,
     repetitions: int = REPETITIONS,
     n_threads: int | None = None,
+    gpu: Wanted = NO_GPU,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[ClientsRow]:
-    """A row for each number of clients.
+    """A row for each number of clients. With a GPU llama-server dense has all attention there and as many FFNs as fit,
+    or whole layers where not all attention does.
 
     Raises:
         ModelFileError: the model cannot be read.
         BackendError: llama-server is not installed, or does not answer.
     """
     threads = n_threads or usable_cores()
-    return [_measure(path, n, repetitions, threads, progress) for n in n_clients]
+    header, there = read_header(path), gpu.there()
+    return [
+        _measure(path, n, repetitions, threads, shares(header, _context(n), gpu, there), progress) for n in n_clients
+    ]
 
 
-def _measure(path: Path, n: int, repetitions: int, n_threads: int, progress: Callable[[str], None]) -> ClientsRow:
+def _context(n_clients: int) -> int:
+    return n_clients * 2 * (PROMPT_TOKENS + ANSWER_TOKENS)
+
+
+def _measure(
+    path: Path,
+    n: int,
+    repetitions: int,
+    n_threads: int,
+    offloads: Mapping[str, Offload],
+    progress: Callable[[str], None],
+) -> ClientsRow:
     options = ["--parallel", str(n), "--log-verbosity", "1", "--no-ui"]
-    n_ctx = n * 2 * (PROMPT_TOKENS + ANSWER_TOKENS)
+    n_ctx = _context(n)
     with tempfile.TemporaryDirectory(prefix="tsconv-bench-") as folder:
         stats = Path(folder) / "stats.json"
-        sparse = prepare(Serving(os.fspath(path), n_ctx=n_ctx, n_threads=n_threads), options)
+        ours_there, theirs_there = offloads.get("tsconv"), offloads.get(CPU_FFN, offloads.get(WHOLE_LAYERS))
+        serving = Serving(
+            os.fspath(path),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_gpu_layers=ours_there.n_gpu_layers if ours_there else 0,
+            device=",".join(gpu.name for gpu in ours_there.gpus) if ours_there else None,
+        )
+        sparse = prepare(serving, options)
         sparse.environment["TSFFN_STATS"] = os.fspath(stats)
         turns = []
-        with _server(sparse) as ours, _server(_dense(path, n_ctx, n_threads, options)) as theirs:
+        with _server(sparse) as ours, _server(_dense(path, n_ctx, n_threads, options, theirs_there)) as theirs:
             for turn in range(repetitions + 1):  # the first one touches weights and buffers
                 speeds = [_tokens_per_second(port, n, turn) for port in (ours, theirs)]
                 progress(f"{n} clients: tsconv {speeds[0]:.1f}, llama.cpp {speeds[1]:.1f} tokens/s")
@@ -106,9 +134,13 @@ def _measure(path: Path, n: int, repetitions: int, n_threads: int, progress: Cal
     )
 
 
-def _dense(path: Path, n_ctx: int, n_threads: int, options: Sequence[str]) -> Command:
+def _dense(path: Path, n_ctx: int, n_threads: int, options: Sequence[str], offload: Offload | None) -> Command:
     """Stock llama-server on the same file, told that its architecture is llama."""
     arguments = ["-m", os.fspath(path), *AS_LLAMA]
+    if offload is not None:
+        arguments += offload.arguments() + (["-ot", f"{offload.on_host}=CPU"] if offload.on_host else [])
+    elif may_have_gpus():
+        arguments += ["--n-gpu-layers", "0"]
     arguments += ["--ctx-size", str(n_ctx), "--threads", str(n_threads), *options]
     variables = {name: value for name, value in os.environ.items() if name not in OURS}
     return Command([os.fspath(program_path("llama-server")), *arguments], variables)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import tsconv
-from tsconv.bench.workload import Workload
+from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, Wanted, as_argument, described, shares
+from tsconv.bench.workload import MAX_TOKENS, Workload
 from tsconv.errors import BackendError
 from tsconv.format.header import Header
 from tsconv.format.pair import open_pair
@@ -29,11 +30,20 @@ from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
 from tsconv.machine.measure import measure_memory
 from tsconv.native.library import load_backend
+from tsconv.runtime.offload import Offload
 from tsconv.transform.quantize import type_name
 
 STOCK, DENSE_DRELU, NOREPACK = "llama.cpp", "dense-drelu", "llama.cpp-norepack"
 # baseline -> the engine of ours that is measured beside it
-ENGINES = {STOCK: "tsconv", DENSE_DRELU: "tsconv", NOREPACK: "tsconv-norepack"}
+ENGINES = {
+    STOCK: "tsconv",
+    DENSE_DRELU: "tsconv",
+    NOREPACK: "tsconv-norepack",
+    WHOLE_LAYERS: "tsconv",
+    CPU_FFN: "tsconv",
+}
+GPU_BASELINES = (WHOLE_LAYERS, CPU_FFN)
+NOTHING = Offload(0, 0)
 WARM_UP_TOKENS = {"pp": 64, "tg": 8}  # in a sequence: touches the weights and the buffers of every test
 
 Answer = dict[str, Any]  # of a worker
@@ -49,7 +59,8 @@ class Row:
     Attributes:
         baseline: "llama.cpp" (stock, dense SwiGLU of the same shape and types), "dense-drelu" (our backend, the same
             weights, every one read and multiplied, no predictor), or "llama.cpp-norepack" (stock without the weights
-            that llama.cpp rearranges for this processor). The fields dense_... are the baseline's.
+            that llama.cpp rearranges for this processor). With a GPU, the faster of "llama.cpp-ngl" and
+            "llama.cpp-n-cpu-ffn" (tsconv.bench.gpu). The fields dense_... are the baseline's.
         engine: what is measured beside it: "tsconv", or beside llama.cpp-norepack "tsconv-norepack", whose weights
             outside the FFNs are not rearranged either.
         predictor_type: of the predictor's matrices in the sidecar, such as "q8_0"; several are joined by "+"; None
@@ -68,6 +79,8 @@ class Row:
             output, starting of threads and Python.
         peak_bytes, dense_peak_bytes: largest resident sizes, mapped files included.
         load_seconds, dense_load_seconds: with the file in the page cache or not, as it was.
+        gpus: names of those that are used; "" for none. What is on them, of each engine, and its bytes: gpu_share,
+            dense_gpu_share, vram_bytes, dense_vram_bytes.
     """
 
     model_filename: str
@@ -100,6 +113,11 @@ class Row:
     dense_peak_bytes: int
     load_seconds: float
     dense_load_seconds: float
+    gpus: str
+    gpu_share: str
+    dense_gpu_share: str
+    vram_bytes: int
+    dense_vram_bytes: int
     cpu_info: str
     backend: str
     build: str
@@ -108,8 +126,9 @@ class Row:
 class _Worker:
     """A process of tsconv.bench.worker."""
 
-    def __init__(self, engine: str, path: Path, n_threads: int) -> None:
+    def __init__(self, engine: str, path: Path, n_threads: int, offload: Offload) -> None:
         command = [sys.executable, "-m", "tsconv.bench.worker", engine, str(path), str(n_threads)]
+        command.append(json.dumps(as_argument(offload)))
         self.engine = engine
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -137,11 +156,13 @@ class _Worker:
 
 
 @contextmanager
-def _workers(engines: Sequence[str], path: Path, n_threads: int) -> Iterator[dict[str, _Worker]]:
+def _workers(
+    engines: Sequence[str], path: Path, n_threads: int, offloads: Mapping[str, Offload]
+) -> Iterator[dict[str, _Worker]]:
     workers: dict[str, _Worker] = {}
     try:
         for engine in engines:
-            workers[engine] = _Worker(engine, path, n_threads)
+            workers[engine] = _Worker(engine, path, n_threads, offloads.get(engine, NOTHING))
         yield workers
     finally:
         for worker in workers.values():
@@ -155,6 +176,7 @@ def compare(
     baselines: Sequence[str] = (STOCK,),
     repetitions: int = 3,
     n_threads: Sequence[int] | None = None,
+    gpu: Wanted = NO_GPU,
     seconds: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
@@ -164,6 +186,8 @@ def compare(
         path: a converted model; the stock engine reads its FFNs as SwiGLU of the same shape and types.
         baselines: of ENGINES.
         n_threads: each number in turn; None for the physical cores, as far as the CPU quota goes.
+        gpu: what goes to GPUs. If anything does, the baselines are llama.cpp's two ways to use them, and the rows are
+            those beside the faster one.
         seconds: no further turn is begun that would end later than this after the call; one is always run.
 
     Returns:
@@ -177,10 +201,13 @@ def compare(
     counts = tuple(n_threads or (usable_cores(),))
     headers = open_pair(path).headers
     backend = load_backend()
+    offloads = shares(headers[0], MAX_TOKENS, gpu, gpu.there())
+    if offloads:
+        baselines = [name for name in offloads if name in GPU_BASELINES]
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)
     cases = [(n, workload) for n in counts for workload in workloads]
     bandwidth = {n: [measure_memory(backend, n)[0]] for n in counts}
-    with _workers(engines, path, max(counts)) as workers:
+    with _workers(engines, path, max(counts), offloads) as workers:
         turns = _turns(workers, cases, repetitions, deadline, progress)
         loads = {engine: worker.load_seconds for engine, worker in workers.items()}
     for n in counts:
@@ -194,7 +221,7 @@ def compare(
         "build": f"tsconv {tsconv.__version__}",
     }
     weights = Weights.of(headers[0])
-    return [
+    rows = [
         _row(
             workload,
             [turn[n, workload][ENGINES[baseline]] for turn in turns],
@@ -203,11 +230,33 @@ def compare(
             statistics.fmean(bandwidth[n]) / 1e9,
             common
             | {"n_threads": n, "baseline": baseline, "engine": ENGINES[baseline]}
-            | {"load_seconds": loads[ENGINES[baseline]], "dense_load_seconds": loads[baseline]},
+            | {"load_seconds": loads[ENGINES[baseline]], "dense_load_seconds": loads[baseline]}
+            | _on_gpus(offloads.get(ENGINES[baseline], NOTHING), offloads.get(baseline, NOTHING)),
         )
         for n, workload in cases
         for baseline in baselines
     ]
+    return _beside_the_faster(rows) if offloads else rows
+
+
+def _on_gpus(ours: Offload, theirs: Offload) -> dict[str, Any]:
+    return {
+        "gpus": ", ".join(gpu.name for gpu in ours.gpus),
+        "gpu_share": str(ours) if ours.gpus else "",
+        "dense_gpu_share": described(theirs) if theirs.gpus else "",
+        "vram_bytes": ours.n_bytes,
+        "dense_vram_bytes": theirs.n_bytes,
+    }
+
+
+def _beside_the_faster(rows: Sequence[Row]) -> list[Row]:
+    """Of the rows of each test and number of threads, that of the fastest baseline."""
+    found: dict[tuple[int, str], Row] = {}
+    for row in rows:
+        key = row.n_threads, row.test
+        if key not in found or row.dense_avg_ts > found[key].dense_avg_ts:
+            found[key] = row
+    return list(found.values())
 
 
 def _turns(

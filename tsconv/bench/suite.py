@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tsconv.bench.compare import Row, compare
 from tsconv.bench.generate import PRESETS, drop_from_page_cache, generated
+from tsconv.bench.gpu import Wanted
 from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.machine.limits import available_memory
@@ -82,13 +83,14 @@ def run_suite(
     *,
     baselines: Sequence[str],
     n_threads: Sequence[int] | None,
+    gpu: Wanted,
     say: Callable[[str], None],
     progress: Callable[[str], None],
 ) -> Iterator[list[Row]]:
     """Generates and measures the models of SUITES[name]; yields the rows of each when it is done.
 
     Args:
-        baselines, n_threads, progress: as `compare`.
+        baselines, n_threads, gpu, progress: as `compare`.
         say: called with a line for every model before it is generated.
 
     Raises:
@@ -112,6 +114,7 @@ def run_suite(
             item.workloads,
             baselines=baselines,
             n_threads=n_threads,
+            gpu=gpu,
             seconds=started + item.until - time.monotonic(),
             progress=progress,
         )

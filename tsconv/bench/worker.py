@@ -1,12 +1,13 @@
 """One engine in a process of its own: loads a model once, then runs tests as they are asked for on stdin.
 
-    python -m tsconv.bench.worker ENGINE MODEL.gguf THREADS
+    python -m tsconv.bench.worker ENGINE MODEL.gguf THREADS [OFFLOAD]
 
 Lines of JSON: {"test": "tg128", "n_threads": 2} in, {"seconds": ..., ...} out. `dense-drelu` is our backend with every
 weight read and multiplied. `llama.cpp` is the stock library on the same file: told that the architecture is llama, it
 computes a dense SwiGLU model of the same shape and types, with the kernels it likes best. (Its text is noise: ffn_down
 lies in another layout. Its speed is not.) `tsconv-norepack` and `llama.cpp-norepack` are two of these without
-llama.cpp's extra buffer types. All of them have flash attention, with which each is faster.
+llama.cpp's extra buffer types. All of them have flash attention, with which each is faster. OFFLOAD is what goes to
+GPUs (tsconv.bench.gpu.as_argument): `llama.cpp-ngl` and `llama.cpp-n-cpu-ffn` are `llama.cpp` with more or less of it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as library
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
+from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, from_argument
 from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
 from tsconv.format.kv_cache import padded
+from tsconv.native.devices import gpus
+from tsconv.runtime.offload import Offload, Offloading
 
 N_UBATCH = 512
 
@@ -54,12 +58,24 @@ def no_extra_bufts() -> Iterator[None]:
         library.llama_model_default_params = default
 
 
-def load_stock(path: str, n_threads: int) -> llama_cpp.Llama:
+NOTHING = Offload(0, 0)
+
+
+class Stock(Offloading, llama_cpp.Llama):
+    """llama_cpp.Llama with what `offload` says on GPUs."""
+
+    def __init__(self, *args: Any, offload: Offload, **kwargs: Any) -> None:
+        self.offload = offload
+        super().__init__(*args, n_gpu_layers=offload.n_gpu_layers, **kwargs)
+
+
+def load_stock(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_cpp.Llama:
     """The file in stock llama.cpp, which our backend is not loaded into."""
     from tsconv.runtime.model import FileName
 
-    return llama_cpp.Llama(
+    return Stock(
         FileName(path),
+        offload=offload,
         n_ctx=MAX_TOKENS,
         n_batch=N_UBATCH,
         n_threads=n_threads,
@@ -70,16 +86,24 @@ def load_stock(path: str, n_threads: int) -> llama_cpp.Llama:
     )
 
 
-def load_sparse(path: str, n_threads: int, sparsity: str | None = None) -> llama_cpp.Llama:
+def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity: str | None = None) -> llama_cpp.Llama:
     """The file in llama.cpp with our backend."""
     from tsconv.runtime.model import load
 
-    return load(path, sparsity=sparsity, n_ctx=MAX_TOKENS, n_batch=N_UBATCH, n_threads=n_threads)
+    return load(
+        path,
+        sparsity=sparsity,
+        n_ctx=MAX_TOKENS,
+        n_batch=N_UBATCH,
+        n_threads=n_threads,
+        n_gpu_layers=offload.n_gpu_layers,
+        device=",".join(gpu.name for gpu in offload.gpus) or None,
+    )
 
 
-def load_dense(path: str, n_threads: int) -> llama_cpp.Llama:
+def load_dense(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_cpp.Llama:
     """The same, without skipping anything."""
-    return load_sparse(path, n_threads, "dense")
+    return load_sparse(path, n_threads, offload, "dense")
 
 
 ENGINES = {
@@ -88,6 +112,8 @@ ENGINES = {
     "llama.cpp": load_stock,
     "tsconv-norepack": no_extra_bufts()(load_sparse),
     "llama.cpp-norepack": no_extra_bufts()(load_stock),
+    WHOLE_LAYERS: load_stock,
+    CPU_FFN: load_stock,
 }
 
 
@@ -166,12 +192,13 @@ def peak_bytes() -> int:
     return 1024 * int(peak[1])
 
 
-def main(engine: str, path: str, n_threads: int) -> None:
+def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> None:
     """Answers lines of stdin until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever llama.cpp prints does not get between the answers
     started = time.perf_counter()
-    model = ENGINES[engine](path, n_threads)
+    share = NOTHING if offload is None else from_argument(json.loads(offload), gpus)
+    model = ENGINES[engine](path, n_threads, share)
     print(json.dumps({"load_seconds": time.perf_counter() - started}), file=answers, flush=True)
     rng = np.random.default_rng(0)
     for line in sys.stdin:
@@ -183,4 +210,4 @@ def main(engine: str, path: str, n_threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

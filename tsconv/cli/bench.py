@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from tsconv.cli.options import gpu_options
 from tsconv.cli.output import echo, say
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tes
     metavar="N[,N...]",
     help="Instead of tests: llama-server with so many clients at once, beside llama-server dense.",
 )
+@gpu_options
 @click.option("-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Format.")
 @click.option("--save", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there too, as JSON.")
 @click.option("--compare", metavar="OLD.json", type=click.Path(path_type=Path), help="Print the change since OLD.json.")
@@ -86,15 +88,18 @@ def command(
     output: str,
     save: Path | None,
     compare: Path | None,
+    **wanted: Any,
 ) -> None:
     """Measure prefill and decoding beside stock llama.cpp computing the same shape and types densely.
 
-    All engines run in turn. Generated models are kept in the cache folder.
+    All engines run in turn. Generated models are kept in the cache folder. With a GPU the baseline is the faster of
+    llama.cpp -ngl N and -ngl 99 with FFNs on the CPU, each with as much as fits in the same memory.
     """
     from tsconv.bench.clients import ClientsRow, measure_clients
     from tsconv.bench.compare import DENSE_DRELU, STOCK
     from tsconv.bench.compare import compare as measure
     from tsconv.bench.generate import PRESETS, generated
+    from tsconv.bench.gpu import NO_GPU, Wanted
     from tsconv.bench.suite import run_suite
     from tsconv.bench.workload import parse_counts, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
@@ -106,8 +111,11 @@ def command(
         raise click.UsageError(f"--suite decides about {option} itself.")
     if clients is not None and (suite or tests or baseline != STOCK):
         raise click.UsageError("--clients goes with one model, without --test and --baseline.")
+    if baseline != STOCK and wanted["n_gpu_layers"] not in ("auto", 0):
+        raise click.UsageError(f"-ngl goes with --baseline {STOCK} only.")
     workloads = list(dict.fromkeys(map(parse_workload, tests or ("pp512", "tg128"))))
     n_threads = parse_counts(threads) if threads is not None else None
+    gpu = Wanted(**wanted) if baseline == STOCK else NO_GPU
     baselines = (STOCK, DENSE_DRELU) if baseline == DENSE_DRELU else (baseline,)
     old = read_results(compare) if compare is not None else {}
     if save is not None:
@@ -116,11 +124,11 @@ def command(
     progress = say if sys.stderr.isatty() else lambda line: None
     parts: Iterator[Sequence[Row] | Sequence[ClientsRow]]
     if suite:
-        parts = run_suite(suite, baselines=baselines, n_threads=n_threads, say=say, progress=progress)
+        parts = run_suite(suite, baselines=baselines, n_threads=n_threads, gpu=gpu, say=say, progress=progress)
     else:
         n_layer = layers or PRESETS[shape].n_layer
         path = Path(model) if model else generated(shape, n_layer, outtype, say, predictor_outtype=predictor_outtype)
-        options: dict[str, Any] = {"repetitions": repetitions, "progress": progress}
+        options: dict[str, Any] = {"repetitions": repetitions, "gpu": gpu, "progress": progress}
         if clients is None:
             parts = iter([measure(path, workloads, baselines=baselines, n_threads=n_threads, **options)])
         else:

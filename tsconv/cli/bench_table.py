@@ -147,9 +147,11 @@ def _markdown(rows: Sequence[Row]) -> str:
                 f"{row.bandwidth_share:.0%} of {row.memory_gbps:.1f}",
             )
         )
+    shares = dict.fromkeys(f"{row.gpu_share}. {row.baseline}: {row.dense_gpu_share}" for row in rows if row.gpus)
     machine = dict.fromkeys(f"{row.cpu_info}; {row.backend}; {row.build}" for row in rows)
     return (
         _table(speed, left=("model", "size", "predictor", "test", "baseline"))
+        + "".join(f"\n{line}\n" for line in shares)
         + (NOREPACK_NOTE if any(row.baseline == NOREPACK for row in rows) else "")
         + "\nWhere the time of a step goes, in ms (a step: a token of each sequence; pp: the batch):\n\n"
         + _table(list(dict.fromkeys(parts)), left=("model", "test"))  # the same beside every baseline
