@@ -303,7 +303,7 @@ def test_bench(tmp_path, model):
         "--test",
         "tg4",
         "--vram-budget",
-        budget,
+        f"{budget}B",
         "--save",
         tmp_path / "rows.json",
     ]
