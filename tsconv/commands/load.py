@@ -135,7 +135,7 @@ def load_on_machine(
         n_ctx=n_ctx,
         n_threads=chosen.n_threads,
         header=choice.header,
-        **choice.gpu(n_gpu_layers, vram_budget, gpus() if may_have_gpus() else ()),
+        **choice.gpu(n_gpu_layers, vram_budget, gpus() if n_gpu_layers == AUTO and may_have_gpus() else ()),
         **kwargs,
     )
     try:

@@ -71,7 +71,7 @@ def gpu_libraries() -> list[Path]:
 
 def may_have_gpus() -> bool:
     """Whether llama.cpp has a GPU's backend at all, which costs little to know; drivers are not asked."""
-    return bool(gpu_modules() or gpu_libraries() or _in_this_process())
+    return bool(gpu_modules() or gpu_libraries() or _handles())
 
 
 def gpus() -> list[Gpu]:
@@ -79,7 +79,7 @@ def gpus() -> list[Gpu]:
     with _lock:
         for path in gpu_modules():
             _load(path)
-    return _in_this_process()
+    return [_gpu(*handle) for handle in _handles()]
 
 
 def gpus_elsewhere() -> list[Gpu]:
@@ -102,7 +102,9 @@ def gpus_elsewhere() -> list[Gpu]:
         return [Gpu(**found) for found in json.loads(done.stdout)]
     except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise BackendError("llama.cpp's GPU backends", found=lines[-1], fix="-ngl 0 computes without") from None
+        raise BackendError(
+            "llama.cpp's GPU backends cannot be asked", found=lines[-1], fix="-ngl 0 computes without"
+        ) from None
 
 
 def gpu_pointer(name: str) -> int:
@@ -128,22 +130,23 @@ def _load(path: Path) -> bool:
         return _functions().ggml_backend_load(os.fsencode(path)) is not None
 
 
-def _in_this_process() -> list[Gpu]:
+def _handles() -> list[tuple[int, bool]]:
+    """ggml_backend_dev_t of the GPUs of this process, and whether each is integrated."""
     lib = _functions()
-    found = []
-    for i in range(lib.ggml_backend_dev_count()):
-        device = lib.ggml_backend_dev_get(i)
-        kind = lib.ggml_backend_dev_type(device)
-        if kind not in (GPU, INTEGRATED_GPU):
-            continue
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name, description = (
-            function(device).decode(errors="replace")
-            for function in (lib.ggml_backend_dev_name, lib.ggml_backend_dev_description)
-        )
-        found.append(Gpu(name, description, free.value, total.value, kind == INTEGRATED_GPU))
-    return found
+    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    kinds = [(device, lib.ggml_backend_dev_type(device)) for device in devices]
+    return [(device, kind == INTEGRATED_GPU) for device, kind in kinds if kind in (GPU, INTEGRATED_GPU)]
+
+
+def _gpu(device: int, is_integrated: bool) -> Gpu:
+    lib = _functions()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    name, description = (
+        function(device).decode(errors="replace")
+        for function in (lib.ggml_backend_dev_name, lib.ggml_backend_dev_description)
+    )
+    return Gpu(name, description, free.value, total.value, is_integrated)
 
 
 @cache

@@ -127,17 +127,20 @@ def choose(
         ModelFileError: the header lacks a dimension.
     """
     n_layer = shape_of(header)[0]
+    wanted = _number(n_gpu_layers)
+    if wanted == 0:
+        return Offload(0, n_layer + 1)
     gpus = _named(there, device, main_gpu)
     named = device is not None or main_gpu is not None
-    wanted = _number(n_gpu_layers)
-    if wanted is None and not named:
-        gpus = [gpu for gpu in gpus if not gpu.is_integrated]
+    discrete = [gpu for gpu in gpus if not gpu.is_integrated]
+    if not named and (wanted is None or discrete):  # llama.cpp too takes integrated ones only where there is no other
+        gpus = discrete
     costs = layer_bytes(header, n_ctx)
     if wanted is None:
         n = layers_that_fit(costs, room_on(gpus, vram_budget))
     else:
         n = n_layer + 1 if wanted < 0 else min(wanted, n_layer + 1)
-        if n and not gpus:
+        if not gpus:
             raise TsconvError(
                 "layers for a GPU",
                 expected="a GPU that llama.cpp has a backend for",
