@@ -311,7 +311,7 @@ def _result(
         neuron_order=CHECKPOINT if ordered is None else HOT_FIRST,
         ffn_layout=plan.ffn_layout,
         tensors=(*_shown("model", plan.model), *_shown("sidecar", plan.sidecar)),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *plan.no_gain_notes),
         type_notes=plan.type_notes,
         model_bytes=model_bytes,
         sidecar_bytes=sidecar_bytes,

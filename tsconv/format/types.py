@@ -216,3 +216,15 @@ def fallback_note(output: Output, choice: Choice) -> str | None:
     if choice.wanted == q3_nl.KIND and choice.kind == T.Q4_0:
         reason = f"which is for a multiple of {PANEL_ROWS} rows, of at most {q3_nl.MAX_COLUMNS} weights"
     return f"{output.name}: {type_name(choice.kind)} instead of {type_name(choice.wanted)}, {reason}"
+
+
+def no_gain_notes(choices: Iterable[Choice]) -> list[str]:
+    """A line for each type that was asked for of several tensors and that none has, all having the same other one."""
+    found: dict[GGMLQuantizationType, list[GGMLQuantizationType]] = {}
+    for choice in choices:
+        found.setdefault(choice.wanted, []).append(choice.kind)
+    return [
+        f"no tensor has a shape for {type_name(wanted)}: asking for {type_name(kinds[0])} gives the same weights"
+        for wanted, kinds in found.items()
+        if wanted not in kinds and len(kinds) > 1 and len(set(kinds)) == 1
+    ]

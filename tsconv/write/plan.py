@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from tsconv.arch.match import Matched
 from tsconv.errors import TsconvError
 from tsconv.format import layouts
-from tsconv.format.types import FC1, FC2, Choice, fallback_note
+from tsconv.format.types import FC1, FC2, Choice, fallback_note, no_gain_notes
 from tsconv.transform import q3_nl, qkv
 from tsconv.transform.bundles import GATE, names_of_layer
 from tsconv.transform.neuron_order import Order
@@ -88,12 +88,14 @@ class Plan:
         sidecar: without jobs where the checkpoint has no predictors.
         bundles: gate, up and down of each layer by the name of the gate; empty where they are plain rows.
         type_notes: a line for each tensor that has another type than the one asked for.
+        no_gain_notes: a line for each type that no tensor has.
     """
 
     model: FilePlan
     sidecar: FilePlan
     bundles: dict[str, tuple[Job, Job, Job]]
     type_notes: tuple[str, ...]
+    no_gain_notes: tuple[str, ...]
 
     @property
     def ffn_layout(self) -> str:
@@ -136,6 +138,7 @@ def make_plan(
         sidecar=FilePlan(jobs[n_model:], _tensors(jobs[n_model:], fuse_qkv)),
         bundles=_bundles(jobs, ffn_layout, has_predictor=bool(sidecar)),
         type_notes=tuple(note for note in notes if note),
+        no_gain_notes=(*no_gain_notes(choices[:n_model]), *no_gain_notes(choices[n_model:])),
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 
 from support import ROOT
@@ -77,6 +78,22 @@ def test_a_type_that_does_not_fit_is_said(tmp_path: Path, run: Run) -> None:
     checkpoint = save(tmp_path / "Tiny", shape, random_tensors(shape))
     _, stderr = run(checkpoint, "--outfile", tmp_path / "m.gguf", "--predictor-outtype", "q8_0")
     assert stderr == "note: blk.0.ffn_pred_fc2.weight: f16 instead of q8_0, whose blocks of 32 do not divide its rows\n"
+
+
+def test_a_type_that_gains_nothing_is_said(tmp_path: Path, run: Run) -> None:
+    """Rows of 64 have room for blocks of 32 alone."""
+    shape = Shape(320, 64, 96, 4, 2, 2, ranks=(32, 64))
+    checkpoint = save(tmp_path / "Tiny", shape, random_tensors(shape))
+    _, stderr = run(checkpoint, "--outfile", tmp_path / "k.gguf", "--outtype", "q4_K")
+    same = "note: no tensor has a shape for q4_K: asking for q5_0 gives the same weights\n"
+    assert stderr.startswith(same)
+    _, stderr = run(checkpoint, "--outfile", tmp_path / "m.gguf", "--outtype", "q5_0")
+    assert "no tensor has" not in stderr
+    k, five = (
+        {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("k.gguf", "m.gguf")
+    )
+    assert k == five
 
 
 def test_q3_nl_that_does_not_fit_is_said(tmp_path: Path, run: Run) -> None:
