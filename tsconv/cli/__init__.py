@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import click
 
 from tsconv import __version__
+from tsconv.cli.lazy import LazyGroup
 from tsconv.cli.output import forget_unwritten, prepare_streams, say
 from tsconv.errors import TsconvError
 
@@ -23,34 +23,18 @@ COMMANDS = {
     "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),
     "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),
     "inspect": ("tsconv.cli.inspect", "Show what is in a converted model, sidecar or statistics."),
-    "perplexity": ("tsconv.cli.perplexity", "Measure what a conversion costs: perplexity, KL divergence."),
+    "eval": ("tsconv.cli.eval", "Measure how good a model is: perplexity, KL divergence."),
+    "perplexity": ("tsconv.cli.perplexity", "Another name of tsconv eval ppl."),
     "bench": ("tsconv.cli.bench", "Measure speed beside stock llama.cpp, dense."),
     "doctor": ("tsconv.cli.doctor", "Check this installation and say how to mend it."),
 }
 
 
-COMPUTE = ("run", "serve", "perplexity", "profile")  # their threads wait for one another
+COMPUTE = ("run", "serve", "eval", "perplexity", "profile")  # their threads wait for one another
 LOOK_SECONDS = 0.1  # for which these look whether the machine is busy
 
 
-class LazyGroup(click.Group):
-    """A group whose subcommands are imported when they are called: `tsconv --help` must not pay for torch."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _ = COMMANDS[cmd_name]
-        return importlib.import_module(module).command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, modules=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="tsconv")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -138,6 +138,33 @@ def gpu_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def eval_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How a text is taken, passed on as n_ctx, chunks, n_batch."""
+    for option in reversed(
+        (
+            click.option(
+                "-c",
+                "--ctx-size",
+                "n_ctx",
+                type=click.IntRange(min=4),
+                help="Tokens of a window.  [default: 512]",
+            ),
+            click.option("--chunks", type=click.IntRange(min=1), help="At most so many windows.  [default: all]"),
+            click.option(
+                "-b",
+                "--batch-size",
+                "n_batch",
+                type=click.IntRange(min=1),
+                default=2048,
+                show_default=True,
+                help="Tokens computed together: several windows, or a part of one.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Callback that refuses nan and inf, which a FloatRange lets through."""
     if value is not None and not math.isfinite(value):

@@ -1,7 +1,8 @@
-"""`tsconv perplexity`: what a conversion costs in quality."""
+"""`tsconv eval ppl`, of which `tsconv perplexity` is another name: what a conversion costs in quality."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from tsconv.cli.options import (
+    eval_options,
     gpu_options,
     model_option,
     predictor_option,
@@ -19,8 +21,10 @@ from tsconv.cli.options import (
 )
 from tsconv.cli.output import echo, json_text
 
+DEFAULT_CONTEXT = 512
 
-@click.command("perplexity")
+
+@click.command("ppl")
 @model_option
 @click.option(
     "-f",
@@ -30,9 +34,24 @@ from tsconv.cli.output import echo, json_text
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text to predict.",
 )
-@click.option("--baseline", metavar="FILE", help="Another conversion of the same checkpoint, f32 say, to diverge from.")
-@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens.")
-@click.option("--chunks", type=click.IntRange(min=1), help="At most so many pieces of the text.  [default: all]")
+@click.option(
+    "--method",
+    type=click.Choice(["half", "all"]),
+    help="half: llama-perplexity's, which scores the second half of each window. all: scores every token.  "
+    "[default: half; all with --baseline]",
+)
+@click.option(
+    "--baseline",
+    metavar="FILE",
+    help="With --method all: another conversion of the same checkpoint, f32 say, to diverge from.",
+)
+@click.option(
+    "--save-base",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the log probabilities for tsconv eval kld or llama-perplexity --kl-divergence.",
+)
+@eval_options
 @threads_option
 @sparsity_option
 @predictor_option
@@ -42,16 +61,72 @@ def command(
     *,
     model: str,
     text: Path,
+    method: str | None,
+    baseline: str | None,
+    save_base: Path | None,
+    n_ctx: int | None,
+    n_batch: int,
+    **options: Any,
+) -> None:
+    """Measure perplexity on a text: llama-perplexity's figures, with its error.
+
+    tsconv eval kld measures the divergence from another model.
+    """
+    n_ctx = n_ctx or DEFAULT_CONTEXT
+    method = method or ("all" if baseline else "half")
+    if method == "half" and baseline is not None:
+        raise click.UsageError("--baseline goes with --method all; tsconv eval kld compares as llama-perplexity does.")
+    if method == "all" and save_base is not None:
+        raise click.UsageError("--save-base goes with --method half.")
+    if method == "all":
+        _all_tokens(model, text, baseline, n_ctx, **options)
+    else:
+        _second_halves(model, text, save_base, n_ctx, n_batch, **options)
+
+
+def _second_halves(
+    model: str,
+    text: Path,
+    save_base: Path | None,
+    n_ctx: int,
+    n_batch: int,
+    *,
+    chunks: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from tsconv.eval.base_file import BaseWriter
+    from tsconv.eval.ppl import measure_ppl
+    from tsconv.eval.windows import windows
+    from tsconv.runtime.model import load
+
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(contextlib.closing(load(model, n_ctx=256, **options)))
+        texts = windows(found, text.read_bytes(), n_ctx, chunks)
+        warn_of_long_context(found, n_ctx)
+        base = None if save_base is None else stack.enter_context(BaseWriter(save_base, texts, found.n_vocab()))
+        show = (lambda n, so_far: None) if as_json else (lambda n, so_far: echo(f"[{n}]{so_far:.4f},", nl=False))
+        result = measure_ppl(found, texts, n_batch=n_batch, base=base, progress=show)
+    speed = result.n_windows * n_ctx / result.seconds
+    if as_json:
+        echo(json_text({"model": model} | dataclasses.asdict(result) | {"tokens_per_s": speed}))
+        return
+    echo()
+    echo(f"Final estimate: PPL = {result.perplexity:.4f} +/- {result.error:.5f}")
+    echo(f"neurons: {result.predicted:.1%} predicted, {result.active:.1%} active; {speed:.1f} tokens/s")
+
+
+def _all_tokens(
+    model: str,
+    text: Path,
     baseline: str | None,
     n_ctx: int,
+    *,
     chunks: int | None,
-    n_threads: int | None,
-    sparsity: str | None,
-    predictor_path: str | None,
     as_json: bool,
-    **gpu: Any,
+    predictor_path: str | None,
+    **options: Any,
 ) -> None:
-    """Measure perplexity on a text, and the KL divergence from another conversion."""
     from tqdm import tqdm
 
     from tsconv.eval.perplexity import check_baseline, measure, pieces
@@ -61,7 +136,7 @@ def command(
     mine, theirs = (read_model(Path(model)), read_model(Path(baseline))) if baseline else (None, None)
     if mine and theirs:
         check_baseline(mine, theirs)
-    options = {"n_ctx": n_ctx, "n_threads": n_threads, "sparsity": sparsity, **gpu}
+    options |= {"n_ctx": n_ctx}
     found = load(model, predictor_path=predictor_path, header=mine, **options)
     other = load(baseline, header=theirs, **options) if baseline else None
     sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]

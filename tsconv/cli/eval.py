@@ -1,0 +1,17 @@
+"""`tsconv eval`: how good a model is."""
+
+from __future__ import annotations
+
+import click
+
+from tsconv.cli.lazy import LazyGroup
+
+MODULES = {
+    "ppl": ("tsconv.cli.perplexity", "Measure perplexity on a text, as llama-perplexity does."),
+    "kld": ("tsconv.cli.kld", "Measure the KL divergence from another model, as llama-perplexity does."),
+}
+
+
+@click.group("eval", cls=LazyGroup, modules=MODULES)
+def command() -> None:
+    """Measure how good a converted model is."""
