@@ -113,14 +113,14 @@ class Row:
     dense_peak_bytes: int
     load_seconds: float
     dense_load_seconds: float
-    gpus: str
-    gpu_share: str
-    dense_gpu_share: str
-    vram_bytes: int
-    dense_vram_bytes: int
     cpu_info: str
     backend: str
     build: str
+    gpus: str = ""
+    gpu_share: str = ""
+    dense_gpu_share: str = ""
+    vram_bytes: int = 0
+    dense_vram_bytes: int = 0
 
 
 class _Worker:

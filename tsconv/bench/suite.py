@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tsconv.bench.compare import Row, compare
 from tsconv.bench.generate import PRESETS, drop_from_page_cache, generated
-from tsconv.bench.gpu import Wanted
+from tsconv.bench.gpu import NO_GPU, Wanted
 from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.machine.limits import available_memory
@@ -83,7 +83,7 @@ def run_suite(
     *,
     baselines: Sequence[str],
     n_threads: Sequence[int] | None,
-    gpu: Wanted,
+    gpu: Wanted = NO_GPU,
     say: Callable[[str], None],
     progress: Callable[[str], None],
 ) -> Iterator[list[Row]]:

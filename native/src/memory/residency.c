@@ -321,13 +321,14 @@ static void place(struct tsffn_model * model, const struct pages * pages, uint32
             placed->random += pages->cold[i].end - pages->cold[i].begin;
         }
     }
+    // So do locks: where they end within a huge page of the file, its other pages leave the process's page tables.
+    if ((flags & TSFFN_PLACE_LOCK) != 0) {
+        lock_hottest_first(model, pages, sidecar, placed);
+    }
     const bool prefaults = (flags & TSFFN_PLACE_PREFAULT) != 0;
     if (prefaults) {
         prefault(&sidecar, 1, &placed->prefault_errno);
         prefault(pages->hot, pages->n_hot, &placed->prefault_errno);
-    }
-    if ((flags & TSFFN_PLACE_LOCK) != 0) {
-        lock_hottest_first(model, pages, sidecar, placed);
     }
     const bool believe = prefaults && placed->prefault_errno == 0;
     placed->sidecar_resident = resident(&sidecar, 1, believe);
