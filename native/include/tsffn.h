@@ -68,6 +68,22 @@ TSFFN_API uint64_t tsffn_model_file_bytes(const struct tsffn_model * model);
 // called before llama.cpp loads the model, piece by piece, where the file fits in memory. Returns 0 or an errno.
 TSFFN_API int tsffn_model_cache(const struct tsffn_model * model, uint64_t offset, uint64_t size);
 
+// Models larger than memory: neurons are read from the file when they are needed, and those that are used most often
+// are kept in `bytes` of memory. To be called once, before llama.cpp loads the model. The predictors are read into
+// memory now and stay there. Where the bytes are too few it returns false and writes one line to `error`.
+TSFFN_API bool tsffn_model_stream(struct tsffn_model * model, uint64_t bytes, char * error, size_t error_size);
+// The model file as a stdio stream (FILE *) for llama_model_load_from_file_ptr with LLAMA_LOAD_MODE_NONE, which reads
+// nothing of what tsffn_model_stream keeps from being loaded: the FFN weights, but for the first bytes of each tensor,
+// are passed over. The caller closes it. NULL without memory.
+TSFFN_API void * tsffn_model_file(struct tsffn_model * model);
+// Reads neurons of each FFN, the first ones, into what tsffn_model_stream has kept for them, about `bytes` more in this
+// call. *filled: bytes that are there now, of *room; a call that changes nothing is the last. False with one line in
+// `error` where the file cannot be read, or without tsffn_model_stream.
+TSFFN_API bool tsffn_model_fill(struct tsffn_model * model, uint64_t bytes, uint64_t * filled, uint64_t * room,
+                                char * error, size_t error_size);
+// How it reads: "io_uring", or "threads" where the system does not allow that; NULL without tsffn_model_stream.
+TSFFN_API const char * tsffn_model_reads(const struct tsffn_model * model);
+
 // What the model was opened with; TSFFN_SPARSITY_DEFAULT and 0 for NULL.
 TSFFN_API enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model);
 TSFFN_API int32_t tsffn_model_n_layer(const struct tsffn_model * model);
@@ -89,6 +105,12 @@ struct tsffn_layer_stats {
     uint64_t single_ops;   // operations computed alone because the graph was cut between them
     uint64_t ns_attention; // from the end of the FFN of the layer before to the start of this one, in the same graph:
                            // what llama.cpp computes in between (norms, attention, router). 0 for layer 0
+    // Of a model whose neurons are read from disk (tsffn_model_stream).
+    uint64_t needed;     // neurons, each once for a tile of up to 64 rows
+    uint64_t missing;    // of these, not in memory
+    uint64_t reads;      // of the disk
+    uint64_t bytes_disk; // that these read
+    uint64_t ns_disk;    // in which a thread waited for them
 };
 TSFFN_API bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats);
 TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);

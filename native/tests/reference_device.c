@@ -95,7 +95,7 @@ static double dot(const struct scratch * s, const struct tsffn_weights * m, int6
 static double dot_part(const struct scratch * s, const struct tsffn_layer * layer, const struct tsffn_neurons * neurons,
                        enum tsffn_part part, int64_t i, const double * x) {
     const int32_t neuron = (int32_t)i;
-    tsffn_neurons_announce(neurons, &neuron, 1);
+    tsffn_neurons_announce(neurons, &neuron, NULL, 1);
     tsffn_neurons_await(neurons, &neuron, 1);
     const double sum = dot_row(s, layer->types[part], tsffn_neuron_row(neurons, part, i), layer->n_embd, x);
     tsffn_neurons_release(neurons, &neuron, 1);

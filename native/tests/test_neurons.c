@@ -30,18 +30,26 @@ struct moving {
     uint8_t nothing[SLOT_BYTES];
     const uint8_t * table[N_FF];
     int users[N_FF]; // announced and not yet released
+    int n_held;      // the sum of these
     bool there[N_FF];
     uint64_t n_announced, n_awaited;
     pthread_mutex_t mutex;
 };
 
-static void announce(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+static int64_t room_for; // neurons
+
+static void announce(const struct tsffn_neurons * neurons, const int32_t * list, const uint64_t * rows, int64_t n) {
     struct moving * m = neurons->state;
     pthread_mutex_lock(&m->mutex);
     for (int64_t k = 0; k < n; ++k) {
         CHECK(list[k] >= 0 && list[k] < N_FF && (k == 0 || list[k - 1] < list[k]), "not ascending");
+        CHECK(rows == NULL || rows[k] != 0, "neuron %d is announced for no row", list[k]);
         m->users[list[k]] += 1;
     }
+    m->n_held += (int)n;
+    // Who announces a chunk of its own would wait, which this memory does not.
+    CHECK(m->n_held <= room_for || n <= TSFFN_MIN_ROOM, "%d neurons are held, with room for %d", m->n_held,
+          (int)room_for);
     m->n_announced += (uint64_t)n;
     pthread_mutex_unlock(&m->mutex);
 }
@@ -73,6 +81,7 @@ static void release(const struct tsffn_neurons * neurons, const int32_t * list, 
         const int32_t i = list[k];
         CHECK(m->users[i] > 0, "neuron %d is released more often than announced", i);
         m->users[i] -= 1;
+        m->n_held -= 1;
         if (m->users[i] == 0) {
             memset(m->slots[m->slot_of[i]], GARBAGE, SLOT_BYTES);
             m->table[i] = m->nothing;
@@ -82,7 +91,13 @@ static void release(const struct tsffn_neurons * neurons, const int32_t * list, 
     pthread_mutex_unlock(&m->mutex);
 }
 
-static const struct tsffn_memory moving_memory = {.announce = announce, .await = await, .release = release};
+static int64_t room(const struct tsffn_neurons * neurons) {
+    (void)neurons;
+    return room_for;
+}
+
+static const struct tsffn_memory moving_memory = {
+    .announce = announce, .await = await, .release = release, .room = room};
 static struct moving moving[N_EXPERT];
 
 static struct tsffn_neurons move(struct moving * m, const struct tsffn_neurons * home) {
@@ -230,10 +245,12 @@ static void test_layer(struct tsffn_workspace * ws, const struct tsffn_cpu_layer
                        const struct tsffn_ffn * home) {
     static const int64_t batches[] = {1, 7, MAX_TOKENS};
     static const enum tsffn_op ops[] = {TSFFN_OP_FUSED, TSFFN_OP_GATE, TSFFN_OP_UP, TSFFN_OP_DOWN};
-    for (int k = 0; k < 3 * 3 * 2; ++k) {
+    for (int k = 0; k < 3 * 3 * 2 * 2; ++k) {
         const int64_t n_tokens = batches[k % 3];
-        const bool moe = k / 9 == 1;
+        const bool moe = k / 9 % 2 == 1;
         struct tsffn_call call = {.n_threads = 1 + k / 3 % 3};
+        // All at once, or in two rounds for each FFN.
+        room_for = k / 18 == 0 ? N_EXPERT * N_FF : TSFFN_MIN_ROOM;
         for (size_t op = 0; op < sizeof(ops) / sizeof(ops[0]); ++op) {
             call.op = ops[op];
             test_call(ws, *layer, home, call, n_tokens, moe, false);

@@ -33,6 +33,11 @@ def test_program(native_tests, name):
     assert "ref: ok" in done.stdout
 
 
+def test_neuron_cache(native_tests):
+    done = subprocess.run([native_tests / "test_neuron_cache"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "io_uring: ok\nthreads: ok\n"), done.stderr
+
+
 def test_measure(native_tests):
     done = subprocess.run([native_tests / "test_measure"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "measure: ok\n"), done.stderr

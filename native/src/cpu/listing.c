@@ -53,7 +53,7 @@ void tsffn_bring_chunk(const struct segment * g, int64_t i0, int64_t i1) {
     if (neurons->memory != NULL) {
         int32_t list[CHUNK_NEURONS];
         const int n = chunk_list(i0, i1, list);
-        tsffn_neurons_announce(neurons, list, n);
+        tsffn_neurons_announce(neurons, list, NULL, n);
         tsffn_neurons_await(neurons, list, n);
     }
 }
@@ -108,15 +108,52 @@ void tsffn_list_neurons(const struct segment * g) {
         }
     }
     *part.n = (int32_t)n;
-    tsffn_neurons_announce(&g->ffn->neurons, part.neuron, n);
     g->own->counts.predicted += (uint64_t)products;
     tsffn_clear_h(g, part.begin, part.end);
     tsffn_count_neurons(g, part.end - part.begin);
 }
 
-void tsffn_release_neurons(const struct segment * g) {
-    const struct own_part part = own_part(g);
-    tsffn_neurons_release(&g->ffn->neurons, part.neuron, *part.n);
+// The first of n ascending numbers that is at least i.
+static int64_t lower_bound(const int32_t * numbers, int64_t n, int64_t i) {
+    int64_t begin = 0;
+    while (begin < n) {
+        const int64_t middle = begin + (n - begin) / 2;
+        if (numbers[middle] < i) {
+            begin = middle + 1;
+        } else {
+            n = middle;
+        }
+    }
+    return begin;
+}
+
+int64_t tsffn_room(const struct shared * s) {
+    const struct tsffn_neurons * neurons = &s->layer->ffns[0].neurons;
+    return neurons->memory != NULL ? neurons->memory->room(neurons) : INT64_MAX;
+}
+
+// Where the thread's list is within a round.
+static void places_of_round(const struct own_part * part, struct round round, int64_t * begin, int64_t * end) {
+    *begin = lower_bound(part->neuron, *part->n, round.begin);
+    *end = lower_bound(part->neuron, *part->n, round.end);
+}
+
+void tsffn_announce_round(const struct segment * g, struct round round) {
+    if (g->ffn->neurons.memory != NULL) {
+        const struct own_part part = own_part(g);
+        int64_t begin, end;
+        places_of_round(&part, round, &begin, &end);
+        tsffn_neurons_announce(&g->ffn->neurons, part.neuron + begin, part.rows + begin, end - begin);
+    }
+}
+
+void tsffn_release_round(const struct segment * g, struct round round) {
+    if (g->ffn->neurons.memory != NULL) {
+        const struct own_part part = own_part(g);
+        int64_t begin, end;
+        places_of_round(&part, round, &begin, &end);
+        tsffn_neurons_release(&g->ffn->neurons, part.neuron + begin, end - begin);
+    }
 }
 
 // A row's share of thread t begins with the first block before which there are at least t n-ths of what it needs.
@@ -161,27 +198,16 @@ static uint64_t rows_of_share(const struct segment * g, const struct neuron_shar
     return rows;
 }
 
-void tsffn_begin_walk(const struct segment * g, struct walk * w) {
+void tsffn_begin_walk(const struct segment * g, struct round round, struct walk * w) {
+    // A round begins with a chunk: which chunks are a thread's does not depend on the rounds.
+    const int64_t chunk = round.begin / CHUNK_NEURONS;
     w->has_share = g->s->predicts;
-    w->next = w->has_share ? 0 : g->ith;
+    w->round = round;
+    w->next = w->has_share ? 0 : chunk + ((int64_t)g->ith - chunk % g->nth + g->nth) % g->nth;
     w->k = w->end = 0;
     if (w->has_share) {
         find_share(g, &w->share);
     }
-}
-
-// The first of n ascending numbers that is at least i.
-static int64_t lower_bound(const int32_t * numbers, int64_t n, int64_t i) {
-    int64_t begin = 0;
-    while (begin < n) {
-        const int64_t middle = begin + (n - begin) / 2;
-        if (numbers[middle] < i) {
-            begin = middle + 1;
-        } else {
-            n = middle;
-        }
-    }
-    return begin;
 }
 
 // Goes to the next list or chunk that has neurons.
@@ -189,8 +215,8 @@ static bool next_places(const struct segment * g, struct walk * w) {
     const struct needed * needed = &g->s->needed;
     const int64_t n_ff = g->s->layer->n_ff;
     if (!w->has_share) { // all neurons are listed
-        w->k = min_i64(w->next * CHUNK_NEURONS, n_ff);
-        w->end = min_i64(w->k + CHUNK_NEURONS, n_ff);
+        w->k = min_i64(w->next * CHUNK_NEURONS, w->round.end);
+        w->end = min_i64(w->k + CHUNK_NEURONS, w->round.end);
         w->next += g->nth;
         return w->k < w->end;
     }
@@ -198,8 +224,8 @@ static bool next_places(const struct segment * g, struct walk * w) {
         const int64_t begin = first_neuron(n_ff, (int)w->next, g->nth);
         const int32_t * list = needed->neuron + g->index * n_ff + begin;
         const int64_t n = needed->n[g->index * g->nth + w->next];
-        w->k = begin + lower_bound(list, n, w->share.first_of_any);
-        w->end = begin + lower_bound(list, n, w->share.end_of_any);
+        w->k = begin + lower_bound(list, n, max_i64(w->share.first_of_any, w->round.begin));
+        w->end = begin + lower_bound(list, n, min_i64(w->share.end_of_any, w->round.end));
         if (w->k < w->end) {
             ++w->next;
             return true;

@@ -12,10 +12,20 @@ void tsffn_hidden_layer(const struct shared * s, const struct tile * tile);
 // `end`: of the stream of fc2's rows.
 void tsffn_mask_neurons(const struct segment * segment, int64_t i0, int64_t i1, int64_t end, uint64_t * mask);
 
-// listing.c. Phase B: lists the neurons that are on, of the thread's part of fc2, and announces them.
+// listing.c. Phase B: lists the neurons that are on, of the thread's part of fc2.
 void tsffn_list_neurons(const struct segment * segment);
-// After phase C: the thread's listed neurons are needed no more.
-void tsffn_release_neurons(const struct segment * segment);
+// A round: the neurons [begin, end) of an FFN, whole chunks. All of them, or as many as memory has room for at once.
+struct round {
+    int64_t begin, end;
+};
+static inline struct round all_neurons(const struct segment * segment) {
+    return (struct round){0, segment->s->layer->n_ff};
+}
+// Each thread announces and releases what it listed itself.
+void tsffn_announce_round(const struct segment * segment, struct round round);
+void tsffn_release_round(const struct segment * segment, struct round round);
+// How many neurons can be announced and not yet released.
+int64_t tsffn_room(const struct shared * s);
 // Between these two the neurons [i0, i1), at most CHUNK_NEURONS, are there, for a mode that lists none.
 void tsffn_bring_chunk(const struct segment * segment, int64_t i0, int64_t i1);
 void tsffn_release_chunk(const struct segment * segment, int64_t i0, int64_t i1);
@@ -37,10 +47,11 @@ struct neuron_share {
 struct walk {
     struct neuron_share share;
     bool has_share;
-    int64_t next;   // thread whose list is next, or chunk
-    int64_t k, end; // what is left of the list or chunk before: places
+    struct round round; // it goes no further
+    int64_t next;       // thread whose list is next, or chunk
+    int64_t k, end;     // what is left of the list or chunk before: places
 };
-void tsffn_begin_walk(const struct segment * segment, struct walk * walk);
+void tsffn_begin_walk(const struct segment * segment, struct round round, struct walk * walk);
 // Fills `list` with the next neurons, at most n_most, with h = 1; they are there.
 void tsffn_next_neurons(const struct segment * segment, int n_most, struct walk * walk, struct worklist * list);
 

@@ -127,11 +127,11 @@ static int chunk_neurons(const struct segment * g) {
     return (int)(fit > FEW_NEURONS ? FEW_NEURONS : fit > 1 ? fit : 1);
 }
 
-// Phase C: gate, up and down of the thread's own neurons.
-static void compute_neurons(const struct segment * g) {
+// Phase C: gate, up and down of the thread's own neurons of a round.
+static void compute_round(const struct segment * g, struct round round) {
     const int n_most = chunk_neurons(g);
     struct walk walk;
-    tsffn_begin_walk(g, &walk);
+    tsffn_begin_walk(g, round, &walk);
     struct worklist * lists = g->own->lists;
     struct tsffn_ask_queue * queue = &g->own->queue;
     for (int k = 0; k < STEPS; ++k) {
@@ -164,7 +164,38 @@ static void compute_neurons(const struct segment * g) {
     }
 }
 
+// Where all that the tile needs has room at once: what is needed is known, and being brought in, before it is computed.
+
+static void list_and_announce(const struct segment * g) {
+    tsffn_list_neurons(g);
+    tsffn_announce_round(g, all_neurons(g));
+}
+
+static void compute_all(const struct segment * g) {
+    compute_round(g, all_neurons(g));
+}
+
+static void release_all(const struct segment * g) {
+    tsffn_release_round(g, all_neurons(g));
+}
+
+// Where it has not. Every row still adds its neurons in ascending order.
+static void compute_in_rounds(const struct segment * g) {
+    const int64_t n_ff = g->s->layer->n_ff, most = tsffn_room(g->s) / CHUNK_NEURONS * CHUNK_NEURONS;
+    for (struct round round = {0, 0}; round.end < n_ff; round.begin = round.end) {
+        round.end = min_i64(round.begin + most, n_ff);
+        tsffn_announce_round(g, round);
+        tsffn_barrier_wait(g->s->barrier, g->nth);
+        compute_round(g, round);
+        tsffn_barrier_wait(g->s->barrier, g->nth);
+        tsffn_release_round(g, round);
+        tsffn_barrier_wait(g->s->barrier, g->nth); // announcing never waits
+    }
+}
+
 void tsffn_sparse_tile(const struct shared * s, const struct tile * tile) {
+    const int64_t n_ffns = min_i64(tile->n_rows, s->layer->n_ffns);
+    const bool fits = tsffn_room(s) / s->layer->n_ff >= n_ffns;
     struct tsffn_counts * counts = &s->own[tile->ith].counts;
     uint64_t ffn_begins = now_ns();
     if (s->predicts) {
@@ -174,7 +205,7 @@ void tsffn_sparse_tile(const struct shared * s, const struct tile * tile) {
         counts->ns_predictor += ffn_begins - begin;
     }
     tsffn_clear_sums(s, tile);
-    tsffn_each_segment(s, tile, tsffn_list_neurons);
+    tsffn_each_segment(s, tile, fits ? list_and_announce : tsffn_list_neurons);
     for (int64_t t = 0; s->copy_bytes != 0 && t < s->call->n_tokens; ++t) {
         tsffn_convert_for_neurons(s, t);
     }
@@ -184,9 +215,11 @@ void tsffn_sparse_tile(const struct shared * s, const struct tile * tile) {
         ffn_begins = now_ns();
         counts->ns_predictor += ffn_begins - begin;
     }
-    tsffn_each_segment(s, tile, compute_neurons);
-    tsffn_barrier_wait(s->barrier, tile->nth);
-    tsffn_each_segment(s, tile, tsffn_release_neurons);
+    tsffn_each_segment(s, tile, fits ? compute_all : compute_in_rounds);
+    if (fits) {
+        tsffn_barrier_wait(s->barrier, tile->nth);
+        tsffn_each_segment(s, tile, release_all);
+    }
     tsffn_reduce(s, tile);
     counts->ns_ffn += now_ns() - ffn_begins;
 }

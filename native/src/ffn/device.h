@@ -77,7 +77,7 @@ struct tsffn_device {
     bool (*compute)(void * scratch, const void * prepared, const struct tsffn_call * call,
                     struct tsffn_counts * counts);
 };
-enum { TSFFN_DEVICE_VERSION = 2 };
+enum { TSFFN_DEVICE_VERSION = 3 };
 
 // cpu/device.c
 extern const struct tsffn_device tsffn_cpu_device;

@@ -40,15 +40,20 @@ struct tsffn_neurons {
 // brought in while the neurons before it are computed.
 //
 // Neurons are in ascending order in every list, and hot ones come first. Any thread of a call may call these, for lists
-// of its own. Several calls at once may need a neuron: it is released as often as it was announced.
+// of its own. Several may await a neuron at once; the one that announced it releases it.
 struct tsffn_memory {
-    void (*announce)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
+    // rows[k] has a bit for each of the call's rows that needs neuron list[k]; NULL: one row needs each.
+    void (*announce)(const struct tsffn_neurons * neurons, const int32_t * list, const uint64_t * rows, int64_t n);
     // Returns when these neurons, which some thread has announced, are there. From then on until they are released
-    // their addresses hold. It never fails: a neuron that cannot be brought in is left where it can be read, in the
-    // mapped file.
+    // their addresses hold. Where one cannot be brought in, its rows are zeros from then on, and the memory's owner
+    // learns at the end of the call that its results are worthless.
     void (*await)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
     void (*release)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
+    // How many neurons, of all FFNs together, can be announced and not yet released; at least TSFFN_MIN_ROOM. A thread
+    // that announces more waits for others to release theirs: it must not hold any itself then.
+    int64_t (*room)(const struct tsffn_neurons * neurons);
 };
+enum { TSFFN_MIN_ROOM = 128 };
 
 // Rows that follow each other from `data` on; those of a matrix whose pieces are not known yet, with `data` NULL.
 static inline struct tsffn_rows tsffn_rows_at(const void * data, int64_t n_rows, size_t row_bytes) {
@@ -79,9 +84,10 @@ static inline const uint8_t * tsffn_neuron_row(const struct tsffn_neurons * neur
     return tsffn_rows_get(&neurons->rows[part], i);
 }
 
-static inline void tsffn_neurons_announce(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+static inline void tsffn_neurons_announce(const struct tsffn_neurons * neurons, const int32_t * list,
+                                          const uint64_t * rows, int64_t n) {
     if (neurons->memory != NULL && n > 0) {
-        neurons->memory->announce(neurons, list, n);
+        neurons->memory->announce(neurons, list, rows, n);
     }
 }
 

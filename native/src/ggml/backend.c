@@ -136,6 +136,12 @@ static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t dev,
                         model->path);
         return NULL;
     }
+    if (model != NULL && model->cache != NULL) {
+        tsffn_log_error("%s: its neurons are read from disk, but it was mapped, which reads all of it: load it with "
+                        "--load-mode dio",
+                        model->path);
+        return NULL;
+    }
     tsffn_release_pages(ptr, size);
     return tsffn_buffer_new(ptr, size, false, model);
 }

@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { ALIGNMENT = 64 };
 
@@ -14,7 +15,9 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
     tsffn_residency_forget(context);
     tsffn_loaded_release(context->model, context->loaded);
     tsffn_model_close(context->model);
-    if (context->owned) {
+    if (context->is_sink) {
+        tsffn_sink_close(&context->sink);
+    } else if (context->owned) {
         free(context->base);
     }
     free(context);
@@ -39,7 +42,12 @@ static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, tsffn_t
         .row_bytes = ggml_row_size(tensor->type, n_embd),
     };
     tensor->extra = (void *)tsffn_loaded_add(&weight, weights.type, weights.data, weights.row_bytes, &context->loaded);
-    const bool ok = tensor->extra != NULL && tsffn_residency_remember(context, &weight, &weights);
+    bool ok = tensor->extra != NULL && tsffn_residency_remember(context, &weight, &weights);
+    const size_t bytes = tsffn_weights_bytes(&weights);
+    if (ok && context->is_sink && bytes > TSFFN_COMPARED_BYTES) {
+        ok = tsffn_sink_share(&context->sink, (char *)tensor->data + TSFFN_COMPARED_BYTES,
+                              bytes - TSFFN_COMPARED_BYTES) == 0;
+    }
     return ok ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
 }
 
@@ -57,7 +65,16 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, tsffn_tensor * tenso
 
 static void buffer_get_tensor(ggml_backend_buffer_t buffer, const tsffn_tensor * tensor, void * data, size_t offset,
                               size_t size) {
-    (void)buffer;
+    const struct tsffn_region * context = buffer->context;
+    const struct tsffn_weight * weight = context->is_sink ? tensor->extra : NULL;
+    if (weight != NULL) { // only the file has it
+        const uint64_t begin = weight->model->ffn_offset[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part];
+        if (pread(weight->model->fd, data, size, (off_t)(begin + offset)) != (ssize_t)size) {
+            tsffn_log_error("%s: %s cannot be read", weight->model->path, tensor->name);
+            memset(data, 0, size);
+        }
+        return;
+    }
     memcpy(data, (const char *)tensor->data + offset, size);
 }
 
@@ -109,8 +126,27 @@ static const char * buffer_type_get_name(ggml_backend_buffer_type_t type) {
     return "TSFFN";
 }
 
+// A buffer that keeps no FFN weights: a model's whose neurons are read from its file.
+static ggml_backend_buffer_t new_sink(size_t size, struct tsffn_model * model) {
+    struct tsffn_sink sink;
+    const int reason = tsffn_sink_open(&sink, size);
+    ggml_backend_buffer_t buffer = reason == 0 ? tsffn_buffer_new(sink.base, size, true, model) : NULL;
+    if (buffer == NULL) {
+        tsffn_log_error("cannot allocate a buffer of %zu bytes: %s", size, strerror(reason));
+        tsffn_sink_close(&sink);
+        return NULL;
+    }
+    struct tsffn_region * region = buffer->context;
+    region->is_sink = true;
+    region->sink = sink;
+    return buffer;
+}
+
 static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     (void)type;
+    if (tsffn_model_armed() != NULL && tsffn_model_armed()->cache != NULL) {
+        return new_sink(size, tsffn_model_armed());
+    }
     void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     if (base == NULL) {
         tsffn_log_error("cannot allocate a buffer of %zu bytes", size);

@@ -4,6 +4,7 @@
 // the same result.
 #include "graph.h"
 
+#include "../memory/neuron_cache.h"
 #include "load.h"
 #include "log.h"
 #include "weight.h"
@@ -155,6 +156,29 @@ static bool open_device(struct tsffn_stream * stream, const struct tsffn_weight 
     return stream->device != NULL;
 }
 
+// A call of a model whose neurons are read from disk has what is kept of them for itself.
+static void begin_reading(const struct tsffn_weight * weight, const struct tsffn_call * call) {
+    if (weight->model->cache != NULL) {
+        // What was computed of a graph that was cut, or is counted, tells nothing about what text needs.
+        const bool tells = call->op == TSFFN_OP_FUSED && call->profile == NULL;
+        tsffn_neuron_cache_begin(weight->model->cache, weight->layer, tells ? call->n_tokens : 0);
+    }
+}
+
+static bool end_reading(const struct tsffn_weight * weight) {
+    if (weight->model->cache == NULL) {
+        return true;
+    }
+    struct tsffn_cache_counts reads;
+    char error[1024];
+    const bool ok = tsffn_neuron_cache_end(weight->model->cache, &reads, error, sizeof(error));
+    tsffn_model_count_reads(weight->model, weight->layer, &reads);
+    if (!ok) {
+        tsffn_log_error("%s", error);
+    }
+    return ok;
+}
+
 // Computes the rows of `out`, and of `h` where there is one, from activations `x` with the layer of a weight.
 static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
                                 const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
@@ -185,12 +209,17 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
         .profile = profiling ? &profile : NULL,
     };
     struct tsffn_counts counts = {0};
+    begin_reading(weight, &call);
     const bool computed = stream->device->compute(stream->scratch, layer, &call, &counts);
+    const bool read = end_reading(weight);
     if (profiling) {
         tsffn_model_unlock_profile(weight->model);
     }
     if (!computed) {
         return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (!read) {
+        return GGML_STATUS_FAILED;
     }
     if (op == TSFFN_OP_FUSED) {
         // Every graph begins at layer 0, so the layer before was computed in the same one.

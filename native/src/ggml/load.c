@@ -12,9 +12,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// Bytes at the front of a tensor that tell whether it is the file's.
-enum { COMPARED_BYTES = 4096 };
-
 // Brings the model's file into the page cache, before llama.cpp reads it in its own way, unless it is too large for
 // the memory that this process may use. A quarter of that is left for what llama.cpp repacks, the context and others.
 static void cache_what_fits(const struct tsffn_model * model) {
@@ -78,7 +75,7 @@ void tsffn_begin_load(struct tsffn_model * model) {
     memcpy(model->load.other, load.other, sizeof(load.other));
     memset(model->load.claimed, 0, (size_t)model->n_layer * TSFFN_N_PARTS * sizeof(*model->load.claimed));
     pthread_mutex_unlock(&model->residency_mutex);
-    if (load.is_ours && model->armed_for_process) {
+    if (load.is_ours && model->armed_for_process && model->cache == NULL) {
         cache_what_fits(model);
     }
 }
@@ -92,7 +89,7 @@ void tsffn_claim(const struct tsffn_weight * weight) {
 
 // Whether the beginning of weight number i, in memory that llama.cpp has read it into, is that of the model's file.
 static bool is_of_file(const struct tsffn_model * model, int64_t i, const struct tsffn_weights * m) {
-    uint8_t expected[COMPARED_BYTES];
+    uint8_t expected[TSFFN_COMPARED_BYTES];
     const size_t all = tsffn_weights_bytes(m), size = all < sizeof(expected) ? all : sizeof(expected);
     return pread(model->fd, expected, size, (off_t)model->ffn_offset[i]) == (ssize_t)size &&
            memcmp(expected, m->data, size) == 0;

@@ -73,7 +73,7 @@ bool tsffn_residency_remember(struct tsffn_region * region, const struct tsffn_w
         region->weights[weight->layer * TSFFN_N_PARTS + (int64_t)weight->part] = *weights;
     }
     pthread_mutex_unlock(&model->residency_mutex);
-    if (ok && is_first && !region->owned) {
+    if (ok && is_first && (!region->owned || region->is_sink)) {
         start_loading(region);
     }
     return ok;
@@ -83,24 +83,36 @@ static struct span pages_around(uintptr_t begin, uintptr_t end, uintptr_t page) 
     return (struct span){begin / page * page, (end + page - 1) / page * page};
 }
 
-void tsffn_residency_loaded(void) {
+// Makes mappings of their own of the FFNs, and is no other change: pages of files are not dumped. A page fault brings
+// in neighbours (fault-around, large folios), but never those of another mapping.
+static void set_apart(const struct tsffn_weights * m) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const struct span span = pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_weights_bytes(m), page);
+    madvise((void *)span.begin, span.end - span.begin, MADV_DONTDUMP);
+}
+
+void tsffn_residency_loaded(void) {
     pthread_mutex_lock(&loading_mutex);
-    for (; loading != NULL; loading = loading->next_loading) {
-        struct tsffn_model * model = loading->model;
-        const bool released = tsffn_release_mapping(loading->base, loading->size);
+    struct tsffn_region ** link = &loading;
+    while (*link != NULL) {
+        struct tsffn_region * region = *link;
+        struct tsffn_model * model = region->model;
+        if (region->is_sink && model != tsffn_model_armed()) { // another thread may be loading it
+            link = &region->next_loading;
+            continue;
+        }
+        const bool released = !region->is_sink && tsffn_release_mapping(region->base, region->size);
         pthread_mutex_lock(&model->residency_mutex);
-        for (int64_t i = 0; released && i < model->n_layer * TSFFN_N_PARTS; ++i) {
-            const struct tsffn_weights * m = &loading->weights[i];
-            if (m->data != NULL) {
-                // Makes mappings of their own of the FFNs, and is no other change: pages of files are not dumped. A
-                // page fault brings in neighbours (fault-around, large folios), but never those of another mapping.
-                const struct span span =
-                    pages_around((uintptr_t)m->data, (uintptr_t)m->data + tsffn_weights_bytes(m), page);
-                madvise((void *)span.begin, span.end - span.begin, MADV_DONTDUMP);
+        for (int64_t i = 0; i < model->n_layer * TSFFN_N_PARTS; ++i) {
+            const struct tsffn_weights * m = &region->weights[i];
+            if (m->data != NULL && region->is_sink) {
+                tsffn_sink_end((char *)m->data + TSFFN_COMPARED_BYTES, tsffn_weights_bytes(m) - TSFFN_COMPARED_BYTES);
+            } else if (m->data != NULL && released) {
+                set_apart(m);
             }
         }
         pthread_mutex_unlock(&model->residency_mutex);
+        *link = region->next_loading;
     }
     pthread_mutex_unlock(&loading_mutex);
 }
@@ -354,6 +366,10 @@ bool tsffn_model_place(struct tsffn_model * model, const int32_t * hot, size_t n
                               "hot neurons of layer %" PRId64 ", FFN %" PRId64 ": expected 0 to %" PRId64 ", found %d",
                               i / n_ffns, i % n_ffns, model->n_ff, hot[i]);
         }
+    }
+    if (model->cache != NULL) {
+        return tsffn_fail(error, error_size, "%s: its neurons are read from disk: there are no pages of them to place",
+                          model->path);
     }
     tsffn_residency_loaded(); // before anything is brought in
     pthread_mutex_lock(&model->residency_mutex);

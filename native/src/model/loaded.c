@@ -1,5 +1,7 @@
 #include "loaded.h"
 
+#include "../memory/neuron_cache.h"
+
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +84,10 @@ static void set_rows(struct tsffn_loaded * loaded, const struct tsffn_weight * w
     struct tsffn_layer * layer = &loaded->layers[weight->layer];
     layer->types[weight->part] = type;
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
+        if (model->cache != NULL) { // wherever the tensor lies, its rows come from the file
+            layer->ffns[e].neurons = tsffn_neuron_cache_neurons(model->cache, weight->layer, e);
+            continue;
+        }
         const uint8_t * rows = model->bundled ? NULL : data + (size_t)(e * model->n_ff) * row_bytes;
         layer->ffns[e].neurons.rows[weight->part] = tsffn_rows_at(rows, model->n_ff, row_bytes);
     }
@@ -130,7 +136,7 @@ const struct tsffn_weight * tsffn_loaded_add(const struct tsffn_weight * weight,
     if (loaded != NULL) {
         loaded->data[i] = data;
         set_rows(loaded, weight, type, data, row_bytes);
-        if (model->bundled) {
+        if (model->bundled && model->cache == NULL) {
             join_bundles(loaded, weight->layer);
         }
         if (*held != loaded) {
@@ -174,5 +180,6 @@ const void * tsffn_loaded_prepared(const struct tsffn_weight * weight) {
 }
 
 bool tsffn_loaded_has(const struct tsffn_weight * weight, enum tsffn_part part) {
-    return weight->loaded->layers[weight->layer].ffns[0].neurons.rows[part].pieces[0] != NULL;
+    const struct tsffn_rows * rows = &weight->loaded->layers[weight->layer].ffns[0].neurons.rows[part];
+    return rows->pieces[0] != NULL || rows->table != NULL;
 }

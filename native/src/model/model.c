@@ -1,6 +1,7 @@
 // Opening, sharing and closing of a model.
 #include "model.h"
 
+#include "../memory/neuron_cache.h"
 #include "sidecar.h"
 
 #include <stdlib.h>
@@ -53,7 +54,7 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
         tsffn_fail(error, error_size, "out of memory");
         return NULL;
     }
-    model->fd = -1;
+    model->fd = model->sidecar_fd = -1;
     model->computes = device;
     model->activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f);
     model->load.is_ours = true;
@@ -97,8 +98,12 @@ void tsffn_model_close(struct tsffn_model * model) {
     if (model == NULL || atomic_fetch_sub(&model->references, 1) != 1) {
         return;
     }
+    tsffn_neuron_cache_free(model->cache);
     if (model->sidecar != NULL) {
         munmap(model->sidecar, model->sidecar_size);
+    }
+    if (model->sidecar_fd >= 0) {
+        close(model->sidecar_fd);
     }
     if (model->fd >= 0) {
         close(model->fd);
@@ -108,6 +113,7 @@ void tsffn_model_close(struct tsffn_model * model) {
     pthread_mutex_destroy(&model->profile_mutex);
     free(model->path);
     free(model->ffn_offset);
+    free(model->ffn_row_bytes);
     free(model->load.claimed);
     free(model->predictors);
     free(model->pred_scale);

@@ -16,6 +16,8 @@ struct tsffn_predictor {
 
 struct tsffn_region;
 
+struct tsffn_neuron_cache;
+
 struct tsffn_loaded;
 
 // What llama.cpp was told when it loaded the model last: it asks where each weight may go before it loads any.
@@ -33,16 +35,19 @@ struct tsffn_model {
     enum tsffn_sparsity sparsity;
     struct tsffn_activation activation;
     int64_t n_layer, n_embd, n_ff;
-    int64_t n_expert;       // 0 for a dense model
-    bool hot_first;         // the neurons are not in the order of the checkpoint
-    bool bundled;           // gate, up and down of a layer are one matrix of bundles in three pieces
-    char * path;            // of the model file, for messages
-    int fd;                 // the file that was checked
-    uint64_t file_bytes;    //
-    uint64_t device, inode; //
-    uint64_t * ffn_offset;  // [n_layer][TSFFN_N_PARTS] where gate, up and down begin in it
-    void * sidecar;         // the mapped file, NULL in exact mode
+    int64_t n_expert;                  // 0 for a dense model
+    bool hot_first;                    // the neurons are not in the order of the checkpoint
+    bool bundled;                      // gate, up and down of a layer are one matrix of bundles in three pieces
+    char * path;                       // of the model file, for messages
+    int fd;                            // the file that was checked
+    uint64_t file_bytes;               //
+    uint64_t device, inode;            //
+    uint64_t * ffn_offset;             // [n_layer][TSFFN_N_PARTS] where gate, up and down begin in it,
+    size_t * ffn_row_bytes;            // and how long their rows are
+    struct tsffn_neuron_cache * cache; // what neurons are read into; NULL where all are in memory, or mapped
+    void * sidecar;                    // the file, mapped or read; NULL in exact mode
     size_t sidecar_size;
+    int sidecar_fd;
     struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
     const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
     float * threshold;                   // [n_layer]
@@ -76,6 +81,10 @@ void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
 // tsffn_model_unlock_profile.
 bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile);
 void tsffn_model_unlock_profile(struct tsffn_model * model);
+
+// Adds what the neurons of one computation cost that were not in memory.
+struct tsffn_cache_counts;
+void tsffn_model_count_reads(struct tsffn_model * model, int64_t layer, const struct tsffn_cache_counts * counts);
 
 static inline int64_t tsffn_model_ffns_per_layer(const struct tsffn_model * model) {
     return model->n_expert > 0 ? model->n_expert : 1;

@@ -107,7 +107,8 @@ bool tsffn_check_type(const struct tsffn_gguf * file, const struct tsffn_model *
 static bool check_ffn_tensors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     static const char * const parts[TSFFN_N_PARTS] = {"gate", "up", "down"};
     model->ffn_offset = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*model->ffn_offset));
-    if (model->ffn_offset == NULL) {
+    model->ffn_row_bytes = calloc((size_t)model->n_layer * TSFFN_N_PARTS, sizeof(*model->ffn_row_bytes));
+    if (model->ffn_offset == NULL || model->ffn_row_bytes == NULL) {
         return tsffn_fail(file->error, file->error_size, "out of memory");
     }
     const char * suffix = model->n_expert > 0 ? "_exps" : "";
@@ -125,6 +126,7 @@ static bool check_ffn_tensors(const struct tsffn_gguf * file, struct tsffn_model
                 return false;
             }
             model->ffn_offset[layer * TSFFN_N_PARTS + part] = tensor.offset;
+            model->ffn_row_bytes[layer * TSFFN_N_PARTS + part] = ggml_row_size(tensor.type, model->n_embd);
             type_of_gate = part == TSFFN_PART_GATE ? tensor.type : type_of_gate;
             if (model->bundled && tensor.type != type_of_gate) {
                 return tsffn_fail(file->error, file->error_size,

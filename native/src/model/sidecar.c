@@ -2,6 +2,7 @@
 #include "sidecar.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
@@ -286,6 +287,81 @@ bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, con
     }
     const bool ok =
         check_pair(&file, model_path, model, id) && map_sidecar(&file, model) && read_predictors(&file, model);
+    model->sidecar_fd = tsffn_gguf_take_fd(&file);
     tsffn_gguf_close(&file);
     return ok;
+}
+
+// ---- a sidecar that stays in memory
+
+// Bytes that begin at a huge page; NULL without memory.
+static char * allocate_huge(size_t bytes) {
+    enum { HUGE_PAGE = 2 << 20 };
+    char * at = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) {
+        return NULL;
+    }
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t before = (HUGE_PAGE - (uintptr_t)at % HUGE_PAGE) % HUGE_PAGE;
+    const size_t end = (before + bytes + page - 1) / page * page;
+    if (before > 0) {
+        munmap(at, before);
+    }
+    if (end < bytes + HUGE_PAGE) {
+        munmap(at + end, bytes + HUGE_PAGE - end);
+    }
+    madvise(at + before, bytes, MADV_HUGEPAGE);
+    madvise(at + before, bytes, MADV_DONTFORK);
+    return at + before;
+}
+
+// Reads a file, and leaves nothing of it in the page cache. 0 or an errno.
+static int read_past_cache(int fd, char * to, size_t bytes) {
+    enum { PIECE = 8 << 20 };
+    for (size_t done = 0; done < bytes;) {
+        const size_t left = bytes - done;
+        const ssize_t n = pread(fd, to + done, left < PIECE ? left : PIECE, (off_t)done);
+        if (n < 0 && errno != EINTR) {
+            return errno;
+        }
+        if (n == 0) {
+            return ENODATA;
+        }
+        done += n > 0 ? (size_t)n : 0;
+        posix_fadvise(fd, 0, (off_t)done, POSIX_FADV_DONTNEED);
+    }
+    return 0;
+}
+
+// The same place in other memory; NULL stays.
+static const void * moved(const void * at, const void * from, const char * to) {
+    return at != NULL ? to + ((const char *)at - (const char *)from) : NULL;
+}
+
+bool tsffn_keep_sidecar(struct tsffn_model * model, char * error, size_t error_size) {
+    const void * mapped = model->sidecar;
+    if (mapped == NULL) {
+        return true;
+    }
+    char * kept = allocate_huge(model->sidecar_size);
+    if (kept == NULL) {
+        return tsffn_fail(error, error_size, "%s: out of memory for its predictors, %zu bytes", model->path,
+                          model->sidecar_size);
+    }
+    const int reason = read_past_cache(model->sidecar_fd, kept, model->sidecar_size);
+    if (reason != 0) {
+        munmap(kept, model->sidecar_size);
+        return tsffn_fail(error, error_size, "%s: its predictor sidecar cannot be read: %s", model->path,
+                          reason == ENODATA ? "the file is truncated" : strerror(reason));
+    }
+    for (int64_t i = 0; i < model->n_layer * tsffn_model_ffns_per_layer(model); ++i) {
+        model->predictors[i].fc1.data = moved(model->predictors[i].fc1.data, mapped, kept);
+        model->predictors[i].fc2.data = moved(model->predictors[i].fc2.data, mapped, kept);
+    }
+    for (int64_t layer = 0; layer < model->n_layer; ++layer) {
+        model->pred_scale[layer] = moved(model->pred_scale[layer], mapped, kept);
+    }
+    munmap(model->sidecar, model->sidecar_size);
+    model->sidecar = kept;
+    return true;
 }

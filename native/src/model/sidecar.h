@@ -9,4 +9,8 @@
 bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, const char * sidecar_path,
                         const struct tsffn_identity * id, char * error, size_t error_size);
 
+// Reads the mapped sidecar into memory of its own, which the kernel does not take back for other files. Nothing of the
+// model may have been computed with it before.
+bool tsffn_keep_sidecar(struct tsffn_model * model, char * error, size_t error_size);
+
 #endif

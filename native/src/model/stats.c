@@ -1,4 +1,5 @@
 // The counters of a model, which several contexts may add to at once.
+#include "../memory/neuron_cache.h"
 #include "model.h"
 
 #include <string.h>
@@ -19,6 +20,17 @@ void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, 
     stats->ns_predictor += counts->ns_predictor;
     stats->ns_ffn += counts->ns_ffn;
     stats->ns_attention += ns_attention;
+    pthread_mutex_unlock(&model->stats_mutex);
+}
+
+void tsffn_model_count_reads(struct tsffn_model * model, int64_t layer, const struct tsffn_cache_counts * counts) {
+    pthread_mutex_lock(&model->stats_mutex);
+    struct tsffn_layer_stats * stats = &model->stats[layer];
+    stats->needed += counts->needed;
+    stats->missing += counts->missing;
+    stats->reads += counts->reads;
+    stats->bytes_disk += counts->bytes;
+    stats->ns_disk += counts->ns;
     pthread_mutex_unlock(&model->stats_mutex);
 }
 

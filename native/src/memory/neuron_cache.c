@@ -1,0 +1,461 @@
+#define _DEFAULT_SOURCE // madvise
+#include "neuron_cache.h"
+
+#include "../error.h"
+#include "cache_state.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+
+enum {
+    LINE = 64, // parts of a neuron begin at whole cache lines
+    HUGE_PAGE = 2 << 20,
+    FILL_NEURONS = 8192, // of one FFN that are read at once
+};
+
+// What the first neuron of an FFN in hot_first order is worth before any was used, in uses; the last is worth nothing.
+static const float HOTTEST = 10.0f;
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// ---- announce, await, release
+
+// Holds those that are there, or come already. Counts how often neurons are used.
+static void hold_known(struct tsffn_neuron_cache * c, const int32_t * neurons, const uint64_t * rows, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+        const int32_t neuron = neurons[k];
+        c->score[neuron] += c->use * (rows != NULL ? (float)__builtin_popcountll(rows[k]) : 1.0f);
+        if (state_of(c, neuron) != ABSENT) {
+            c->holds[c->slot_of[neuron]] += 1;
+        }
+    }
+}
+
+// Brings in what is not there. After a failure it stays absent, and is not held: nothing comes any more.
+static void hold_missing(struct tsffn_neuron_cache * c, const int32_t * missing, int64_t n) {
+    int64_t begin = 0;
+    for (int64_t k = 0; k < n; ++k) {
+        const int32_t neuron = missing[k];
+        int32_t slot = NOBODY;
+        while (!atomic_load(&c->failed) && (slot = tsffn_cache_take_slot(c)) == NOBODY) {
+            tsffn_cache_ask(c, missing + begin, k - begin);
+            begin = k;
+            pthread_cond_wait(&c->changed, &c->mutex); // until some are released
+        }
+        if (slot == NOBODY) {
+            return;
+        }
+        c->slot_of[neuron] = slot;
+        c->neuron_in[slot] = neuron;
+        c->holds[slot] = 1;
+        set_state(c, neuron, ALL_PARTS);
+    }
+    tsffn_cache_ask(c, missing + begin, n - begin);
+}
+
+static void announce(const struct tsffn_neurons * neurons, const int32_t * list, const uint64_t * rows, int64_t n) {
+    enum { AT_ONCE = 256 };
+    const struct cached_ffn * ffn = neurons->state;
+    struct tsffn_neuron_cache * c = ffn->cache;
+    pthread_mutex_lock(&c->mutex);
+    // All that is known is held before anything is let go.
+    int64_t n_missing = 0;
+    for (int64_t k0 = 0; k0 < n; k0 += AT_ONCE) {
+        int32_t numbers[AT_ONCE];
+        const int64_t n_now = n - k0 < AT_ONCE ? n - k0 : AT_ONCE;
+        for (int64_t k = 0; k < n_now; ++k) {
+            numbers[k] = (int32_t)ffn->first + list[k0 + k];
+            n_missing += state_of(c, numbers[k]) == ABSENT;
+        }
+        hold_known(c, numbers, rows != NULL ? rows + k0 : NULL, n_now);
+    }
+    c->counts.needed += (uint64_t)n;
+    c->counts.missing += (uint64_t)n_missing;
+    for (int64_t k = 0; n_missing > 0 && k < n;) {
+        int32_t missing[AT_ONCE];
+        int64_t n_now = 0;
+        for (; k < n && n_now < AT_ONCE; ++k) {
+            const int32_t neuron = (int32_t)ffn->first + list[k];
+            if (state_of(c, neuron) == ABSENT) {
+                missing[n_now++] = neuron;
+            }
+        }
+        hold_missing(c, missing, n_now);
+        n_missing -= n_now;
+    }
+    pthread_mutex_unlock(&c->mutex);
+}
+
+static bool is_there(const struct tsffn_neuron_cache * c, int64_t neuron) {
+    return state_of(c, neuron) == THERE || atomic_load_explicit(&c->failed, memory_order_acquire);
+}
+
+static void await(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    const struct cached_ffn * ffn = neurons->state;
+    struct tsffn_neuron_cache * c = ffn->cache;
+    int64_t k = 0;
+    while (k < n && is_there(c, ffn->first + list[k])) {
+        ++k;
+    }
+    if (k == n) {
+        // Who computes keeps the reads going.
+        if (atomic_load_explicit(&c->busy, memory_order_relaxed) && pthread_mutex_trylock(&c->mutex) == 0) {
+            tsffn_cache_progress(c, false);
+            pthread_mutex_unlock(&c->mutex);
+        }
+        return;
+    }
+    pthread_mutex_lock(&c->mutex);
+    if (c->n_waiting++ == 0) {
+        c->wait_began = now_ns();
+    }
+    for (; k < n; ++k) {
+        while (!is_there(c, ffn->first + list[k])) {
+            tsffn_cache_progress(c, true);
+        }
+    }
+    if (--c->n_waiting == 0) {
+        c->counts.ns += now_ns() - c->wait_began;
+    }
+    pthread_mutex_unlock(&c->mutex);
+}
+
+static void release(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    const struct cached_ffn * ffn = neurons->state;
+    struct tsffn_neuron_cache * c = ffn->cache;
+    pthread_mutex_lock(&c->mutex);
+    for (int64_t k = 0; k < n; ++k) {
+        const int64_t neuron = ffn->first + list[k];
+        if (state_of(c, neuron) != ABSENT) {
+            c->holds[c->slot_of[neuron]] -= 1;
+        }
+    }
+    pthread_cond_broadcast(&c->changed); // who waits for slots
+    pthread_mutex_unlock(&c->mutex);
+}
+
+static int64_t room(const struct tsffn_neurons * neurons) {
+    return ((const struct cached_ffn *)neurons->state)->cache->n_slots;
+}
+
+static const struct tsffn_memory cache_memory = {
+    .announce = announce,
+    .await = await,
+    .release = release,
+    .room = room,
+};
+
+struct tsffn_neurons tsffn_neuron_cache_neurons(struct tsffn_neuron_cache * c, int64_t layer, int64_t ffn) {
+    struct cached_ffn * state = &c->ffns[layer * c->source.n_ffns + ffn];
+    struct tsffn_neurons neurons = {.memory = &cache_memory, .state = state};
+    for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+        neurons.rows[part] = (struct tsffn_rows){
+            .row_bytes = c->layers[layer].row_bytes[part],
+            .table = c->table + state->first,
+            .offset = c->part_offset[part],
+        };
+    }
+    return neurons;
+}
+
+// ---- calls
+
+void tsffn_neuron_cache_begin(struct tsffn_neuron_cache * c, int64_t layer, int64_t n_tokens) {
+    pthread_mutex_lock(&c->call);
+    pthread_mutex_lock(&c->mutex);
+    c->call_layer = layer;
+    c->counts = (struct tsffn_cache_counts){0};
+    atomic_store(&c->failed, false);
+    tsffn_cache_tick(c, n_tokens);
+    pthread_mutex_unlock(&c->mutex);
+}
+
+// Whether somebody writes to the file, whose neurons are read one by one for as long as the model is in use.
+static bool is_unchanged(struct tsffn_neuron_cache * c) {
+    struct stat info;
+    if (fstat(c->file.fd, &info) == 0 && (int64_t)info.st_size == c->size &&
+        (int64_t)info.st_mtim.tv_sec == c->mtime_s && (int64_t)info.st_mtim.tv_nsec == c->mtime_ns) {
+        return true;
+    }
+    return tsffn_fail(c->error, sizeof(c->error),
+                      "%s: the file was changed while the model is in use: expected the %" PRId64
+                      " bytes that were there when it was loaded; load it again",
+                      c->path, c->size);
+}
+
+bool tsffn_neuron_cache_end(struct tsffn_neuron_cache * c, struct tsffn_cache_counts * counts, char * error,
+                            size_t error_size) {
+    pthread_mutex_lock(&c->mutex);
+    bool ok = !atomic_load(&c->failed);
+    if (!ok) {
+        tsffn_cache_drain(c);
+        tsffn_cache_drop_coming(c);
+    }
+    ok = ok && (c->counts.reads == 0 || is_unchanged(c));
+    if (!ok) {
+        tsffn_fail(error, error_size, "%s", c->error);
+    }
+    *counts = c->counts;
+    pthread_mutex_unlock(&c->mutex);
+    pthread_mutex_unlock(&c->call);
+    return ok;
+}
+
+// ---- filling
+
+static void read_first(struct cached_ffn * ffn, int64_t begin, int64_t end) {
+    enum { AT_ONCE = 512 };
+    const struct tsffn_neurons neurons = tsffn_neuron_cache_neurons(ffn->cache, ffn->layer, ffn->ffn);
+    int32_t list[AT_ONCE];
+    // All are asked for before any is waited for.
+    for (int step = 0; step < 3; ++step) {
+        for (int64_t i0 = begin; i0 < end; i0 += AT_ONCE) {
+            const int64_t n = end - i0 < AT_ONCE ? end - i0 : AT_ONCE;
+            for (int64_t k = 0; k < n; ++k) {
+                list[k] = (int32_t)(i0 + k);
+            }
+            switch (step) {
+            case 0:
+                announce(&neurons, list, NULL, n);
+                break;
+            case 1:
+                await(&neurons, list, n);
+                break;
+            default:
+                release(&neurons, list, n);
+            }
+        }
+    }
+}
+
+bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * c, uint64_t bytes, uint64_t * filled, char * error,
+                             size_t error_size) {
+    const struct tsffn_neuron_source * s = &c->source;
+    const int64_t n_ffns = s->n_layer * s->n_ffns, of_each = c->n_slots / n_ffns;
+    struct tsffn_cache_counts counts;
+    tsffn_neuron_cache_begin(c, 0, 0);
+    for (int64_t done = 0; c->next_to_fill < n_ffns && done * (int64_t)c->slot_bytes < (int64_t)bytes;) {
+        const int64_t n = of_each < s->n_ff ? of_each : s->n_ff;
+        struct cached_ffn * ffn = &c->ffns[c->next_to_fill++];
+        for (int64_t begin = 0; begin < n; begin += FILL_NEURONS) {
+            read_first(ffn, begin, begin + FILL_NEURONS < n ? begin + FILL_NEURONS : n);
+        }
+        done += n;
+    }
+    *filled = (uint64_t)c->n_used * c->slot_bytes;
+    return tsffn_neuron_cache_end(c, &counts, error, error_size);
+}
+
+// ---- making one
+
+static size_t lines(size_t bytes) {
+    return (bytes + LINE - 1) / LINE * LINE;
+}
+
+// Slots take the neurons of every layer.
+static size_t lay_out_slot(struct tsffn_neuron_cache * c) {
+    size_t bytes[TSFFN_N_PARTS] = {0}, largest = 0;
+    for (int64_t layer = 0; layer < c->source.n_layer; ++layer) {
+        size_t sum = 0;
+        for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+            const size_t row = c->layers[layer].row_bytes[part];
+            bytes[part] = lines(row) > bytes[part] ? lines(row) : bytes[part];
+            sum += row;
+        }
+        largest = sum > largest ? sum : largest;
+    }
+    c->slot_bytes = 0;
+    for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+        c->part_offset[part] = c->slot_bytes;
+        c->slot_bytes += bytes[part];
+    }
+    return largest;
+}
+
+// Memory that is read into and never shared with a child of this process.
+static void * map(size_t bytes) {
+    void * at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) {
+        return NULL;
+    }
+    madvise(at, bytes, MADV_HUGEPAGE);
+    madvise(at, bytes, MADV_DONTFORK);
+    return at;
+}
+
+static bool open_reader(struct tsffn_neuron_cache * c, size_t largest, char * error, size_t error_size) {
+    const size_t alignment = TSFFN_MEMORY_ALIGNMENT;
+    const size_t most = largest + alignment > READ_BYTES ? largest + alignment : READ_BYTES;
+    c->bounce_bytes = (most + 2 * alignment - 1) / alignment * alignment;
+    c->bounce = map(DEPTH * c->bounce_bytes);
+    c->requests = calloc(DEPTH, sizeof(*c->requests));
+    if (c->bounce == NULL || c->requests == NULL) {
+        return tsffn_fail(error, error_size, "out of memory");
+    }
+    for (int id = 0; id < DEPTH; ++id) {
+        c->requests[id].read.id = id;
+        c->requests[id].read.to = c->bounce + (size_t)id * c->bounce_bytes;
+        c->idle[c->n_idle++] = id;
+    }
+    c->reader = tsffn_reader_open(c->file.fd, DEPTH, c->bounce, DEPTH * c->bounce_bytes);
+    return c->reader != NULL ||
+           tsffn_fail(error, error_size, "%s: reading it cannot be prepared: %s", c->path, strerror(errno));
+}
+
+// How many slots fit into `bytes`, with all that goes with them.
+static bool choose_size(struct tsffn_neuron_cache * c, uint64_t bytes, char * error, size_t error_size) {
+    const uint64_t per_neuron = sizeof(*c->state) + sizeof(*c->table) + sizeof(*c->slot_of) + sizeof(*c->score);
+    const uint64_t per_slot =
+        c->slot_bytes + sizeof(*c->neuron_in) + sizeof(*c->holds) + TSFFN_N_PARTS * sizeof(*c->pending);
+    const uint64_t fixed = per_neuron * (uint64_t)c->n_neurons + DEPTH * c->bounce_bytes;
+    const uint64_t fit = bytes > fixed ? (bytes - fixed) / per_slot : 0;
+    const uint64_t fewest = c->n_neurons < FEWEST_NEURONS ? (uint64_t)c->n_neurons : FEWEST_NEURONS;
+    c->n_slots = fit < (uint64_t)c->n_neurons ? (int64_t)fit : c->n_neurons;
+    return fit >= fewest ||
+           tsffn_fail(error, error_size,
+                      "%s: the memory for neurons is too small: expected at least %" PRIu64 " bytes, found %" PRIu64,
+                      c->path, fixed + fewest * per_slot, bytes);
+}
+
+static bool allocate(struct tsffn_neuron_cache * c, char * error, size_t error_size) {
+    const size_t n_neurons = (size_t)c->n_neurons, n_slots = (size_t)c->n_slots;
+    c->max_pending = TSFFN_N_PARTS * c->n_slots;
+    c->slots_bytes = (n_slots * c->slot_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    c->slots = map(c->slots_bytes);
+    c->nothing = aligned_alloc(LINE, c->slot_bytes);
+    c->state = calloc(n_neurons, sizeof(*c->state));
+    c->table = malloc(n_neurons * sizeof(*c->table));
+    c->slot_of = calloc(n_neurons, sizeof(*c->slot_of));
+    c->score = calloc(n_neurons, sizeof(*c->score));
+    c->neuron_in = malloc(n_slots * sizeof(*c->neuron_in));
+    c->holds = calloc(n_slots, sizeof(*c->holds));
+    c->pending = malloc((size_t)c->max_pending * sizeof(*c->pending));
+    if (c->slots == NULL || c->nothing == NULL || c->state == NULL || c->table == NULL || c->slot_of == NULL ||
+        c->score == NULL || c->neuron_in == NULL || c->holds == NULL || c->pending == NULL) {
+        return tsffn_fail(error, error_size, "out of memory");
+    }
+    memset(c->nothing, 0, c->slot_bytes);
+    for (size_t i = 0; i < n_neurons; ++i) {
+        c->table[i] = c->nothing;
+        const float rank = (float)((int64_t)i % c->source.n_ff) / (float)c->source.n_ff;
+        c->score[i] = c->source.hot_first ? HOTTEST * (1.0f - rank) : 0.0f;
+    }
+    for (size_t i = 0; i < n_slots; ++i) {
+        c->neuron_in[i] = NOBODY;
+    }
+    return true;
+}
+
+static bool copy_source(struct tsffn_neuron_cache * c, const struct tsffn_neuron_source * source) {
+    const size_t n_layer = (size_t)source->n_layer, n_ffns = n_layer * (size_t)source->n_ffns;
+    c->source = *source;
+    c->source.layers = NULL;
+    c->n_neurons = (int64_t)n_ffns * source->n_ff;
+    c->path = strdup(source->path);
+    c->layers = malloc(n_layer * sizeof(*c->layers));
+    c->ffns = malloc(n_ffns * sizeof(*c->ffns));
+    if (c->path == NULL || c->layers == NULL || c->ffns == NULL) {
+        return false;
+    }
+    memcpy(c->layers, source->layers, n_layer * sizeof(*c->layers));
+    for (int64_t i = 0; i < (int64_t)n_ffns; ++i) {
+        c->ffns[i] = (struct cached_ffn){
+            .cache = c,
+            .layer = i / source->n_ffns,
+            .ffn = i % source->n_ffns,
+            .first = i * source->n_ff,
+        };
+    }
+    return true;
+}
+
+static bool open_file(struct tsffn_neuron_cache * c, char * error, size_t error_size) {
+    const int reason = tsffn_open_direct(c->source.fd, &c->file);
+    struct stat info;
+    if (reason != 0 || fstat(c->file.fd, &info) != 0) {
+        return tsffn_fail(error, error_size, "%s: cannot be opened: %s", c->path,
+                          strerror(reason != 0 ? reason : errno));
+    }
+    c->size = (int64_t)info.st_size;
+    c->mtime_s = (int64_t)info.st_mtim.tv_sec;
+    c->mtime_ns = (int64_t)info.st_mtim.tv_nsec;
+    return true;
+}
+
+struct tsffn_neuron_cache * tsffn_neuron_cache_new(const struct tsffn_neuron_source * source, uint64_t bytes,
+                                                   char * error, size_t error_size) {
+    struct tsffn_neuron_cache * c = calloc(1, sizeof(*c));
+    if (c == NULL) {
+        tsffn_fail(error, error_size, "out of memory");
+        return NULL;
+    }
+    c->file.fd = -1;
+    c->weight = 1.0f;
+    c->random = 0x9e3779b97f4a7c15u;
+    pthread_mutex_init(&c->call, NULL);
+    pthread_mutex_init(&c->mutex, NULL);
+    pthread_cond_init(&c->changed, NULL);
+    bool ok = copy_source(c, source) || tsffn_fail(error, error_size, "out of memory");
+    if (ok) {
+        const size_t largest = lay_out_slot(c);
+        ok = open_file(c, error, error_size) && open_reader(c, largest, error, error_size) &&
+             choose_size(c, bytes, error, error_size) && allocate(c, error, error_size);
+    }
+    if (!ok) {
+        tsffn_neuron_cache_free(c);
+        return NULL;
+    }
+    return c;
+}
+
+void tsffn_neuron_cache_free(struct tsffn_neuron_cache * c) {
+    if (c == NULL) {
+        return;
+    }
+    if (c->reader != NULL) {
+        pthread_mutex_lock(&c->mutex);
+        tsffn_cache_drain(c);
+        pthread_mutex_unlock(&c->mutex);
+        c->reader->kind->close(c->reader);
+    }
+    if (c->slots != NULL) {
+        munmap(c->slots, c->slots_bytes);
+    }
+    if (c->bounce != NULL) {
+        munmap(c->bounce, DEPTH * c->bounce_bytes);
+    }
+    tsffn_close_direct(&c->file);
+    pthread_mutex_destroy(&c->call);
+    pthread_mutex_destroy(&c->mutex);
+    pthread_cond_destroy(&c->changed);
+    free(c->nothing);
+    free((void *)c->state);
+    free(c->table);
+    free(c->slot_of);
+    free(c->score);
+    free(c->neuron_in);
+    free(c->holds);
+    free(c->pending);
+    free(c->requests);
+    free(c->layers);
+    free(c->ffns);
+    free(c->path);
+    free(c);
+}
+
+uint64_t tsffn_neuron_cache_room(const struct tsffn_neuron_cache * c) {
+    return (uint64_t)c->n_slots * c->slot_bytes;
+}
+
+const char * tsffn_neuron_cache_reads(const struct tsffn_neuron_cache * c) {
+    return c->reader->kind->name;
+}
