@@ -45,6 +45,11 @@ class LayerStats(ctypes.Structure):
             "ns_ffn",
             "single_ops",
             "ns_attention",
+            "needed",
+            "missing",
+            "reads",
+            "bytes_disk",
+            "ns_disk",
         )
     )
 
@@ -158,7 +163,7 @@ class Backend:
 
     def _declare(self) -> None:
         handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-        double_out = ctypes.POINTER(ctypes.c_double)
+        double_out, uint64_out = ctypes.POINTER(ctypes.c_double), ctypes.POINTER(ctypes.c_uint64)
         prototypes = {
             "tsffn_check_abi": ([text, size], ctypes.c_bool),
             "tsffn_model_open": ([text, text, ctypes.c_int, text, size], handle),
@@ -168,6 +173,10 @@ class Backend:
             "tsffn_model_n_layer": ([handle], ctypes.c_int32),
             "tsffn_model_file_bytes": ([handle], ctypes.c_uint64),
             "tsffn_model_cache": ([handle, ctypes.c_uint64, ctypes.c_uint64], ctypes.c_int),
+            "tsffn_model_stream": ([handle, ctypes.c_uint64, text, size], ctypes.c_bool),
+            "tsffn_model_file": ([handle], handle),
+            "tsffn_model_fill": ([handle, ctypes.c_uint64, uint64_out, uint64_out, text, size], ctypes.c_bool),
+            "tsffn_model_reads": ([handle], text),
             "tsffn_model_stats": ([handle, ctypes.c_int32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
             "tsffn_model_reset_stats": ([handle], None),
             "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),

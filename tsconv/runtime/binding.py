@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.format.header import Header, read_header
 from tsconv.format.order import shape_of
+from tsconv.format.pair import sidecar_path
 from tsconv.native.library import ERROR_SIZE, Backend, LayerStats, Placed, check_array, load_backend
 from tsconv.native.log import quiet_unless
 from tsconv.runtime.guard import CLOSED, FORKED
@@ -30,6 +31,10 @@ SPARSITY_NAMES = {1: "predictor", 2: "exact", 3: "dense"}
 
 # enum tsffn_place_flags (native/include/tsffn.h)
 PLACE_PREFAULT, PLACE_LOCK, PLACE_RANDOM_REST = 1, 2, 4
+
+
+_fclose = ctypes.CDLL(None).fclose
+_fclose.argtypes = [ctypes.c_void_p]
 
 
 def open_model(path: Path, sidecar: Path | None, sparsity: str | None, header: Header | None = None) -> NativeModel:
@@ -62,23 +67,27 @@ def open_model(path: Path, sidecar: Path | None, sparsity: str | None, header: H
         part = Path(f"{path}.part")
         fix = f"{part} is left of a conversion that was cut short: convert again" if part.exists() else None
         raise ModelFileError(message.value.decode(errors="replace") + reason, fix=fix)
-    return NativeModel(backend, handle, path, header)
+    return NativeModel(backend, handle, path, header, sidecar)
 
 
 class NativeModel:
     """An opened `struct tsffn_model`: the sidecar's mapping and the counters."""
 
-    def __init__(self, backend: Backend, handle: int, path: Path, header: Header | None = None) -> None:
+    def __init__(
+        self, backend: Backend, handle: int, path: Path, header: Header | None = None, sidecar: Path | None = None
+    ) -> None:
         self._lib = lib = backend.lib
         self.path = path
         self._header = header
         self._handle: int | None = handle
         self._load_lock = backend.load_lock
         self._gone = CLOSED
+        self.reads: str | None = None  # how neurons are read from disk: "io_uring" or "threads"; None: they are not
         self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
         self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
         self.n_layer = lib.tsffn_model_n_layer(handle)
         self.file_bytes = lib.tsffn_model_file_bytes(handle)
+        self._sidecar = sidecar
 
     def cache_file(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Brings the model file into the page cache, in huge pages where its file system has them. Ctrl-C stops it.
@@ -97,6 +106,61 @@ class NativeModel:
                 raise ModelFileError(f"cannot be read: {os.strerror(failure)}", where=self.path)
             if progress is not None:
                 progress(min(start + CACHE_PIECE, self.file_bytes), self.file_bytes)
+
+    def stream(self, n_bytes: int) -> None:
+        """From now on neurons are read from disk when they are needed, into at most `n_bytes` of memory. To be called
+        before llama.cpp loads the model.
+
+        Raises:
+            BackendError: too few bytes, no memory, predictors that cannot be read, or the model is closed.
+        """
+        message = ctypes.create_string_buffer(ERROR_SIZE)
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_stream(handle, n_bytes, message, ERROR_SIZE):
+                raise BackendError(message.value.decode(errors="replace"))
+            self.reads = self._lib.tsffn_model_reads(handle).decode()
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Reads neurons until there is no room for more, the first ones of every FFN. Ctrl-C stops it.
+
+        Args:
+            progress: called with (bytes done, bytes in all).
+
+        Returns:
+            the bytes that neurons may take.
+
+        Raises:
+            ModelFileError: the file cannot be read.
+            BackendError: the model is closed.
+        """
+        filled, room, before = ctypes.c_uint64(), ctypes.c_uint64(), -1
+        message = ctypes.create_string_buffer(ERROR_SIZE)
+        while filled.value != before:
+            before = filled.value
+            with self._opened() as handle:
+                if not self._lib.tsffn_model_fill(handle, CACHE_PIECE, filled, room, message, ERROR_SIZE):
+                    raise ModelFileError(message.value.decode(errors="replace"))
+            if progress is not None:
+                progress(filled.value, room.value)
+        if progress is not None:
+            progress(room.value, room.value)
+        return room.value
+
+    @contextmanager
+    def file(self) -> Iterator[int]:
+        """The model file as a FILE * for llama.cpp, which passes over what `stream` reads from disk.
+
+        Raises:
+            BackendError: no memory, or the model is closed.
+        """
+        with self._opened() as handle:
+            stream = self._lib.tsffn_model_file(handle)
+        if stream is None:
+            raise BackendError("no memory to read the model", where=self.path)
+        try:
+            yield stream
+        finally:
+            _fclose(stream)
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -176,6 +240,11 @@ class NativeModel:
     def header(self) -> Header:
         """Of the model file. Raises ModelFileError where Python cannot read it."""
         return read_header(self.path) if self._header is None else self._header
+
+    @property
+    def sidecar_bytes(self) -> int:
+        """Of the predictors, 0 where they are not used."""
+        return (self._sidecar or sidecar_path(self.path)).stat().st_size if self.sparsity == "predictor" else 0
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:

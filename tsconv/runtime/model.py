@@ -31,6 +31,7 @@ from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
+from tsconv.runtime.streaming import Budget, choose_budget, loading_kept_weights
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 WITHOUT_CHAT = "continue a text instead: -p, without --chat"
@@ -104,6 +105,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         device: names of the GPUs to use, joined by commas, as `tsconv doctor` shows them. None: all of them.
         main_gpu: the position among them of one to use alone.
         vram_budget: with "auto", bytes to put on GPUs at most. None: what is free, but for 1 GiB of each.
+        ram_budget: bytes, or "3G" and such, that weights and context may take. Where that is less than all of them,
+            neurons are read from disk when they are needed and the rest is kept in memory. "auto": what this process
+            can come to use, control groups included; "off": the model is mapped whatever its size.
         preload: bring the model file into the page cache before llama.cpp maps it, which makes loading it from disk and
             reading its rows faster. None: when it fits in memory, control groups included.
         progress: called with (bytes of the file in memory, bytes in all) meanwhile.
@@ -115,7 +119,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         ModelFileError: model or sidecar missing, damaged, or not a pair; an adapter (lora_path) that does not fit.
         BackendError: the native library does not fit this llama.cpp, or there is no memory for the context, or this
             process was forked from one that computed with several threads.
-        TsconvError: a context or a number of threads that llama.cpp does not have; no such GPU.
+        TsconvError: a context or a number of threads that llama.cpp does not have; no such GPU; no room for what every
+            token needs.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         device: str | None = None,
         main_gpu: int | None = None,
         vram_budget: int | None = None,
+        ram_budget: int | str = AUTO,
         preload: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
         header: Header | None = None,
@@ -172,6 +178,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             "device": device,
             "main_gpu": main_gpu,
             "vram_budget": vram_budget,
+            "ram_budget": ram_budget,
             "preload": preload,
             "kv_overrides": kv_overrides,
             "verbose": verbose,
@@ -180,6 +187,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         }
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
+        self.budget = self._choose_budget(ram_budget, n_ctx)
         self._load(
             path,
             preload,
@@ -214,11 +222,17 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         undo.callback(native.close)
         try:
             with undo, native.armed(), quiet_unless(arguments["verbose"]) as errors:
-                if preload is None:
-                    preload = arguments.get("use_mmap", True) and fits_in_memory(native.file_bytes)
-                if preload:
-                    native.cache_file(progress)
-                super().__init__(FileName(path), **arguments)
+                if self.budget is not None:
+                    native.stream(self.budget.neurons)
+                    with loading_kept_weights(native, str(path)):
+                        super().__init__(FileName(path), **arguments)
+                    native.fill(progress)
+                else:
+                    if preload is None:
+                        preload = arguments.get("use_mmap", True) and fits_in_memory(native.file_bytes)
+                    if preload:
+                        native.cache_file(progress)
+                    super().__init__(FileName(path), **arguments)
                 undo.pop_all()
         except (ValueError, MemoryError) as error:
             self.close()
@@ -236,6 +250,14 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         n_ctx = n_ctx or header.keys.get("llama.context_length", 0)
         there = gpus() if n_gpu_layers != 0 and may_have_gpus() else []
         return choose(header, there, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, **wanted)
+
+    def _choose_budget(self, ram_budget: int | str, n_ctx: int) -> Budget | None:
+        """What memory goes to where neurons are read from disk; None where all are in memory. Raises TsconvError."""
+        try:
+            return choose_budget(self._native.header, self._native.sidecar_bytes, n_ctx, ram_budget)
+        except BaseException:
+            self._native.close()
+            raise
 
     def _use_adapter(self, path: Path) -> None:
         """What llama_cpp.Llama does for lora_path, but that it does not see when llama.cpp refuses the adapter.
@@ -473,6 +495,11 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                     "seconds_predictor": s.ns_predictor * 1e-9,
                     "seconds_ffn": s.ns_ffn * 1e-9,
                     "seconds_attention": s.ns_attention * 1e-9,
+                    "neurons_needed": s.needed,
+                    "neurons_missing": s.missing,
+                    "disk_reads": s.reads,
+                    "bytes_disk": s.bytes_disk,
+                    "seconds_disk": s.ns_disk * 1e-9,
                     "single_ops": s.single_ops,
                 }
             )
