@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
     from tsconv.runtime.offload import Offload
     from tsconv.runtime.residency import Residency
+    from tsconv.runtime.streaming import Budget
 
+AUTO_BUDGET = "auto"  # of --ram-budget
 DELAY = 1.0  # seconds of loading before a bar shows
 RAISE_THE_LIMIT = (
     "raise it with ulimit -l, beyond the hard limit with memlock in /etc/security/limits.conf or LimitMEMLOCK= of a "
@@ -53,6 +55,7 @@ def load_model(
     sparsity: str | None,
     predictor_path: str | None,
     verbose: bool,
+    ram_budget: str,
     more: Mapping[str, Any],
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
@@ -64,7 +67,7 @@ def load_model(
         the model, and what was chosen for --json; None without a machine.
 
     Raises:
-        click.UsageError: a placement without a machine.
+        click.UsageError: a placement without a machine, or a budget with one.
     """
     if machine is None:
         _refuse_placement(placement)
@@ -78,12 +81,16 @@ def load_model(
                 sparsity=sparsity,
                 predictor_path=predictor_path,
                 verbose=verbose,
+                ram_budget=ram_budget,
                 progress=progress,
                 **more,
             )
         _say_offload(llama.offload)
+        if llama.budget is not None:
+            say_budget(llama.budget)
         return llama, None
 
+    refuse_budget(ram_budget)
     from tsconv.commands.load import AUTO, load_on_machine
     from tsconv.machine.this import machine_file
 
@@ -149,6 +156,23 @@ def _say_offload(offload: Offload) -> None:
     """Nothing where there is no GPU to speak of."""
     if offload.gpus:
         say(str(offload))
+
+
+def refuse_budget(ram_budget: str) -> None:
+    """Raises click.UsageError for a budget that was given beside --machine, which decides about memory."""
+    if ram_budget != AUTO_BUDGET:
+        raise click.UsageError("--ram-budget and --machine exclude each other.")
+
+
+def say_budget(budget: Budget) -> None:
+    """One line about a model whose neurons are read from disk."""
+    kept = min(1.0, budget.neurons / budget.ffn)
+    say(
+        f"memory: {size(budget.total)} {'given' if budget.given else 'available'}; attention and output "
+        f"{size(budget.weights)}, predictors {size(budget.predictors)} and context {size(budget.context)} stay in it, "
+        f"and {size(budget.ffn * kept)} of {size(budget.ffn)} neurons ({100 * kept:.0f} %); others are read from disk "
+        "when they are needed"
+    )
 
 
 def _refuse_placement(placement: str | None) -> None:

@@ -80,11 +80,19 @@ sparsity_option = click.option(
     type=click.Choice(["predictor", "exact"]),
     help="The checkpoint's own mask, or every neuron that is not zero.  [default: what the model has]",
 )
+ram_budget_option = click.option(
+    "--ram-budget",
+    metavar="SIZE|auto|off",
+    default="auto",
+    envvar="TSCONV_RAM_BUDGET",
+    help="Memory for weights and context, such as 3G. A larger model reads neurons from disk when it needs them."
+    "  [env: TSCONV_RAM_BUDGET; default: auto, what is free]",
+)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of the commands that run a model beside its name, passed on as n_ctx, n_threads, sparsity,
-    predictor_path, verbose."""
+    predictor_path, ram_budget, verbose."""
     for option in reversed(
         (
             click.option(
@@ -100,6 +108,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             threads_option,
             sparsity_option,
             predictor_option,
+            ram_budget_option,
             click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
         )
     ):

@@ -10,11 +10,13 @@ from typing import Any
 
 import click
 
+from tsconv.cli.machine import say_budget
 from tsconv.cli.options import (
     eval_options,
     gpu_options,
     model_option,
     predictor_option,
+    ram_budget_option,
     sparsity_option,
     threads_option,
     warn_of_long_context,
@@ -56,6 +58,7 @@ DEFAULT_CONTEXT = 512
 @sparsity_option
 @predictor_option
 @gpu_options
+@ram_budget_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     *,
@@ -102,6 +105,8 @@ def _second_halves(
 
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(contextlib.closing(load(model, n_ctx=256, **options)))
+        if found.budget is not None:
+            say_budget(found.budget)
         texts = windows(found, text.read_bytes(), n_ctx, chunks)
         warn_of_long_context(found, n_ctx)
         base = None if save_base is None else stack.enter_context(BaseWriter(save_base, texts, found.n_vocab()))
@@ -139,6 +144,8 @@ def _all_tokens(
     options |= {"n_ctx": n_ctx}
     found = load(model, predictor_path=predictor_path, header=mine, **options)
     other = load(baseline, header=theirs, **options) if baseline else None
+    if found.budget is not None:
+        say_budget(found.budget)
     sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]
     warn_of_long_context(found, n_ctx)
     with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:

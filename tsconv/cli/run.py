@@ -16,6 +16,7 @@ from tsconv.cli.models import ModelName, model_name
 from tsconv.cli.options import gpu_options, model_options, warn_of_long_context
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.sampling import sampling_options
+from tsconv.cli.text import size
 from tsconv.errors import OutputError, TsconvError
 from tsconv.signals import interruptible
 
@@ -252,8 +253,14 @@ def _line(summary: GenerationSummary) -> str:
     """The measurements in one line."""
     rate = summary.decode_tokens_per_s
     decode = "no decode" if rate is None else f"decode {summary.n_decoded} tokens, {rate:.1f} tokens/s"
+    disk = ""
+    if summary.memory_share < 1:
+        disk = (
+            f"; {100 * summary.memory_share:.1f} % of the neurons were in memory, {size(summary.disk_bytes)} per token "
+            f"came from disk, which was waited for {100 * summary.disk_share:.0f} % of the time"
+        )
     return (
         f"prefill {summary.n_prompt - summary.n_cached} tokens, {summary.prefill_tokens_per_s:.1f} tokens/s; {decode}; "
         f"active {summary.active:.0f} of {summary.n_ff} neurons ({100 * summary.active_share:.1f} %); "
-        f"predictor {100 * summary.predictor_share:.1f} % of the time"
+        f"predictor {100 * summary.predictor_share:.1f} % of the time{disk}"
     )

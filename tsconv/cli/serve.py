@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tsconv.cli.machine import choose_for_machine, machine_options
+from tsconv.cli.machine import choose_for_machine, machine_options, refuse_budget, say_budget
 from tsconv.cli.models import ModelName, model_name
 from tsconv.cli.options import gpu_options, model_options
 from tsconv.cli.output import say
@@ -51,6 +51,7 @@ def command(
     sparsity: str | None,
     predictor_path: str | None,
     verbose: bool,
+    ram_budget: str,
     machine: str | None,
     placement: str | None,
     host: str,
@@ -77,7 +78,10 @@ def command(
         say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
     path = str(model.find())
     choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
-    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, choice=choice, **gpu)
+    if choice is not None:
+        refuse_budget(ram_budget)
+    memory = {"choice": choice, "ram_budget": ram_budget, "say": say_budget}
+    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, **memory, **gpu)
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:
         options += ["--parallel", str(parallel)]

@@ -20,6 +20,7 @@ from tsconv.runtime.binding import open_model
 from tsconv.runtime.model import SparseLlama, load
 from tsconv.runtime.offload import MARGIN_BYTES
 from tsconv.runtime.residency import Residency
+from tsconv.runtime.streaming import OFF
 
 AUTO = "auto"
 
@@ -126,6 +127,7 @@ def load_on_machine(
         say=say,
     )
     chosen = choice.fit
+    kwargs = {"ram_budget": OFF} | kwargs
     if chosen.strategy != "all":
         kwargs = {"preload": False} | kwargs
     llama = load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tsconv.native.devices import Gpu, gpus_elsewhere, may_have_gpus
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, model_arguments
+from tsconv.runtime.streaming import Budget, choose_budget
 
 ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
 GPU_LAYERS = {"-ngl", "--gpu-layers", "--n-gpu-layers"}
@@ -41,6 +42,7 @@ class Serving:
         n_threads: None for the cores that this process may use, or those of the machine.
         n_gpu_layers, device, main_gpu, vram_budget: as for `tsconv.load`.
         choice: made for a machine by `tsconv.commands.load.choose`; None without one.
+        ram_budget: as for `tsconv.load`; without a choice. Where it makes neurons be read from disk, `say` is told.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Serving:
     main_gpu: int | None = None
     vram_budget: int | None = None
     choice: Choice | None = None
+    ram_budget: int | str = AUTO
+    say: Callable[[Budget], None] = lambda budget: None
 
     def offload(self, header: Header) -> Offload | None:
         """What goes to which GPUs of llama-server; None where it has no backend for any."""
@@ -77,6 +81,7 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
     """
     path = Path(serving.model)
     choice = serving.choice
+    arguments = model_arguments(path)
     if choice is None:
         # llama-server would say what is wrong with the files too, but only in its log.
         predictor = None if serving.predictor is None else Path(serving.predictor)
@@ -84,6 +89,11 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
         native.close()
         header, n_threads = native.header, serving.n_threads or usable_cores()
         variables = environment(path, predictor=predictor, sparsity=serving.sparsity)
+        budget = choose_budget(header, native.sidecar_bytes, serving.n_ctx, serving.ram_budget)
+        if budget is not None:
+            serving.say(budget)
+            variables["TSFFN_NEURON_CACHE"] = str(budget.neurons)
+            arguments += ["--load-mode", "dio"]
     else:
         header, n_threads, fit = choice.header, choice.fit.n_threads, choice.fit
         variables = environment(
@@ -94,7 +104,6 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
             lock=fit.lock,
             read_ahead=fit.read_ahead,
         )
-    arguments = model_arguments(path)
     if not ALIAS & set(options):
         arguments += ["--alias", path.stem]
     arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]

@@ -49,6 +49,9 @@ class GenerationSummary:
             MoE, per routed expert), and their share of n_ff.
         bytes_share: weights that the FFNs and predictors read, of what dense FFNs would have read.
         predictor_share: the predictors' share of the wall-clock time of the phase.
+        memory_share: neurons that were in memory, of those that were needed; 1.0 where all always are.
+        disk_bytes: read from disk, per token of the phase.
+        disk_share: the share of the phase's time that was waited for the disk.
     """
 
     n_prompt: int
@@ -63,6 +66,9 @@ class GenerationSummary:
     active_share: float
     bytes_share: float
     predictor_share: float
+    memory_share: float
+    disk_bytes: float
+    disk_share: float
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -91,6 +97,9 @@ def combined(summaries: Sequence[GenerationSummary]) -> GenerationSummary:
         active_share=mean("active_share", steps),
         bytes_share=mean("bytes_share", steps),
         predictor_share=mean("predictor_share", phase_seconds),
+        memory_share=mean("memory_share", steps),
+        disk_bytes=mean("disk_bytes", steps),
+        disk_share=mean("disk_share", phase_seconds),
     )
 
 
@@ -217,12 +226,14 @@ class Generation:
             finish_reason=finish_reason,
             seconds_prefill=seconds[0],
             seconds_decode=seconds[1],
-            **_ffn_means(llama.ffn_stats(), seconds[min(n_steps - 1, 1)]),
+            **_ffn_means(
+                llama.ffn_stats(), seconds[min(n_steps - 1, 1)], max(n_steps - 1, 0) or len(self._tokens) - n_cached
+            ),
         )
 
 
-def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, Any]:
-    """The FFN part of a `GenerationSummary` from `ffn_stats()` of a phase that took `seconds`."""
+def _ffn_means(layers: list[dict[str, float]], seconds: float, n_tokens: int) -> dict[str, Any]:
+    """The FFN part of a `GenerationSummary` from `ffn_stats()` of a phase of `n_tokens` that took `seconds`."""
 
     def total(key: str) -> float:
         return sum(layer[key] for layer in layers)
@@ -237,4 +248,7 @@ def _ffn_means(layers: list[dict[str, float]], seconds: float) -> dict[str, Any]
         "active_share": active / max(1, n_ff),
         "bytes_share": total("bytes_read") / max(1, total("bytes_dense")),
         "predictor_share": total("seconds_predictor") / seconds,
+        "memory_share": 1.0 - total("neurons_missing") / max(1, total("neurons_needed")),
+        "disk_bytes": total("bytes_disk") / n_tokens,
+        "disk_share": total("seconds_disk") / seconds,
     }

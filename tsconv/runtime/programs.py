@@ -37,7 +37,15 @@ AS_LLAMA = ("--override-kv", "general.architecture=str:llama")
 FFN_HERE = ("-ot", f"{FFN_WEIGHTS}=CPU")
 CHECK_SECONDS = 60
 # Variables that this module decides about; TSFFN_STATS and TSFFN_ISA are the user's (docs/usage.md).
-OURS = ("TSFFN_MODEL", "TSFFN_PREDICTOR", "TSFFN_SPARSITY", "TSFFN_HOT", "TSFFN_RESIDENCY", "GGML_BACKEND_PATH")
+OURS = (
+    "TSFFN_MODEL",
+    "TSFFN_PREDICTOR",
+    "TSFFN_SPARSITY",
+    "TSFFN_HOT",
+    "TSFFN_RESIDENCY",
+    "TSFFN_NEURON_CACHE",
+    "GGML_BACKEND_PATH",
+)
 
 
 @dataclass(frozen=True)

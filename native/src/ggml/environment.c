@@ -15,6 +15,7 @@ static struct {
     int32_t * hot; // [n_hot], the argument of tsffn_model_place
     size_t n_hot;
     uint32_t flags;
+    bool fill;          // the cache of neurons is to be filled
     const char * stats; // path
 } asked;
 static pthread_mutex_t asked_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -112,6 +113,26 @@ static bool read_residency(char * error, size_t error_size) {
     return true;
 }
 
+// TSFFN_NEURON_CACHE: bytes of memory for neurons that are read from disk when they are needed.
+static bool read_cache(struct tsffn_model * model, char * error, size_t error_size) {
+    const char * value = variable("TSFFN_NEURON_CACHE");
+    if (value == NULL) {
+        return true;
+    }
+    char * end;
+    errno = 0;
+    const unsigned long long bytes = strtoull(value, &end, 10);
+    if (value[0] < '0' || value[0] > '9' || *end != '\0' || errno != 0) {
+        return tsffn_fail(error, error_size, "TSFFN_NEURON_CACHE: expected a number of bytes, found '%.20s'", value);
+    }
+    if (variable("TSFFN_HOT") != NULL) {
+        return tsffn_fail(error, error_size,
+                          "TSFFN_NEURON_CACHE and TSFFN_HOT exclude each other: expected at most one of them");
+    }
+    asked.fill = true;
+    return tsffn_model_stream(model, bytes, error, error_size);
+}
+
 // The counters of one layer as a JSON object: the fields of struct tsffn_layer_stats.
 static void write_layer(FILE * file, const struct tsffn_layer_stats * s) {
     const struct {
@@ -131,6 +152,11 @@ static void write_layer(FILE * file, const struct tsffn_layer_stats * s) {
         {"ns_ffn", s->ns_ffn},
         {"single_ops", s->single_ops},
         {"ns_attention", s->ns_attention},
+        {"needed", s->needed},
+        {"missing", s->missing},
+        {"reads", s->reads},
+        {"bytes_disk", s->bytes_disk},
+        {"ns_disk", s->ns_disk},
     };
     for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); ++i) {
         fprintf(file, "%s\"%s\": %" PRIu64, i > 0 ? ", " : "{", fields[i].name, fields[i].value);
@@ -170,7 +196,8 @@ bool tsffn_open_from_environment(char * error, size_t error_size) {
     if (model == NULL) {
         return false;
     }
-    if (!read_hot(model, error, error_size) || !read_residency(error, error_size)) {
+    if (!read_hot(model, error, error_size) || !read_residency(error, error_size) ||
+        !read_cache(model, error, error_size)) {
         tsffn_model_close(model);
         return false;
     }
@@ -183,15 +210,31 @@ bool tsffn_open_from_environment(char * error, size_t error_size) {
     return true;
 }
 
+static void fill(void) {
+    char error[1024];
+    uint64_t room, filled = 0, before = UINT64_MAX;
+    while (filled != before) {
+        before = filled;
+        if (!tsffn_model_fill(asked.model, UINT64_MAX, &filled, &room, error, sizeof(error))) {
+            tsffn_log_error("%s", error);
+            return;
+        }
+    }
+}
+
 void tsffn_place_from_environment(void) {
     pthread_mutex_lock(&asked_mutex);
     bool loaded = false;
-    if (asked.hot != NULL) {
+    if (asked.hot != NULL || asked.fill) {
         pthread_mutex_lock(&asked.model->residency_mutex);
         loaded = asked.model->regions != NULL; // a context that only measures has no weights
         pthread_mutex_unlock(&asked.model->residency_mutex);
     }
-    if (loaded) {
+    if (loaded && asked.fill) {
+        fill();
+        asked.fill = false;
+    }
+    if (loaded && asked.hot != NULL) {
         struct tsffn_placed placed;
         char error[256];
         if (!tsffn_model_place(asked.model, asked.hot, asked.n_hot, asked.flags, &placed, error, sizeof(error))) {

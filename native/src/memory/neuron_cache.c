@@ -243,7 +243,7 @@ bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * c, uint64_t bytes, uint
     const int64_t n_ffns = s->n_layer * s->n_ffns, of_each = c->n_slots / n_ffns;
     struct tsffn_cache_counts counts;
     tsffn_neuron_cache_begin(c, 0, 0);
-    for (int64_t done = 0; c->next_to_fill < n_ffns && done * (int64_t)c->slot_bytes < (int64_t)bytes;) {
+    for (int64_t done = 0; c->next_to_fill < n_ffns && (uint64_t)done * c->slot_bytes < bytes;) {
         const int64_t n = of_each < s->n_ff ? of_each : s->n_ff;
         struct cached_ffn * ffn = &c->ffns[c->next_to_fill++];
         for (int64_t begin = 0; begin < n; begin += FILL_NEURONS) {

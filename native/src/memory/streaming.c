@@ -2,6 +2,7 @@
 #define _GNU_SOURCE // fopencookie
 #include "../model/sidecar.h"
 #include "neuron_cache.h"
+#include "reader.h"
 #include "region.h"
 
 #include "../error.h"
@@ -56,11 +57,17 @@ const char * tsffn_model_reads(const struct tsffn_model * model) {
 
 // ---- the file without FFN weights
 
-// A stream's position in the file. FFN weights are holes: what is read there is not told.
+// A stream's position in the file. FFN weights are holes: what is read there is not told. The rest is read in pieces,
+// past the page cache.
 struct passing {
     struct tsffn_model * model;
     uint64_t at;
+    struct tsffn_direct_file file;
+    char * piece; // [PIECE_BYTES]
+    uint64_t piece_at;
+    size_t piece_bytes;
 };
+enum { PIECE_BYTES = 4 << 20 };
 
 // Where the next hole begins, at or after `at`, and where it ends; the end of the file twice for none.
 static void next_hole(const struct tsffn_model * model, uint64_t at, uint64_t * begin, uint64_t * end) {
@@ -77,26 +84,48 @@ static void next_hole(const struct tsffn_model * model, uint64_t at, uint64_t * 
     }
 }
 
-// What of the file is read once is not left in the page cache.
+// Brings the piece that begins at `at`, and ends at `end` or before. 0 or an errno.
+static int read_piece(struct passing * p, uint64_t end) {
+    const uint64_t mask = ~(uint64_t)(p->file.alignment - 1);
+    p->piece_at = p->at & mask;
+    p->piece_bytes = 0;
+    const uint64_t wanted = (end - p->piece_at + p->file.alignment - 1) & mask;
+    const size_t size = wanted < PIECE_BYTES ? (size_t)wanted : PIECE_BYTES;
+    ssize_t n;
+    do {
+        n = pread(p->file.fd, p->piece, size, (off_t)p->piece_at);
+    } while (n < 0 && errno == EINTR);
+    if (n < 0) {
+        return errno;
+    }
+    p->piece_bytes = (size_t)n;
+    if (!p->file.direct) {
+        posix_fadvise(p->file.fd, (off_t)p->piece_at, n, POSIX_FADV_DONTNEED);
+    }
+    return 0;
+}
+
 static ssize_t read_passing(void * cookie, char * to, size_t size) {
     struct passing * p = cookie;
     uint64_t begin, end;
     next_hole(p->model, p->at, &begin, &end);
-    if (begin == p->at) { // in a hole
-        const uint64_t left = end - begin;
-        const size_t n = size < left ? size : (size_t)left;
-        p->at += n;
-        return (ssize_t)n;
+    uint64_t left = end - p->at;
+    if (begin != p->at) { // not in a hole
+        const bool is_here = p->at >= p->piece_at && p->at < p->piece_at + p->piece_bytes;
+        const int reason = is_here ? 0 : read_piece(p, begin);
+        if (reason != 0) {
+            errno = reason;
+            return -1;
+        }
+        const uint64_t piece_end = p->piece_at + p->piece_bytes;
+        const uint64_t last = begin < piece_end ? begin : piece_end;
+        left = last > p->at ? last - p->at : 0; // 0: the file has become shorter
+        size = size < left ? size : (size_t)left;
+        memcpy(to, p->piece + (p->at - p->piece_at), size);
     }
-    ssize_t n;
-    do {
-        n = pread(p->model->fd, to, size < begin - p->at ? size : (size_t)(begin - p->at), (off_t)p->at);
-    } while (n < 0 && errno == EINTR);
-    if (n > 0) {
-        posix_fadvise(p->model->fd, (off_t)p->at, n, POSIX_FADV_DONTNEED);
-        p->at += (uint64_t)n;
-    }
-    return n;
+    const size_t n = size < left ? size : (size_t)left;
+    p->at += n;
+    return (ssize_t)n;
 }
 
 static int seek_passing(void * cookie, off64_t * offset, int whence) {
@@ -113,19 +142,24 @@ static int seek_passing(void * cookie, off64_t * offset, int whence) {
 
 static int close_passing(void * cookie) {
     struct passing * p = cookie;
+    tsffn_close_direct(&p->file);
     tsffn_model_close(p->model);
+    free(p->piece);
     free(p);
     return 0;
 }
 
 void * tsffn_model_file(struct tsffn_model * model) {
-    struct passing * p = model != NULL ? malloc(sizeof(*p)) : NULL;
+    struct passing * p = model != NULL ? calloc(1, sizeof(*p)) : NULL;
     if (p == NULL) {
         return NULL;
     }
-    *p = (struct passing){.model = tsffn_model_retain(model)};
+    p->model = tsffn_model_retain(model);
+    p->file.fd = -1;
+    p->piece = aligned_alloc(TSFFN_MEMORY_ALIGNMENT, PIECE_BYTES);
+    const bool ok = p->piece != NULL && tsffn_open_direct(model->fd, &p->file) == 0;
     const cookie_io_functions_t functions = {.read = read_passing, .seek = seek_passing, .close = close_passing};
-    FILE * stream = fopencookie(p, "rb", functions);
+    FILE * stream = ok ? fopencookie(p, "rb", functions) : NULL;
     if (stream == NULL) {
         close_passing(p);
     }

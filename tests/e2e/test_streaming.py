@@ -1,0 +1,269 @@
+"""Models larger than memory: neurons come from disk (native/src/memory/neuron_cache.h), and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tsconv
+from support import synthetic, tiny
+from support.memory_map import cached_bytes, drop_cache
+from tsconv.bench.synthetic import Shape
+from tsconv.errors import BackendError, TsconvError
+from tsconv.format.header import read_header
+from tsconv.format.pair import sidecar_path
+from tsconv.format.summary import ffn_bytes
+from tsconv.runtime import model as runtime_model
+from tsconv.runtime.binding import open_model
+from tsconv.runtime.model import SparseLlama
+from tsconv.runtime.programs import check_devices, command, environment, model_arguments
+from tsconv.runtime.streaming import Budget, choose_budget, parse_budget
+
+pytestmark = pytest.mark.sanitized
+NAMES = ("tiny-turbosparse-mistral", "tiny-turbosparse-mixtral")
+TEXT = b"And it came to pass in those days that there was a man of the house of Israel"
+
+
+def fewest_bytes(path: Path) -> int:
+    """What a cache for the model needs at least, as its refusal says."""
+    native = open_model(path, None, None)
+    with pytest.raises(BackendError) as refused:
+        native.stream(1000)
+    native.close()
+    return int(re.search(r"expected at least (\d+) bytes, found 1000", str(refused.value))[1])
+
+
+@contextmanager
+def streaming(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> Iterator[None]:
+    """While this holds, models are loaded with `n_bytes` of memory for neurons, whatever fits."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_model, "choose_budget", lambda *_: Budget(n_bytes, True, 0, 0, 0, 1 << 40))
+        yield
+
+
+def logits(model: SparseLlama) -> list[np.ndarray]:
+    """Of one token at a time, and of all at once."""
+    tokens = model.tokenize(TEXT)
+    return [model.token_logits(tokens, n_batch=1), model.token_logits(tokens)]
+
+
+def total(model: SparseLlama, key: str) -> float:
+    return sum(layer[key] for layer in model.ffn_stats())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("outtype", "sparsity"), [("f32", "predictor"), ("q4_0", "predictor"), ("q4_0", "exact")])
+def test_logits_are_those_of_the_model_in_memory(monkeypatch, name, outtype, sparsity):
+    path = tiny.converted(name, outtype)
+    options = {"sparsity": sparsity, "n_threads": 2, "n_ctx": 256}
+    model = tsconv.load(path, ram_budget="off", **options)
+    expected = logits(model)
+    assert total(model, "neurons_needed") == 0
+    model.close()
+    fewest = fewest_bytes(path)
+    for n_bytes, reads in ((fewest, "pool"), (fewest, ""), (fewest + 200_000, ""), (1 << 28, "")):
+        monkeypatch.setenv("TSFFN_READS", reads)
+        with streaming(monkeypatch, n_bytes):
+            model = tsconv.load(path, **options)
+        for _ in range(2):
+            for found, right in zip(logits(model), expected, strict=True):
+                np.testing.assert_array_equal(found, right)
+        everything_fits = n_bytes == 1 << 28
+        assert (total(model, "neurons_missing") == 0) == (total(model, "bytes_disk") == 0) == everything_fits
+        assert total(model, "neurons_needed") > 0
+        model.close()
+
+
+def test_models_in_one_process_and_their_sequences(monkeypatch):
+    """Each has neurons of its own, and what one context leaves in memory does not change another's text."""
+    paths = [tiny.converted(name, "q4_0") for name in NAMES]
+    prompts = ("And it came to pass", "In the beginning")
+
+    def texts(models: list[SparseLlama]) -> list[str]:
+        completed = [
+            model.create_completion(prompt, max_tokens=12, temperature=0) for prompt in prompts for model in models
+        ]
+        return [answer["choices"][0]["text"] for answer in completed]
+
+    mapped = [tsconv.load(path, n_threads=2, ram_budget="off") for path in paths]
+    expected = texts(mapped)
+    streamed = []
+    for path in paths:
+        with streaming(monkeypatch, fewest_bytes(path)):
+            streamed.append(tsconv.load(path, n_threads=2))
+    assert texts(streamed) == expected
+    for model in (*mapped, *streamed):
+        model.close()
+
+
+# ---- loading
+
+SHAPE = Shape(synthetic.N_VOCAB, 512, 2048, 8, 8, 2, ranks=(128, 128))
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    """A model of 32 MB, 25 of them neurons, on the disk only where the file system allows."""
+    directory = tmp_path_factory.mktemp("streaming")
+    checkpoint = synthetic.save(directory / "checkpoint", SHAPE, synthetic.random_tensors(SHAPE))
+    result = tsconv.convert(checkpoint, directory / "m.gguf", "f32")
+    assert result.sidecar is not None
+    for file in (result.model, result.sidecar):
+        drop_cache(file)
+        if cached_bytes(file) != 0:
+            pytest.skip("this file system keeps files in memory")
+    return result.model
+
+
+def test_loading_reads_only_what_is_kept(monkeypatch, larger):
+    """And neither that nor computing leaves the file in the page cache."""
+    kept = larger.stat().st_size - ffn_bytes(read_header(larger))
+    filled = 1024 * 3 * 512 * 4  # the fewest neurons of a cache, their three rows of f32
+    before = read_bytes()
+    with streaming(monkeypatch, fewest_bytes(larger)):
+        model = tsconv.load(larger, n_threads=1, n_ctx=64)
+    assert 0.9 * kept < read_bytes() - before < kept + sidecar_path(larger).stat().st_size + filled + (2 << 20)
+    model.token_logits([1, 2, 3])
+    assert total(model, "bytes_disk") > 0
+    assert cached_bytes(larger) < 1 << 20
+    model.close()
+
+
+def read_bytes() -> int:
+    """Bytes that this process had read from disks."""
+    return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])
+
+
+# ---- files that change
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A model that may be damaged."""
+    source = tiny.converted(NAMES[0], "q4_0")
+    for name in (source.name, source.name.replace(".gguf", ".predictor.gguf")):
+        shutil.copy(source.with_name(name), tmp_path / name)
+    return tmp_path / source.name
+
+
+def test_a_file_that_is_replaced(monkeypatch, copied):
+    """The model goes on with what it was loaded from."""
+    with streaming(monkeypatch, fewest_bytes(copied)):
+        model = tsconv.load(copied, n_threads=1, n_ctx=256)
+    expected = logits(model)
+    other = copied.with_name("other")
+    other.write_bytes(bytes(copied.stat().st_size))
+    other.rename(copied)
+    for found, right in zip(logits(model), expected, strict=True):
+        np.testing.assert_array_equal(found, right)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(None, "the file was changed while the model is in use"), (4096, "the file is truncated")]
+)
+def test_a_file_that_is_damaged(monkeypatch, copied, size, message):
+    with streaming(monkeypatch, fewest_bytes(copied)):
+        model = tsconv.load(copied, n_threads=1, n_ctx=256)
+    if size is None:
+        os.utime(copied, (1, 1))
+    else:
+        os.truncate(copied, size)
+    with pytest.raises(BackendError) as failed:
+        logits(model)
+    assert message in str(failed.value)
+    assert "\n" not in str(failed.value)
+    model.close()
+
+
+# ---- budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3G", 3 << 30), ("1.5 GiB", 3 << 29), ("800M", 800 << 20), ("64", 64), ("auto", "auto"), ("off", "off"), (7, 7)],
+)
+def test_sizes(text, expected):
+    assert parse_budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1G", "3X", "3 G G"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(TsconvError, match="expected auto, off, or a size such as 3G"):
+        parse_budget(text)
+
+
+def test_what_is_chosen():
+    path = tiny.converted()
+    header = read_header(path)
+    assert choose_budget(header, 0, 256, "off", available=0) is None
+    assert choose_budget(header, 0, 256, "auto", available=1 << 40) is None
+    assert choose_budget(header, 0, 256, 1 << 40) is None
+    with pytest.raises(TsconvError) as refused:
+        choose_budget(header, 1000, 256, 100_000)
+    (line,) = str(refused.value).splitlines()
+    missing = re.search(r"found 100,000: ([\d,]+) are missing", line)[1]
+    needed = re.search(r"expected at least ([\d,]+) bytes", line)[1]
+    assert int(needed.replace(",", "")) - int(missing.replace(",", "")) == 100_000
+
+
+# ---- llama.cpp's own programs
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TSFFN_NEURON_CACHE": "3G"}, "TSFFN_NEURON_CACHE: expected a number of bytes, found '3G'"),
+        ({"TSFFN_NEURON_CACHE": "1000"}, "the memory for neurons is too small: expected at least"),
+        ({"TSFFN_NEURON_CACHE": "1", "TSFFN_HOT": "{hot}"}, "TSFFN_NEURON_CACHE and TSFFN_HOT exclude each other"),
+    ],
+)
+def test_wrong_variables(variables, message):
+    path = tiny.converted()
+    hot = ",".join(["0"] * read_header(path).keys["llama.block_count"])
+    with pytest.raises(BackendError) as refused:
+        check_devices("llama-server", environment(path) | {k: v.format(hot=hot) for k, v in variables.items()})
+    # A program that ends at once may lose what it was about to log.
+    assert message in str(refused.value) or "found Available devices" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs(name, tmp_path):
+    """llama-perplexity, unmodified: the same numbers, with neurons from disk."""
+    path, text = tiny.converted(name, "q4_0"), tmp_path / "text.txt"
+    text.write_text((TEXT.decode() + ". ") * 30)
+
+    def measure(mode: str, **variables: str) -> tuple[str, list[dict[str, int]]]:
+        stats = tmp_path / "stats.json"
+        options = ["-f", str(text), "-c", "128", "-b", "128", "--chunks", "2", "-t", "2", "--load-mode", mode]
+        program = command(
+            "llama-perplexity",
+            [*model_arguments(path), *options],
+            environment(path) | {"TSFFN_STATS": str(stats)} | variables,
+        )
+        done = subprocess.run(
+            program.arguments,
+            env=program.environment,
+            capture_output=True,
+            text=True,
+            timeout=tiny.TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return re.search(r"Final estimate: .*", done.stdout + done.stderr)[0], json.loads(stats.read_text())["layers"]
+
+    expected, layers = measure("mmap")
+    assert sum(layer["needed"] for layer in layers) == 0
+    for mode in ("dio", "none"):
+        found, layers = measure(mode, TSFFN_NEURON_CACHE=str(fewest_bytes(path)))
+        assert found == expected
+        assert sum(layer["missing"] for layer in layers) > 0
