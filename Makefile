@@ -10,7 +10,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-stream bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -142,6 +142,11 @@ bench-quick: setup
 	mkdir -p build
 	$(BIN)/tsconv bench --suite quick --save build/bench-quick.json $(BENCH)
 	$(BIN)/tsconv bench --clients 1,4 -r 2 --layers 4 --save build/bench-clients-quick.json
+
+# A model larger than memory: 7B Q4_0 (4.4 GB) in memory control groups, beside llama.cpp; needs the right to make them.
+bench-stream: setup
+	mkdir -p build
+	$(BIN)/python -m tsconv.bench.stream --save build/bench-stream.json $(BENCH)
 
 # What conversion and profiling cost.
 bench-tools: setup

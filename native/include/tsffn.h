@@ -83,6 +83,8 @@ TSFFN_API bool tsffn_model_fill(struct tsffn_model * model, uint64_t bytes, uint
                                 char * error, size_t error_size);
 // How it reads: "io_uring", or "threads" where the system does not allow that; NULL without tsffn_model_stream.
 TSFFN_API const char * tsffn_model_reads(const struct tsffn_model * model);
+// How it would read on this machine.
+TSFFN_API const char * tsffn_reads(void);
 
 // What the model was opened with; TSFFN_SPARSITY_DEFAULT and 0 for NULL.
 TSFFN_API enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model);

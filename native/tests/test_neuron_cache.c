@@ -123,9 +123,9 @@ static int finish_faulty(struct tsffn_reader * reader, struct tsffn_read_result 
     return found;
 }
 
-static void wait_faulty(struct tsffn_reader * reader) {
+static void wait_faulty(struct tsffn_reader * reader, int n) {
     const struct faulty * f = (const struct faulty *)reader;
-    f->inner->kind->wait(f->inner);
+    f->inner->kind->wait(f->inner, n);
 }
 
 static const struct tsffn_reader_kind faulty_kind = {

@@ -42,6 +42,13 @@ def test_this_installation():
     assert checks["kernels"]["status"] in ("ok", "warning")
     assert "cores usable" in checks["CPU"]["value"]
     assert "GB available" in checks["memory"]["value"]
+    assert {"huge pages", "lockable memory"} < checks.keys()
+
+
+def test_reads_of_models_larger_than_memory():
+    assert diagnose({"TSFFN_READS": ""})[2]["disk reads"]["value"] in ("io_uring", "threads: io_uring is not allowed")
+    status, healthy, checks = diagnose({"TSFFN_READS": "pool"})
+    assert (status, healthy, checks["disk reads"]["status"]) == (0, True, "warning")
 
 
 def test_text_says_the_same():

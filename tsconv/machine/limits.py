@@ -22,7 +22,8 @@ def usable_cores(proc: Path | None = None) -> int:
 def cpu_quota(proc: Path | None = None) -> float | None:
     """CPUs' worth of time that this process's control groups grant; None without a limit."""
     return min(
-        (quota for _, folder in _groups("cpu", proc or PROC) if (quota := _quota(folder)) is not None), default=None
+        (quota for _, folder in control_groups("cpu", proc or PROC) if (quota := _quota(folder)) is not None),
+        default=None,
     )
 
 
@@ -52,7 +53,7 @@ def total_memory(proc: Path = PROC) -> int:
     total = re.search(r"^MemTotal:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
     groups = (
         _number(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
-        for is_v2, folder in _groups("memory", proc)
+        for is_v2, folder in control_groups("memory", proc)
     )
     known = [1024 * int(total[1])] if total else []
     return min([*known, *(limit for limit in groups if limit is not None)])
@@ -65,7 +66,7 @@ def available_memory(proc: Path = PROC) -> int:
     Source: MemAvailable in proc(5); Linux admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE))
-    left = (n for is_v2, folder in _groups("memory", proc) if (n := _memory_left(folder, is_v2)) is not None)
+    left = (n for is_v2, folder in control_groups("memory", proc) if (n := _memory_left(folder, is_v2)) is not None)
     return max(0, min([1024 * int(fields["MemAvailable"]), *left]))
 
 
@@ -78,7 +79,7 @@ def fits_in_memory(n_bytes: int) -> bool:
     return n_bytes <= available - available // 4
 
 
-def _groups(controller: str, proc: Path) -> Iterator[tuple[bool, Path]]:
+def control_groups(controller: str, proc: Path) -> Iterator[tuple[bool, Path]]:
     """(is it v2, folder) of every control group that this process is in, innermost first."""
     try:
         memberships = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]

@@ -177,6 +177,7 @@ class Backend:
             "tsffn_model_file": ([handle], handle),
             "tsffn_model_fill": ([handle, ctypes.c_uint64, uint64_out, uint64_out, text, size], ctypes.c_bool),
             "tsffn_model_reads": ([handle], text),
+            "tsffn_reads": ([], text),
             "tsffn_model_stats": ([handle, ctypes.c_int32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
             "tsffn_model_reset_stats": ([handle], None),
             "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),
@@ -218,6 +219,11 @@ class Backend:
     def ggml_version(self) -> str:
         """The ggml version the library was built for."""
         return self.lib.tsffn_ggml_version().decode()
+
+    @property
+    def reads(self) -> str:
+        """How models larger than memory are read here: "io_uring", or "threads" where that is not allowed."""
+        return self.lib.tsffn_reads().decode()
 
     def measure_rows(
         self, address: int, n_rows: int, row_bytes: int, *, every: int, nth: int, n_threads: int

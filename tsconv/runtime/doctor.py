@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ GPU_DEVICES = (  # in /dev, and what adds llama.cpp's backend for them
     ("kfd", "make setup HIP=1"),
     ("dri/renderD*", "make setup VULKAN=1"),
 )
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Check:
 def diagnose() -> list[Check]:
     """All findings. Loads llama.cpp and the native backend into this process."""
     checks = [Check("tsconv", tsconv.__version__), Check("python", platform.python_version())]
-    for find in (_packages, _ggml, _backend, _openmp, _programs, _gpus, _cpu, _load, _memory):
+    for find in (_packages, _ggml, _backend, _openmp, _programs, _gpus, _cpu, _load, _memory, _streaming):
         checks += find()
     return checks
 
@@ -243,3 +245,30 @@ def _memory() -> Iterator[Check]:
         yield Check("memory", value, "warning", "close other programs: a model is read from the file system's cache")
     else:
         yield Check("memory", value)
+
+
+def _streaming() -> Iterator[Check]:
+    """What a model larger than memory is read with (tsconv.runtime.streaming)."""
+    try:
+        reads = load_backend().reads
+    except (BackendError, ImportError, OSError, RuntimeError):
+        return  # reported above
+    if reads == "io_uring":
+        yield Check("disk reads", "io_uring")
+    else:
+        yield Check(
+            "disk reads",
+            f"{reads}: io_uring is not allowed",
+            "warning",
+            "models larger than memory run slower: sysctl kernel.io_uring_disabled=0, or a container that allows it",
+        )
+    try:
+        huge = HUGE_PAGES.read_text()
+    except OSError:
+        huge = "[never]"
+    if "[never]" in huge:
+        yield Check("huge pages", "off", "warning", f"echo madvise > {HUGE_PAGES}: weights are found faster in them")
+    else:
+        yield Check("huge pages", "on")
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    yield Check("lockable memory", "no limit" if limit == resource.RLIM_INFINITY else f"{limit / 1e6:.1f} MB")

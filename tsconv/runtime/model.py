@@ -473,7 +473,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         bytes_predictor, bytes_ffn, bytes_read (their sum) and bytes_dense (what a dense FFN would have read);
         seconds_predictor, seconds_ffn; seconds_attention (what llama.cpp computes between the FFN of the layer before
         and this one: norms, attention, router; 0 for layer 0, which has none before it); single_ops (operations
-        computed alone because the graph was cut in between).
+        computed alone because the graph was cut in between). Where neurons come from disk (ram_budget): neurons_needed,
+        of these neurons_missing in memory, disk_reads, bytes_disk, seconds_disk (in which a thread waited for them).
         """
         layers = []
         for layer in range(self._native.n_layer):

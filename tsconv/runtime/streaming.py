@@ -28,7 +28,7 @@ AUTO, OFF = "auto", "off"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 # Left free of what is available: llama.cpp's compute buffers, Python, what others come to need.
-RESERVE_BYTES, RESERVE_SHARE = 384 << 20, 0.05
+RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.05
 FEWEST_BYTES = 64 << 20  # for neurons
 
 

@@ -8,7 +8,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-enum { MOST_TRIES = 8, RESULTS = 16 };
+enum { MOST_TRIES = 8, RESULTS = 16, WAIT_SHARE = 8 };
 
 // ---- where things are in the file
 
@@ -139,7 +139,9 @@ static void publish(struct tsffn_neuron_cache * c, const struct request * reques
         const uint8_t parts = (uint8_t)(((1 << piece->n) - 1) << piece->first);
         const uint8_t left = state_of(c, piece->neuron) & (uint8_t)~parts;
         if (left == 0) {
-            c->table[piece->neuron] = slot_at(c, c->slot_of[piece->neuron]);
+            const int32_t slot = c->slot_of[piece->neuron];
+            c->table[piece->neuron] = slot_at(c, slot);
+            c->infos[slot].comes = false;
         }
         set_state(c, piece->neuron, left == 0 ? THERE : left);
     }
@@ -206,9 +208,11 @@ void tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait) {
             pthread_cond_wait(&c->changed, &c->mutex);
             return;
         }
+        // To be woken for each of many reads costs more than the first of them comes earlier.
+        const int n_to_wait_for = 1 + c->n_on_way / WAIT_SHARE;
         c->someone_waits = true;
         pthread_mutex_unlock(&c->mutex);
-        c->reader->kind->wait(c->reader);
+        c->reader->kind->wait(c->reader, n_to_wait_for);
         pthread_mutex_lock(&c->mutex);
         c->someone_waits = false;
         n = c->reader->kind->finish(c->reader, results, RESULTS);

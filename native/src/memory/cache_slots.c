@@ -24,6 +24,9 @@ void tsffn_cache_tick(struct tsffn_neuron_cache * c, int64_t n_tokens) {
         for (int64_t i = 0; i < c->n_neurons; ++i) {
             c->score[i] /= c->weight;
         }
+        for (int64_t slot = 0; slot < c->n_slots; ++slot) {
+            c->infos[slot].score /= c->weight;
+        }
         c->weight = 1.0f;
     }
     // The tokens of a call are not told apart: each use counts their mean.
@@ -38,29 +41,36 @@ static uint64_t random_bits(struct tsffn_neuron_cache * c) {
     return c->random * 0x2545f4914f6cdd1du;
 }
 
-static bool can_go(const struct tsffn_neuron_cache * c, int64_t slot) {
-    return c->neuron_in[slot] == NOBODY || (c->holds[slot] == 0 && state_of(c, c->neuron_in[slot]) == THERE);
-}
-
-static float worth_of(const struct tsffn_neuron_cache * c, int64_t slot) {
-    return c->neuron_in[slot] == NOBODY ? -1.0f : c->score[c->neuron_in[slot]];
+static bool can_go(const struct slot * info) {
+    return info->neuron == NOBODY || (info->holds == 0 && !info->comes);
 }
 
 // The slot that goes; NOBODY where none can.
 static int64_t choose(struct tsffn_neuron_cache * c) {
     int64_t best = NOBODY;
+    float lowest = INFINITY;
     for (int k = 0; k < SAMPLES; ++k) {
-        const int64_t slot = (int64_t)(random_bits(c) % (uint64_t)c->n_slots);
-        if (can_go(c, slot) && (best == NOBODY || worth_of(c, slot) < worth_of(c, best))) {
+        const int64_t slot = (int64_t)((random_bits(c) >> 32) * (uint64_t)c->n_slots >> 32);
+        const struct slot * info = &c->infos[slot];
+        if (can_go(info) && info->score < lowest) {
             best = slot;
+            lowest = info->score;
         }
     }
     const int64_t first = (int64_t)(random_bits(c) % (uint64_t)c->n_slots);
     for (int64_t k = 0; best == NOBODY && k < c->n_slots; ++k) {
         const int64_t slot = (first + k) % c->n_slots;
-        best = can_go(c, slot) ? slot : NOBODY;
+        best = can_go(&c->infos[slot]) ? slot : NOBODY;
     }
     return best;
+}
+
+// The slot is free: what was in it is absent.
+static void leave(struct tsffn_neuron_cache * c, struct slot * info) {
+    c->score[info->neuron] = info->score;
+    c->table[info->neuron] = c->nothing;
+    set_state(c, info->neuron, ABSENT);
+    *info = (struct slot){.neuron = NOBODY, .score = -1.0f};
 }
 
 int32_t tsffn_cache_take_slot(struct tsffn_neuron_cache * c) {
@@ -68,21 +78,16 @@ int32_t tsffn_cache_take_slot(struct tsffn_neuron_cache * c) {
         return (int32_t)c->n_used++;
     }
     const int64_t slot = choose(c);
-    if (slot != NOBODY && c->neuron_in[slot] != NOBODY) {
-        const int32_t neuron = c->neuron_in[slot];
-        c->table[neuron] = c->nothing;
-        set_state(c, neuron, ABSENT);
-        c->neuron_in[slot] = NOBODY;
+    if (slot != NOBODY && c->infos[slot].neuron != NOBODY) {
+        leave(c, &c->infos[slot]);
     }
     return (int32_t)slot;
 }
 
 void tsffn_cache_drop_coming(struct tsffn_neuron_cache * c) {
     for (int64_t slot = 0; slot < c->n_used; ++slot) {
-        const int32_t neuron = c->neuron_in[slot];
-        if (neuron != NOBODY && state_of(c, neuron) != THERE) {
-            set_state(c, neuron, ABSENT);
-            c->neuron_in[slot] = NOBODY;
+        if (c->infos[slot].neuron != NOBODY && c->infos[slot].comes) {
+            leave(c, &c->infos[slot]);
         }
     }
 }

@@ -35,6 +35,14 @@ struct request {
     struct piece pieces[MAX_PIECES];
 };
 
+// Memory for one neuron, and what is known of the one that has it.
+struct slot {
+    int32_t neuron; // NOBODY: it is free
+    float score;    // of the neuron, see cache_slots.c
+    uint16_t holds; // how often it was announced and not yet released
+    bool comes;     // it is not there yet
+};
+
 // The neurons of one FFN: what tsffn_neurons.state is.
 struct cached_ffn {
     struct tsffn_neuron_cache * cache;
@@ -68,9 +76,8 @@ struct tsffn_neuron_cache {
     _Atomic(uint8_t) * state; // [n_neurons], written with the mutex held
     const uint8_t ** table;   // [n_neurons]: of the slot where a neuron is there, else of zeros
     int32_t * slot_of;        // [n_neurons], where a neuron is not absent
-    float * score;            // [n_neurons], see cache_slots.c
-    int32_t * neuron_in;      // [n_slots], NOBODY where a slot is free
-    uint16_t * holds;         // [n_slots], announced and not yet released
+    float * score;            // [n_neurons] of those that are absent
+    struct slot * infos;      // [n_slots]
     int64_t n_used;           // slots that ever had a neuron, the first ones
     float weight;             // what a use counts now
     uint64_t random;

@@ -33,9 +33,13 @@ static uint64_t now_ns(void) {
 static void hold_known(struct tsffn_neuron_cache * c, const int32_t * neurons, const uint64_t * rows, int64_t n) {
     for (int64_t k = 0; k < n; ++k) {
         const int32_t neuron = neurons[k];
-        c->score[neuron] += c->use * (rows != NULL ? (float)__builtin_popcountll(rows[k]) : 1.0f);
+        const float use = c->use * (rows != NULL ? (float)__builtin_popcountll(rows[k]) : 1.0f);
         if (state_of(c, neuron) != ABSENT) {
-            c->holds[c->slot_of[neuron]] += 1;
+            struct slot * info = &c->infos[c->slot_of[neuron]];
+            info->holds += 1;
+            info->score += use;
+        } else {
+            c->score[neuron] += use;
         }
     }
 }
@@ -55,8 +59,7 @@ static void hold_missing(struct tsffn_neuron_cache * c, const int32_t * missing,
             return;
         }
         c->slot_of[neuron] = slot;
-        c->neuron_in[slot] = neuron;
-        c->holds[slot] = 1;
+        c->infos[slot] = (struct slot){.neuron = neuron, .score = c->score[neuron], .holds = 1, .comes = true};
         set_state(c, neuron, ALL_PARTS);
     }
     tsffn_cache_ask(c, missing + begin, n - begin);
@@ -136,7 +139,7 @@ static void release(const struct tsffn_neurons * neurons, const int32_t * list, 
     for (int64_t k = 0; k < n; ++k) {
         const int64_t neuron = ffn->first + list[k];
         if (state_of(c, neuron) != ABSENT) {
-            c->holds[c->slot_of[neuron]] -= 1;
+            c->infos[c->slot_of[neuron]].holds -= 1;
         }
     }
     pthread_cond_broadcast(&c->changed); // who waits for slots
@@ -314,8 +317,7 @@ static bool open_reader(struct tsffn_neuron_cache * c, size_t largest, char * er
 // How many slots fit into `bytes`, with all that goes with them.
 static bool choose_size(struct tsffn_neuron_cache * c, uint64_t bytes, char * error, size_t error_size) {
     const uint64_t per_neuron = sizeof(*c->state) + sizeof(*c->table) + sizeof(*c->slot_of) + sizeof(*c->score);
-    const uint64_t per_slot =
-        c->slot_bytes + sizeof(*c->neuron_in) + sizeof(*c->holds) + TSFFN_N_PARTS * sizeof(*c->pending);
+    const uint64_t per_slot = c->slot_bytes + sizeof(*c->infos) + TSFFN_N_PARTS * sizeof(*c->pending);
     const uint64_t fixed = per_neuron * (uint64_t)c->n_neurons + DEPTH * c->bounce_bytes;
     const uint64_t fit = bytes > fixed ? (bytes - fixed) / per_slot : 0;
     const uint64_t fewest = c->n_neurons < FEWEST_NEURONS ? (uint64_t)c->n_neurons : FEWEST_NEURONS;
@@ -336,11 +338,10 @@ static bool allocate(struct tsffn_neuron_cache * c, char * error, size_t error_s
     c->table = malloc(n_neurons * sizeof(*c->table));
     c->slot_of = calloc(n_neurons, sizeof(*c->slot_of));
     c->score = calloc(n_neurons, sizeof(*c->score));
-    c->neuron_in = malloc(n_slots * sizeof(*c->neuron_in));
-    c->holds = calloc(n_slots, sizeof(*c->holds));
+    c->infos = malloc(n_slots * sizeof(*c->infos));
     c->pending = malloc((size_t)c->max_pending * sizeof(*c->pending));
     if (c->slots == NULL || c->nothing == NULL || c->state == NULL || c->table == NULL || c->slot_of == NULL ||
-        c->score == NULL || c->neuron_in == NULL || c->holds == NULL || c->pending == NULL) {
+        c->score == NULL || c->infos == NULL || c->pending == NULL) {
         return tsffn_fail(error, error_size, "out of memory");
     }
     memset(c->nothing, 0, c->slot_bytes);
@@ -350,7 +351,7 @@ static bool allocate(struct tsffn_neuron_cache * c, char * error, size_t error_s
         c->score[i] = c->source.hot_first ? HOTTEST * (1.0f - rank) : 0.0f;
     }
     for (size_t i = 0; i < n_slots; ++i) {
-        c->neuron_in[i] = NOBODY;
+        c->infos[i] = (struct slot){.neuron = NOBODY, .score = -1.0f};
     }
     return true;
 }
@@ -442,8 +443,7 @@ void tsffn_neuron_cache_free(struct tsffn_neuron_cache * c) {
     free(c->table);
     free(c->slot_of);
     free(c->score);
-    free(c->neuron_in);
-    free(c->holds);
+    free(c->infos);
     free(c->pending);
     free(c->requests);
     free(c->layers);

@@ -157,10 +157,10 @@ static int finish(struct tsffn_reader * reader, struct tsffn_read_result * resul
     return taken;
 }
 
-static void wait_for_one(struct tsffn_reader * reader) {
+static void wait_for_some(struct tsffn_reader * reader, int n) {
     struct pool * p = (struct pool *)reader;
     pthread_mutex_lock(&p->mutex);
-    while (p->done.n == 0) {
+    while (p->done.n < n) {
         pthread_cond_wait(&p->ended, &p->mutex);
     }
     pthread_mutex_unlock(&p->mutex);
@@ -172,5 +172,5 @@ const struct tsffn_reader_kind tsffn_pool = {
     .close = close_pool,
     .start = start,
     .finish = finish,
-    .wait = wait_for_one,
+    .wait = wait_for_some,
 };

@@ -47,9 +47,9 @@ struct tsffn_reader_kind {
     int (*start)(struct tsffn_reader * reader, const struct tsffn_read * reads, int n);
     // Results of reads that have ended, at most n; returns how many. Does not wait.
     int (*finish)(struct tsffn_reader * reader, struct tsffn_read_result * results, int n);
-    // Returns when a read has ended that `finish` has not told of yet, or earlier. Meanwhile another thread may call
-    // `start`, but not `finish`.
-    void (*wait)(struct tsffn_reader * reader);
+    // Returns when n reads have ended that `finish` has not told of yet, n at most those that are on their way; or
+    // earlier. Meanwhile another thread may call `start`, but not `finish`.
+    void (*wait)(struct tsffn_reader * reader, int n);
 };
 
 extern const struct tsffn_reader_kind tsffn_uring; // io_uring

@@ -55,6 +55,17 @@ const char * tsffn_model_reads(const struct tsffn_model * model) {
     return model != NULL && model->cache != NULL ? tsffn_neuron_cache_reads(model->cache) : NULL;
 }
 
+const char * tsffn_reads(void) {
+    void * page = aligned_alloc(TSFFN_MEMORY_ALIGNMENT, TSFFN_MEMORY_ALIGNMENT);
+    struct tsffn_reader * reader = page != NULL ? tsffn_reader_open(0, 1, page, TSFFN_MEMORY_ALIGNMENT) : NULL;
+    const char * name = reader != NULL ? reader->kind->name : tsffn_pool.name;
+    if (reader != NULL) {
+        reader->kind->close(reader);
+    }
+    free(page);
+    return name;
+}
+
 // ---- the file without FFN weights
 
 // A stream's position in the file. FFN weights are holes: what is read there is not told. The rest is read in pieces,

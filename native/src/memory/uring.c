@@ -162,9 +162,9 @@ static int finish(struct tsffn_reader * reader, struct tsffn_read_result * resul
     return taken;
 }
 
-static void wait_for_one(struct tsffn_reader * reader) {
+static void wait_for_some(struct tsffn_reader * reader, int n) {
     const struct uring * u = (const struct uring *)reader;
-    enter(u, n_asked(u), 1); // EINTR: the caller looks and comes again
+    enter(u, n_asked(u), (unsigned)n); // EINTR: the caller looks and comes again
 }
 
 const struct tsffn_reader_kind tsffn_uring = {
@@ -173,5 +173,5 @@ const struct tsffn_reader_kind tsffn_uring = {
     .close = close_uring,
     .start = start,
     .finish = finish,
-    .wait = wait_for_one,
+    .wait = wait_for_some,
 };
