@@ -17,6 +17,7 @@ import pytest
 import tsconv
 from support import synthetic, tiny
 from support.memory_map import cached_bytes, drop_cache
+from support.serving import serving
 from tsconv.bench.synthetic import Shape
 from tsconv.errors import BackendError, TsconvError
 from tsconv.format.header import read_header
@@ -141,6 +142,72 @@ def test_loading_reads_only_what_is_kept(monkeypatch, larger):
 def read_bytes() -> int:
     """Bytes that this process had read from disks."""
     return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model of 110 MB, 100 of them neurons."""
+    directory = tmp_path_factory.mktemp("large")
+    shape = Shape(synthetic.N_VOCAB, 512, 8192, 8, 8, 2, ranks=(128, 128))
+    checkpoint = synthetic.save(directory / "checkpoint", shape, synthetic.random_tensors(shape))
+    return tsconv.convert(checkpoint, directory / "m.gguf", "f32").model
+
+
+def test_run(large):
+    arguments = ("run", "-m", large, "-p", "And it came to pass", "-n", 8, "--temp", 0, "-c", 256, "-t", 1, "--json")
+    mapped, streamed = (tiny.run(*arguments, "--ram-budget", budget) for budget in ("off", "80M"))
+    assert (mapped.returncode, streamed.returncode) == (0, 0), streamed.stderr
+    expected, found = json.loads(mapped.stdout), json.loads(streamed.stdout)
+    assert found["text"] == expected["text"]
+    assert (expected["memory_share"], expected["disk_bytes"], expected["disk_share"]) == (1, 0, 0)
+    assert 0.1 < found["memory_share"] < 1
+    assert found["disk_bytes"] > 1e6
+    assert 0 < found["disk_share"] < 1
+    first, *_, last = streamed.stderr.decode().splitlines()
+    assert re.match(r"memory: 83.9 MB given; .* of 101 MB neurons \(\d+ %\); others are read from disk", first)
+    assert re.search(r"\d % of the neurons were in memory, [\d.]+ MB per token came from disk, which was waited", last)
+    assert b"memory" not in mapped.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ram-budget", "20M"), "does not fit in memory, even with its neurons on disk: expected at least"),
+        (("--ram-budget", "much"), "RAM budget: expected auto, off, or a size such as 3G or 800M, found 'much'"),
+        (("--ram-budget", "1G", "--machine", "auto"), "--ram-budget and --machine exclude each other"),
+    ],
+)
+def test_budgets_that_are_refused(large, options, message):
+    for name, *rest in (("run", "-p", "a"), ("serve", "--port", "0")):
+        line = tiny.error_line(tiny.run(name, "-m", large, *rest, *options))
+        assert message in line
+
+
+def test_perplexity(large, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes((TEXT + b". ") * 4)
+    mapped, streamed = (
+        tiny.run("perplexity", "-m", large, "-f", text, "-c", 64, "--chunks", 1, "--ram-budget", budget)
+        for budget in ("off", "80M")
+    )
+    assert mapped.returncode == 0
+    assert streamed.stdout == mapped.stdout
+    assert b"others are read from disk" in streamed.stderr
+
+
+def test_serve(large):
+    def answer(*options: object) -> tuple[str, str]:
+        with serving("-c", 256, *options, model=large) as server:
+            completion = server.client().completions.create(model="", prompt="And it", max_tokens=8, temperature=0)
+            return server.log[0], completion.choices[0].text
+
+    _, expected = answer("--ram-budget", "off")
+    line, found = answer("--ram-budget", "80M")
+    assert found == expected
+    assert line.startswith("memory: 83.9 MB given")
 
 
 # ---- files that change

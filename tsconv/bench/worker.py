@@ -98,6 +98,7 @@ def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity:
         n_threads=n_threads,
         n_gpu_layers=offload.n_gpu_layers,
         device=",".join(gpu.name for gpu in offload.gpus) or None,
+        ram_budget=os.environ.get("TSCONV_RAM_BUDGET", "auto"),
     )
 
 

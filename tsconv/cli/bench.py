@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tsconv.cli.options import gpu_options
+from tsconv.cli.options import gpu_options, ram_budget_option
 from tsconv.cli.output import echo, say
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tes
     help="Instead of tests: llama-server with so many clients at once, beside llama-server dense.",
 )
 @gpu_options
+@ram_budget_option
 @click.option("-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Format.")
 @click.option("--save", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there too, as JSON.")
 @click.option("--compare", metavar="OLD.json", type=click.Path(path_type=Path), help="Print the change since OLD.json.")
@@ -85,6 +87,7 @@ def command(
     baseline: str,
     threads: str | None,
     clients: str | None,
+    ram_budget: str,
     output: str,
     save: Path | None,
     compare: Path | None,
@@ -103,6 +106,7 @@ def command(
     from tsconv.bench.suite import run_suite
     from tsconv.bench.workload import parse_counts, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
+    from tsconv.runtime.streaming import parse_budget
     from tsconv.write.writer import check_output, write_file
 
     given = [name for name in OF_ONE_MODEL if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
@@ -121,6 +125,7 @@ def command(
     if save is not None:
         check_output(save, force=True)
 
+    os.environ["TSCONV_RAM_BUDGET"] = str(parse_budget(ram_budget))  # of the workers
     progress = say if sys.stderr.isatty() else lambda line: None
     parts: Iterator[Sequence[Row] | Sequence[ClientsRow]]
     if suite:

@@ -29,7 +29,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 # Left free of what is available: llama.cpp's compute buffers, Python, what others come to need.
 RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.05
-FEWEST_BYTES = 64 << 20  # for neurons
+FEWEST_BYTES = 32 << 20  # for neurons
 
 
 @dataclass(frozen=True)
