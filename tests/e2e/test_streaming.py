@@ -156,6 +156,18 @@ def large(tmp_path_factory) -> Path:
     return tsconv.convert(checkpoint, directory / "m.gguf", "f32").model
 
 
+def test_what_is_left_for_neurons(large):
+    header = read_header(large)
+    budget = choose_budget(header, 1000, 256, "auto", available=120_000_000)
+    assert budget.total == 90_000_000  # a quarter stays free
+    assert (budget.given, budget.predictors, budget.missing) == (False, 1000, 0)
+    assert budget.ffn == ffn_bytes(header) == header.file_bytes - budget.weights
+    assert budget.neurons == 90_000_000 - budget.weights - 1000 - budget.context
+    assert choose_budget(header, 1000, 256, "auto", available=200_000_000) is None
+    with pytest.raises(TsconvError, match="does not fit in memory, even with its neurons on disk"):
+        choose_budget(header, 1000, 256, "auto", available=20_000_000)
+
+
 def test_run(large):
     arguments = ("run", "-m", large, "-p", "And it came to pass", "-n", 8, "--temp", 0, "-c", 256, "-t", 1, "--json")
     mapped, streamed = (tiny.run(*arguments, "--ram-budget", budget) for budget in ("off", "80M"))
@@ -274,6 +286,7 @@ def test_what_is_chosen():
     header = read_header(path)
     assert choose_budget(header, 0, 256, "off", available=0) is None
     assert choose_budget(header, 0, 256, "auto", available=1 << 40) is None
+    assert choose_budget(header, 0, 256, "auto", available=0) is None  # so small that nothing would be gained
     assert choose_budget(header, 0, 256, 1 << 40) is None
     with pytest.raises(TsconvError) as refused:
         choose_budget(header, 1000, 256, 100_000)

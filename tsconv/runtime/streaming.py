@@ -27,8 +27,9 @@ from tsconv.runtime.binding import NativeModel
 AUTO, OFF = "auto", "off"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-# Left free of what is available: llama.cpp's compute buffers, Python, what others come to need.
-RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.05
+# Left free of what is available, for llama.cpp's compute buffers, Python, and what others come to need: so much or a
+# twentieth, but at most a quarter.
+RESERVE_BYTES = 256 << 20
 FEWEST_BYTES = 32 << 20  # for neurons
 
 
@@ -100,7 +101,7 @@ def choose_budget(
     n_ctx = n_ctx or int(header.keys.get("llama.context_length", 0))
     if asked == AUTO:
         available = available_memory() if available is None else available
-        total = available - max(RESERVE_BYTES, int(available * RESERVE_SHARE))
+        total = available - min(max(RESERVE_BYTES, available // 20), available // 4)
     else:
         total = int(asked)
     ffn = ffn_bytes(header)
@@ -112,7 +113,8 @@ def choose_budget(
         context=padded(n_ctx) * n_layer * kv_bytes_per_token(header),
         ffn=ffn,
     )
-    if total >= budget.weights + budget.predictors + budget.context + ffn:
+    fits = total >= budget.weights + budget.predictors + budget.context + ffn
+    if fits or (asked == AUTO and ffn <= FEWEST_BYTES):  # of a small model nothing would be gained
         return None
     if budget.missing:
         raise TsconvError(
