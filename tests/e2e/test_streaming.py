@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from support import synthetic, tiny
 from support.memory_map import cached_bytes, drop_cache
 from support.serving import serving
 from tsconv.bench.synthetic import Shape
+from tsconv.bench.worker import Sequences
 from tsconv.errors import BackendError, TsconvError
 from tsconv.format.header import read_header
 from tsconv.format.pair import sidecar_path
@@ -104,6 +107,37 @@ def test_models_in_one_process_and_their_sequences(monkeypatch):
     assert texts(streamed) == expected
     for model in (*mapped, *streamed):
         model.close()
+
+
+def test_contexts_of_one_model_at_once(monkeypatch):
+    """They take turns with its neurons."""
+    path = tiny.converted(NAMES[0], "q4_0")
+
+    def decoded(model: SparseLlama, seeds: Sequence[int]) -> list[np.ndarray]:
+        """The last logits of a text for each seed, computed at the same time."""
+        contexts = [Sequences(model, 64, 1, n_threads=1) for _ in seeds]
+
+        def decode(k: int) -> np.ndarray:
+            for position, token in enumerate(np.random.default_rng(seeds[k]).integers(3, 200, 40).tolist()):
+                contexts[k].decode([token], position)
+            found = llama_cpp.llama_get_logits_ith(contexts[k]._context.ctx, 0)
+            return np.ctypeslib.as_array(found, (model.n_vocab(),)).copy()
+
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            logits = list(pool.map(decode, range(len(seeds))))
+        for context in contexts:
+            context.close()
+        return logits
+
+    model = tsconv.load(path, n_threads=1, ram_budget="off")
+    expected = decoded(model, (1, 2, 3))
+    model.close()
+    with streaming(monkeypatch, fewest_bytes(path)):
+        model = tsconv.load(path, n_threads=1)
+    for found, right in zip(decoded(model, (1, 2, 3)), expected, strict=True):
+        np.testing.assert_array_equal(found, right)
+    assert total(model, "neurons_missing") > 0
+    model.close()
 
 
 # ---- loading
