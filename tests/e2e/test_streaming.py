@@ -50,7 +50,7 @@ def fewest_bytes(path: Path) -> int:
 def streaming(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> Iterator[None]:
     """While this holds, models are loaded with `n_bytes` of memory for neurons, whatever fits."""
     with monkeypatch.context() as patch:
-        patch.setattr(runtime_model, "choose_budget", lambda *_: Budget(n_bytes, True, 0, 0, 0, 1 << 40))
+        patch.setattr(runtime_model, "choose_budget", lambda *_, **__: Budget(n_bytes, True, 0, 0, 0, 1 << 40))
         yield
 
 

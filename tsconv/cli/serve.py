@@ -80,8 +80,18 @@ def command(
     choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path)
     if choice is not None:
         refuse_budget(ram_budget)
-    memory = {"choice": choice, "ram_budget": ram_budget, "say": say_budget}
-    serving = Serving(path, predictor_path, sparsity, lora, n_ctx, n_threads, **memory, **gpu)
+    serving = Serving(
+        path,
+        predictor_path,
+        sparsity,
+        lora,
+        n_ctx,
+        n_threads,
+        choice=choice,
+        ram_budget=ram_budget,
+        say=say_budget,
+        **gpu,
+    )
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:
         options += ["--parallel", str(parallel)]

@@ -81,7 +81,6 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
     """
     path = Path(serving.model)
     choice = serving.choice
-    arguments = model_arguments(path)
     if choice is None:
         # llama-server would say what is wrong with the files too, but only in its log.
         predictor = None if serving.predictor is None else Path(serving.predictor)
@@ -89,11 +88,7 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
         native.close()
         header, n_threads = native.header, serving.n_threads or usable_cores()
         variables = environment(path, predictor=predictor, sparsity=serving.sparsity)
-        budget = choose_budget(header, native.sidecar_bytes, serving.n_ctx, serving.ram_budget)
-        if budget is not None:
-            serving.say(budget)
-            variables["TSFFN_NEURON_CACHE"] = str(budget.neurons)
-            arguments += ["--load-mode", "dio"]
+        sidecar_bytes = native.sidecar_bytes
     else:
         header, n_threads, fit = choice.header, choice.fit.n_threads, choice.fit
         variables = environment(
@@ -104,12 +99,20 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
             lock=fit.lock,
             read_ahead=fit.read_ahead,
         )
+    arguments = model_arguments(path)
     if not ALIAS & set(options):
         arguments += ["--alias", path.stem]
     arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]
     offload = None if GPU_LAYERS & set(options) else serving.offload(header)
     if offload is not None:
         arguments += offload.arguments()
+    if choice is None:
+        on_gpus = 0 if offload is None else offload.n_bytes
+        budget = choose_budget(header, sidecar_bytes, serving.n_ctx, serving.ram_budget, on_gpus=on_gpus)
+        if budget is not None:
+            serving.say(budget)
+            variables["TSFFN_NEURON_CACHE"] = str(budget.neurons)
+            arguments += ["--load-mode", "dio"]
     if serving.lora is not None:
         refuse_adapter(header, read_header(Path(serving.lora)))
         arguments += ["--lora", serving.lora, "--load-mode", "none"]

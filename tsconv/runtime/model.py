@@ -254,7 +254,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
     def _choose_budget(self, ram_budget: int | str, n_ctx: int) -> Budget | None:
         """What memory goes to where neurons are read from disk; None where all are in memory. Raises TsconvError."""
         try:
-            return choose_budget(self._native.header, self._native.sidecar_bytes, n_ctx, ram_budget)
+            return choose_budget(
+                self._native.header, self._native.sidecar_bytes, n_ctx, ram_budget, on_gpus=self.offload.n_bytes
+            )
         except BaseException:
             self._native.close()
             raise

@@ -80,7 +80,13 @@ def parse_budget(text: str | int) -> int | str:
 
 
 def choose_budget(
-    header: Header, sidecar_bytes: int, n_ctx: int, ram_budget: str | int, available: int | None = None
+    header: Header,
+    sidecar_bytes: int,
+    n_ctx: int,
+    ram_budget: str | int,
+    *,
+    on_gpus: int = 0,
+    available: int | None = None,
 ) -> Budget | None:
     """What a model's memory is to go to; None where all of it fits, or streaming is off.
 
@@ -89,6 +95,7 @@ def choose_budget(
         sidecar_bytes: of the predictors; 0 when they are not used.
         n_ctx: tokens of context, 0 for the model's own.
         ram_budget: bytes, a size as text, "auto" or "off".
+        on_gpus: bytes of weights and context that GPUs keep.
         available: bytes that this process can come to use; None asks the system.
 
     Raises:
@@ -104,13 +111,13 @@ def choose_budget(
         total = available - min(max(RESERVE_BYTES, available // 20), available // 4)
     else:
         total = int(asked)
-    ffn = ffn_bytes(header)
+    ffn, context = ffn_bytes(header), padded(n_ctx) * n_layer * kv_bytes_per_token(header)
     budget = Budget(
         total=total,
         given=asked != AUTO,
-        weights=header.file_bytes - ffn,
+        weights=max(0, header.file_bytes - ffn - max(0, on_gpus - context)),
         predictors=sidecar_bytes,
-        context=padded(n_ctx) * n_layer * kv_bytes_per_token(header),
+        context=max(0, context - on_gpus),
         ffn=ffn,
     )
     fits = total >= budget.weights + budget.predictors + budget.context + ffn
