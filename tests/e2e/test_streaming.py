@@ -346,8 +346,7 @@ def test_wrong_variables(variables, message):
     hot = ",".join(["0"] * read_header(path).keys["llama.block_count"])
     with pytest.raises(BackendError) as refused:
         check_devices("llama-server", environment(path) | {k: v.format(hot=hot) for k, v in variables.items()})
-    # A program that ends at once may lose what it was about to log.
-    assert message in str(refused.value) or "found Available devices" in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -364,16 +363,20 @@ def test_programs(name, tmp_path):
             [*model_arguments(path), *options],
             environment(path) | {"TSFFN_STATS": str(stats)} | variables,
         )
-        done = subprocess.run(
-            program.arguments,
-            env=program.environment,
-            capture_output=True,
-            text=True,
-            timeout=tiny.TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return re.search(r"Final estimate: .*", done.stdout + done.stderr)[0], json.loads(stats.read_text())["layers"]
+        for _ in range(5):  # a program that ends at once may lose what it was about to log
+            done = subprocess.run(
+                program.arguments,
+                env=program.environment,
+                capture_output=True,
+                text=True,
+                timeout=tiny.TIMEOUT_S,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            found = re.search(r"Final estimate: .*", done.stdout + done.stderr)
+            if found is not None:
+                break
+        return found[0], json.loads(stats.read_text())["layers"]
 
     expected, layers = measure("mmap")
     assert sum(layer["needed"] for layer in layers) == 0
