@@ -234,14 +234,14 @@ def test_budgets_that_are_refused(large, options, message):
 
 def test_perplexity(large, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_bytes((TEXT + b". ") * 4)
-    mapped, streamed = (
-        tiny.run("perplexity", "-m", large, "-f", text, "-c", 64, "--chunks", 1, "--ram-budget", budget)
-        for budget in ("off", "80M")
-    )
-    assert mapped.returncode == 0
-    assert streamed.stdout == mapped.stdout
-    assert b"others are read from disk" in streamed.stderr
+    text.write_bytes((TEXT + b". ") * 8)
+    for options in (("-c", 64), ("-c", 64, "--method", "all")):
+        arguments = ("perplexity", "-m", large, "-f", text, *options, "--chunks", 2, "--json", "--ram-budget")
+        mapped, streamed = (tiny.run(*arguments, budget) for budget in ("off", "80M"))
+        assert mapped.returncode == 0, mapped.stderr
+        expected, found = json.loads(mapped.stdout), json.loads(streamed.stdout)
+        assert found["perplexity"] == expected["perplexity"]
+        assert b"others are read from disk" in streamed.stderr
 
 
 def test_serve(large):
