@@ -1,9 +1,9 @@
 // The neuron cache against its file: whatever fits, whatever was there before, however reads come, every neuron that is
 // awaited has the file's bytes; and what cannot be read ends in one line. The threads are plain ones, so that
 // ThreadSanitizer sees all that they share.
+#include "cache/neuron_cache.h"
+#include "cache/reader.h"
 #include "check.h"
-#include "memory/neuron_cache.h"
-#include "memory/reader.h"
 
 #include <errno.h>
 #include <pthread.h>

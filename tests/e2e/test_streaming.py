@@ -1,4 +1,4 @@
-"""Models larger than memory: neurons come from disk (native/src/memory/neuron_cache.h), and nothing else changes."""
+"""Models larger than memory: neurons come from disk (native/src/cache/neuron_cache.h), and nothing else changes."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ SOURCES = ROOT / "native" / "src"
 BASE = "."  # error.h, ggml_iface.h
 # folder -> the folders that it knows beside itself
 KNOWS = {
-    "ggml": {"memory", "model", "cpu/kernels", BASE},  # what ggml sees
-    "memory": {"model"},  # where the bytes of a neuron are
-    "model": {"ffn", BASE},  # files, and the layers that they make
+    "ggml": {"memory", "model", "cache", "cpu/kernels", BASE},  # what ggml sees
+    "memory": {"model", "cache", BASE},  # where the bytes of a model are
+    "model": {"cache", "ffn", BASE},  # files, and the layers that they make
+    "cache": {"ffn", BASE},  # neurons that are read from disk
     "cpu": {"cpu/kernels", "ffn", BASE},  # the CPU as a device
     "quantize": {"cpu/kernels"},
     "cpu/kernels": {"ffn"},

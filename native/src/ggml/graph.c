@@ -4,7 +4,7 @@
 // the same result.
 #include "graph.h"
 
-#include "../memory/neuron_cache.h"
+#include "../cache/neuron_cache.h"
 #include "load.h"
 #include "log.h"
 #include "weight.h"

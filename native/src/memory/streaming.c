@@ -1,8 +1,8 @@
 // A model whose neurons are read from disk: its cache, and the file as llama.cpp is to read it.
 #define _GNU_SOURCE // fopencookie
+#include "../cache/neuron_cache.h"
+#include "../cache/reader.h"
 #include "../model/sidecar.h"
-#include "neuron_cache.h"
-#include "reader.h"
 #include "region.h"
 
 #include "../error.h"

@@ -1,6 +1,6 @@
 #include "loaded.h"
 
-#include "../memory/neuron_cache.h"
+#include "../cache/neuron_cache.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>

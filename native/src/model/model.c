@@ -1,7 +1,7 @@
 // Opening, sharing and closing of a model.
 #include "model.h"
 
-#include "../memory/neuron_cache.h"
+#include "../cache/neuron_cache.h"
 #include "sidecar.h"
 
 #include <stdlib.h>

@@ -1,5 +1,5 @@
 // The counters of a model, which several contexts may add to at once.
-#include "../memory/neuron_cache.h"
+#include "../cache/neuron_cache.h"
 #include "model.h"
 
 #include <string.h>
