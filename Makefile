@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := $(shell find native -type f)
-C_CODE := $(filter %.c %.h,$(NATIVE))
+C_CODE := $(filter %.c %.h %.cpp %.cu %.cuh,$(NATIVE))
 DEMO   := build/demo
 
 .PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-stream bench-tools bench-kernels clean

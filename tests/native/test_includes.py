@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from support import ROOT
 
@@ -15,18 +16,23 @@ KNOWS = {
     "model": {"cache", "ffn", BASE},  # files, and the layers that they make
     "cache": {"ffn", BASE},  # neurons that are read from disk
     "cpu": {"cpu/kernels", "ffn", BASE},  # the CPU as a device
+    "cuda": {"cpu/kernels", "ffn", BASE},  # the FFN on a CUDA device
     "quantize": {"cpu/kernels"},
     "cpu/kernels": {"ffn"},
     "ffn": {BASE},  # what a layer is, and what a device
     BASE: set(),
 }
-INCLUDE = re.compile(r'^#include "([^"]+\.h)"', re.MULTILINE)
+INCLUDE = re.compile(r'^#include "([^"]+\.(?:h|cuh))"', re.MULTILINE)
+
+
+def sources() -> list[Path]:
+    return [path for path in SOURCES.rglob("*") if path.suffix in (".c", ".h", ".cu", ".cuh")]
 
 
 def arrows() -> dict[tuple[str, str], list[str]]:
     """(folder, folder whose header it includes) -> the includes."""
     found: dict[tuple[str, str], list[str]] = {}
-    for source in SOURCES.rglob("*.[ch]"):
+    for source in sources():
         for name in INCLUDE.findall(source.read_text()):
             header = (source.parent / name).resolve()
             if header.is_relative_to(SOURCES):
@@ -36,7 +42,7 @@ def arrows() -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_include_follows_the_order():
-    folders = {str(path.parent.relative_to(SOURCES)) for path in SOURCES.rglob("*.c")}
+    folders = {str(path.parent.relative_to(SOURCES)) for path in sources()}
     assert folders <= set(KNOWS)
     wrong = {ends: what for ends, what in arrows().items() if ends[0] != ends[1] and ends[1] not in KNOWS[ends[0]]}
     assert not wrong

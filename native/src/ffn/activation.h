@@ -5,6 +5,7 @@
 //   FATReLU   gate * up where gate >= t     t >= 0; ProSparse, arXiv:2402.13516
 //
 // A neuron with a factor of 0 costs no further reads. f(0) must be 0: a gate that the predictor leaves out counts as 0.
+// C and CUDA C++ read this file.
 #ifndef TSFFN_ACTIVATION_H
 #define TSFFN_ACTIVATION_H
 
@@ -32,15 +33,19 @@ enum tsffn_activation_name {
 
 // `threshold` is that of FATReLU.
 static inline struct tsffn_activation tsffn_activation(enum tsffn_activation_name name, float threshold) {
-    const struct tsffn_activation activations[TSFFN_N_ACTIVATIONS] = {
-        [TSFFN_ACTIVATION_DRELU] = {.gate = {TSFFN_FACTOR_RELU, 0.0f}, .up = {TSFFN_FACTOR_RELU, 0.0f}},
-        [TSFFN_ACTIVATION_REGLU] = {.gate = {TSFFN_FACTOR_RELU, 0.0f}, .up = {TSFFN_FACTOR_LINEAR, 0.0f}},
-        [TSFFN_ACTIVATION_FATRELU] = {.gate = {TSFFN_FACTOR_RELU, threshold}, .up = {TSFFN_FACTOR_LINEAR, 0.0f}},
-    };
-    return activations[name];
+    const struct tsffn_factor linear = {TSFFN_FACTOR_LINEAR, 0.0f}, relu = {TSFFN_FACTOR_RELU, 0.0f};
+    const struct tsffn_factor from_threshold = {TSFFN_FACTOR_RELU, threshold};
+    const struct tsffn_activation drelu = {relu, relu}, reglu = {relu, linear}, fatrelu = {from_threshold, linear};
+    return name == TSFFN_ACTIVATION_DRELU ? drelu : name == TSFFN_ACTIVATION_REGLU ? reglu : fatrelu;
 }
 
-static inline float tsffn_factor_of(struct tsffn_factor factor, float v) {
+// Kernels for other devices call it, too.
+#ifdef __CUDACC__
+#define TSFFN_ANYWHERE __host__ __device__
+#else
+#define TSFFN_ANYWHERE
+#endif
+TSFFN_ANYWHERE static inline float tsffn_factor_of(struct tsffn_factor factor, float v) {
     switch (factor.kind) {
     case TSFFN_FACTOR_LINEAR:
         return v;

@@ -1,0 +1,101 @@
+// What libtsffn-cuda.so offers: the FFN of a layer on a CUDA device, or that of its hot neurons. The library that opens
+// it needs no CUDA: it knows this file only. The two are separate files, so the interface has a version.
+//
+// A call is computed in these steps. The host waits only where it says so.
+//
+//   begin         x goes to the device; the predictor; the masks come back; gate, up and down of the layer's ranges
+//   await_masks   waits for the masks. The caller may compute all other neurons while the device computes its own
+//   end           the caller's sums go to the device; y = the device's sums + the caller's; y comes back
+//   poll, await   whether y is there; waits for it
+//
+// A queue computes one call at a time. Several queues may be used at once, each by one thread at a time.
+//
+// What fails returns false, NULL or -1 and writes one line to `error`. After some failures nothing works any more on
+// this device in this process: is_lost says so. Memory that a call uses must then not be freed before `close`.
+#ifndef TSFFN_CUDA_INTERFACE_H
+#define TSFFN_CUDA_INTERFACE_H
+
+#include "../ffn/device.h"
+
+struct tsffn_cuda;       // an open device, with its arena
+struct tsffn_cuda_layer; // what the device holds of a layer
+struct tsffn_cuda_queue; // a stream, and the memory of the call that it computes
+
+enum {
+    TSFFN_CUDA_VERSION = 1,
+    TSFFN_CUDA_MAX_ROWS = 64, // of a call
+};
+
+// Neurons [first, end) of an FFN. Both are multiples of 32; but `end` may be n_ff. None where first == end.
+struct tsffn_cuda_range {
+    int32_t first, end;
+};
+
+struct tsffn_cuda_info {
+    char name[128];
+    int capability; // 10 * major + minor
+    size_t free_bytes, total_bytes;
+};
+
+// The largest calls of a queue.
+struct tsffn_cuda_sizes {
+    int64_t n_embd, n_ff, max_rank; // max_rank 0: no layer has a predictor on the device
+    int64_t n_tokens, n_rows;       // of a call: up to TSFFN_CUDA_MAX_ROWS rows
+};
+
+// Bit i mod 32 of word i / 32 is neuron i's: it is on.
+static inline int64_t tsffn_cuda_mask_words(int64_t n_ff) {
+    return (n_ff + 31) / 32;
+}
+
+struct tsffn_cuda_module {
+    int version; // TSFFN_CUDA_VERSION
+    const char * name;
+
+    // How many devices there are. -1: the driver cannot be used.
+    int (*n_devices)(char * error, size_t error_size);
+    // Opens a device and takes `arena_bytes` of its memory, for layers. `info` is filled in any case, as far as known.
+    struct tsffn_cuda * (*open)(int device, size_t arena_bytes, struct tsffn_cuda_info * info, char * error,
+                                size_t error_size);
+    void (*close)(struct tsffn_cuda * cuda);
+    bool (*is_lost)(const struct tsffn_cuda * cuda);
+
+    // Bytes of the arena that a layer takes, with these neurons [n_ffns], and with its predictor or without. 0: the
+    // module has no kernels for such a layer. It needs no device.
+    size_t (*layer_bytes)(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+                          char * error, size_t error_size);
+    // Copies them there, and returns when they are. Without `predictor` calls must bring masks, unless all neurons of
+    // the layer are always on. The arena takes new layers while there is room; room comes back when no layer is left.
+    struct tsffn_cuda_layer * (*upload)(struct tsffn_cuda * cuda, const struct tsffn_layer * layer,
+                                        const struct tsffn_cuda_range * ranges, bool predictor, char * error,
+                                        size_t error_size);
+    void (*release)(struct tsffn_cuda_layer * layer);
+
+    // Bytes of device memory that a queue takes beside the arena.
+    size_t (*queue_bytes)(const struct tsffn_cuda_sizes * sizes);
+    struct tsffn_cuda_queue * (*open_queue)(struct tsffn_cuda * cuda, const struct tsffn_cuda_sizes * sizes,
+                                            char * error, size_t error_size);
+    void (*close_queue)(struct tsffn_cuda_queue * queue);
+
+    // Begins call->op FUSED, not dense, without profile. `masks` [n_rows][mask words], or NULL: the predictor decides;
+    // without one every neuron is on. x and masks are copied before it returns. A row's sums do not depend on the other
+    // rows, and are the same on every device.
+    bool (*begin)(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
+                  const struct tsffn_call * call, const uint32_t * masks, char * error, size_t error_size);
+    // The masks of the call, [n_rows][mask words] for all n_ff neurons, until the next call. NULL: failed.
+    const uint32_t * (*await_masks)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
+    // `others` [n_rows][n_embd]: what the caller adds to y; NULL: nothing. It is copied before this returns.
+    bool (*end)(struct tsffn_cuda_queue * queue, const float * others, char * error, size_t error_size);
+    // 1: the call is computed; 0: not yet; -1: failed.
+    int (*poll)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
+    // Waits, then writes rows[].y, and of h [n_ff] the layer's range where rows[].h is not NULL; adds to counts what
+    // the device computed: neurons, predicted, gate_positive, active are those of the range. The call and its rows must
+    // still be there.
+    bool (*await)(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);
+};
+
+// What the library exports under this name.
+typedef const struct tsffn_cuda_module * (*tsffn_cuda_module_fn)(void);
+#define TSFFN_CUDA_MODULE "tsffn_cuda_module"
+
+#endif

@@ -1,0 +1,170 @@
+// A device with one layer on it, that computes calls.
+#ifndef TSFFN_TEST_CUDA_HARNESS_H
+#define TSFFN_TEST_CUDA_HARNESS_H
+
+#include "cuda/load.h"
+#include "reference.h"
+
+#include <dlfcn.h>
+
+enum { MAX_TOKENS = 8, MAX_ROWS = 16 };
+
+// Of the host's CUDA (runtime.cpp).
+static void (*host_fail)(int call, int for_good);
+static int (*host_calls)(void), (*host_allocations)(void);
+static void (*host_limits)(size_t device_bytes, size_t shared_bytes);
+
+static const struct tsffn_cuda_module * module;
+static char error[256];
+
+static void load(const char * path) {
+    module = tsffn_cuda_load(path, error, sizeof(error));
+    CHECK(module != NULL, "%s", error);
+    void * library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    *(void **)&host_fail = dlsym(library, "tsffn_host_fail");
+    *(void **)&host_calls = dlsym(library, "tsffn_host_calls");
+    *(void **)&host_limits = dlsym(library, "tsffn_host_limits");
+    *(void **)&host_allocations = dlsym(library, "tsffn_host_allocations");
+    CHECK(host_fail != NULL && host_calls != NULL && host_limits != NULL && host_allocations != NULL,
+          "%s is not of the host", path);
+}
+
+// ---- a call
+
+// A device with one layer on it, and a queue.
+struct device {
+    struct tsffn_cuda * cuda;
+    struct tsffn_cuda_layer * layer;
+    struct tsffn_cuda_queue * queue;
+    size_t arena_bytes;
+};
+
+static void close_device(struct device * d) {
+    module->close_queue(d->queue);
+    module->release(d->layer);
+    module->close(d->cuda);
+    *d = (struct device){0};
+}
+
+// False with a line in `error`: then some of it is open.
+static inline bool open_device(const struct random_layer * made, const struct tsffn_cuda_range * ranges, bool predictor,
+                               struct device * d) {
+    const struct tsffn_layer * layer = &made->layer;
+    struct tsffn_cuda_sizes sizes = {
+        .n_embd = layer->n_embd,
+        .n_ff = layer->n_ff,
+        .n_tokens = MAX_TOKENS,
+        .n_rows = MAX_ROWS,
+    };
+    for (int64_t e = 0; e < layer->n_ffns; ++e) {
+        const int64_t rank = made->ffns[e].fc1.n_rows;
+        sizes.max_rank = rank > sizes.max_rank ? rank : sizes.max_rank;
+    }
+    struct tsffn_cuda_info info;
+    *d = (struct device){.arena_bytes = module->layer_bytes(layer, ranges, predictor, error, sizeof(error))};
+    CHECK(d->arena_bytes > 0, "%s", error);
+    d->cuda = module->open(0, d->arena_bytes, &info, error, sizeof(error));
+    d->layer = d->cuda != NULL ? module->upload(d->cuda, layer, ranges, predictor, error, sizeof(error)) : NULL;
+    d->queue = d->layer != NULL ? module->open_queue(d->cuda, &sizes, error, sizeof(error)) : NULL;
+    return d->queue != NULL;
+}
+
+struct results {
+    uint32_t * masks; // [MAX_ROWS][words]
+    float *y, *h;     // [MAX_ROWS][n_embd], [MAX_ROWS][n_ff]
+    struct tsffn_row rows[MAX_ROWS];
+    struct tsffn_counts counts;
+};
+
+static size_t mask_words(const struct tsffn_layer * layer) {
+    return (size_t)tsffn_cuda_mask_words(layer->n_ff);
+}
+
+static struct results new_results(const struct tsffn_layer * layer) {
+    struct results r = {
+        .masks = allocate(MAX_ROWS * mask_words(layer) * sizeof(uint32_t)),
+        .y = allocate(MAX_ROWS * (size_t)layer->n_embd * sizeof(float)),
+        .h = allocate(MAX_ROWS * (size_t)layer->n_ff * sizeof(float)),
+    };
+    return r;
+}
+
+static void free_results(struct results * r) {
+    free(r->masks);
+    free(r->y);
+    free(r->h);
+}
+
+// The rows of a call of n_tokens tokens, two experts each in a layer of experts. Returns how many.
+static int64_t make_rows(const struct tsffn_layer * layer, int64_t n_tokens, struct results * r) {
+    int64_t n = 0;
+    for (int32_t e = 0; e < layer->n_ffns; ++e) {
+        for (int32_t t = 0; t < n_tokens; ++t) {
+            if (layer->n_ffns == 1 || t % layer->n_ffns == e || (t + 1) % layer->n_ffns == e) {
+                r->rows[n] = (struct tsffn_row){
+                    .ffn = e, .token = t, .y = r->y + n * layer->n_embd, .h = r->h + n * layer->n_ff};
+                n += 1;
+            }
+        }
+    }
+    return n;
+}
+
+// What the device leaves to the caller: y of the neurons outside of the layer's ranges.
+static void compute_others(const struct random_layer * made, const struct tsffn_cuda_range * ranges, const float * x,
+                           const struct results * r, int64_t n_rows, float * others) {
+    const struct tsffn_layer * layer = &made->layer;
+    double *y = allocate((size_t)layer->n_embd * sizeof(*y)), *h = allocate((size_t)layer->n_ff * sizeof(*h));
+    for (int64_t i = 0; i < n_rows; ++i) {
+        const struct tsffn_cuda_range * range = &ranges[r->rows[i].ffn];
+        const float * row_x = x + r->rows[i].token * layer->n_embd;
+        const uint32_t * mask = r->masks + (size_t)i * mask_words(layer);
+        memset(y, 0, (size_t)layer->n_embd * sizeof(*y));
+        compute_double(made, r->rows[i].ffn, row_x, true, mask, 0, range->first, h, y);
+        compute_double(made, r->rows[i].ffn, row_x, true, mask, range->end, layer->n_ff, h, y);
+        for (int64_t j = 0; j < layer->n_embd; ++j) {
+            others[i * layer->n_embd + j] = (float)y[j];
+        }
+        for (int64_t k = 0; k < layer->n_ff; ++k) {
+            if (k < range->first || k >= range->end) {
+                r->rows[i].h[k] = (float)h[k];
+            }
+        }
+    }
+    free(y);
+    free(h);
+}
+
+// Computes a call from beginning to end. False with a line in `error`.
+static bool compute(const struct device * d, const struct random_layer * made, const struct tsffn_cuda_range * ranges,
+                    const float * x, int64_t n_tokens, int64_t n_rows, const uint32_t * masks, struct results * r) {
+    const struct tsffn_layer * layer = &made->layer;
+    const size_t mask_bytes = (size_t)n_rows * mask_words(layer) * sizeof(uint32_t);
+    const struct tsffn_call call = {
+        .op = TSFFN_OP_FUSED,
+        .rows = r->rows,
+        .n_rows = n_rows,
+        .x = (const char *)x,
+        .x_stride = (size_t)layer->n_embd * sizeof(float),
+        .n_tokens = n_tokens,
+    };
+    r->counts = (struct tsffn_counts){0};
+    if (!module->begin(d->queue, d->layer, &call, masks, error, sizeof(error))) {
+        return false;
+    }
+    const uint32_t * on = module->await_masks(d->queue, error, sizeof(error));
+    if (on == NULL) {
+        return false;
+    }
+    memcpy(r->masks, on, mask_bytes);
+    float * others = allocate((size_t)(n_rows * layer->n_embd) * sizeof(float));
+    compute_others(made, ranges, x, r, n_rows, others);
+    bool ok = module->end(d->queue, others, error, sizeof(error));
+    free(others);
+    int done = 0;
+    while (ok && (done = module->poll(d->queue, error, sizeof(error))) == 0) {
+    }
+    return ok && done == 1 && module->await(d->queue, &r->counts, error, sizeof(error));
+}
+
+#endif
