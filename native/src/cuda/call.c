@@ -212,8 +212,8 @@ bool tsffn_cuda_end(struct tsffn_cuda_queue * queue, const float * others, char 
     if (queue->state != BEGUN) {
         return tsffn_fail(error, error_size, "CUDA: a call is ended that was not begun");
     }
-    if (queue->args.n_rows > 0 &&
-        (!enqueue_results(queue, others) || !tsffn_gpu_record(&queue->gpu, queue->done, queue->stream))) {
+    if (queue->args.n_rows > 0 && (!tsffn_gpu_use(&queue->gpu) || !enqueue_results(queue, others) ||
+                                   !tsffn_gpu_record(&queue->gpu, queue->done, queue->stream))) {
         return abandon(queue, error, error_size);
     }
     queue->state = ENDED;

@@ -247,6 +247,43 @@ static void expect(bool failed, const char * words) {
           failed ? error : "no failure");
 }
 
+// Neurons that are in memory only between being announced and released.
+static int64_t n_announced, n_awaited, n_released;
+
+static void announce(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    (void)neurons;
+    CHECK(n_announced == n_released && list[0] == n_announced, "one list after the other, in order");
+    n_announced += n;
+}
+
+static void await_neurons(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    (void)neurons;
+    CHECK(list[0] == n_awaited && n_awaited + n == n_announced, "what is announced");
+    n_awaited += n;
+}
+
+static void release(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    (void)neurons;
+    CHECK(list[0] == n_released && n_released + n == n_awaited, "what was awaited");
+    n_released += n;
+}
+
+// A layer whose predictor stays on the CPU takes no call without masks. Its neurons come from a memory of their own.
+static void test_given_masks_only(void) {
+    static const struct tsffn_memory memory = {.announce = announce, .await = await_neurons, .release = release};
+    const struct predictor_kind kind = {GGML_F16, GGML_F16, 32, TSFFN_LAYOUT_ROWS, 0.0f, false, false};
+    struct random_layer * made = make_layer(32, 200, 1, GGML_Q4_0, GGML_Q4_0, TSFFN_ACTIVATION_DRELU, &kind);
+    made->ffns[0].neurons.memory = &memory;
+    const struct tsffn_cuda_range range = {0, 192};
+    struct device d;
+    CHECK(open_device(made, &range, false, &d), "%s", error);
+    CHECK(n_announced == 192 && n_awaited == 192 && n_released == 192, "%d neurons released", (int)n_released);
+    const struct tsffn_call call = {.op = TSFFN_OP_FUSED};
+    expect(!module->begin(d.queue, d.layer, &call, NULL, error, sizeof(error)), "not on the device: expected masks");
+    close_device(&d);
+    free_layer(made);
+}
+
 static void test_refusals(void) {
     struct random_layer * made = make_layer(64, 64, 1, GGML_Q8_0, GGML_Q8_0, TSFFN_ACTIVATION_DRELU, &NO_PREDICTOR);
     struct tsffn_cuda_range range = {0, 40};
@@ -274,11 +311,13 @@ static void test_refusals(void) {
               module->await(d.queue, &counts, error, sizeof(error)) && counts.neurons == 0,
           "%s", error);
     close_device(&d);
+    test_given_masks_only();
     struct tsffn_cuda_info info;
     expect(module->open(0, (size_t)1 << 40, &info, error, sizeof(error)) == NULL, "cudaMalloc: out of memory");
     CHECK(info.total_bytes == (size_t)1 << 30 && info.capability == 75, "what is known of the device");
     expect(module->open(5, 64, &info, error, sizeof(error)) == NULL, "invalid device");
     expect(tsffn_cuda_load("/nowhere/libtsffn-cuda.so", error, sizeof(error)) == NULL, "CUDA module: ");
+    expect(tsffn_cuda_load("libm.so.6", error, sizeof(error)) == NULL, "expected a function tsffn_cuda_module");
     CHECK(module->n_devices(error, sizeof(error)) == 1 && host_allocations() == 0, "%s", error);
     free_layer(made);
 }
