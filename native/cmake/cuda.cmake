@@ -25,6 +25,13 @@ if(NOT CMAKE_CUDA_COMPILER)
     return()
 endif()
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 11.8) # cudaLaunchKernelEx
+    if(TSFFN_CUDA STREQUAL "ON")
+        message(FATAL_ERROR "CUDA module: expected CUDA 11.8 or later, found ${CMAKE_CUDA_COMPILER_VERSION}")
+    endif()
+    message(STATUS "CUDA module: not built (CUDA ${CMAKE_CUDA_COMPILER_VERSION} is older than 11.8)")
+    return()
+endif()
 # Turing to Blackwell; PTX of the last for what comes after.
 set(capabilities 75-real 80-real 86-real 89-real 90-real 100-real 120)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)

@@ -43,6 +43,15 @@ def test_sanitizers_are_silent(folder, kind):
     assert (done.returncode, done.stdout, done.stderr) == (0, "host: ok\n", "")
 
 
+def test_another_version_is_refused(folder, tmp_path):
+    source, module = tmp_path / "other.c", tmp_path / "libtsffn-cuda.so"
+    source.write_text("static int table[] = {99};\nvoid * tsffn_cuda_module(void) { return table; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", module, source], check=True)
+    done = subprocess.run([folder / "test_cuda", module], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"CUDA module: {module}: expected version 1, found 99: reinstall tsconv" in done.stderr
+
+
 # ---- the checkers are checked
 
 
