@@ -1,4 +1,4 @@
-# libtsffn-cuda.so: the FFN on a CUDA device. It is built where a CUDA compiler is found, and nothing else of the package
+# libtsffn-cuda.so: the FFN on a CUDA device. It is built where a CUDA compiler is found. Nothing else of the package
 # depends on that: the library is opened at run time, where there is a driver.
 set(TSFFN_CUDA AUTO CACHE STRING "build the CUDA module: AUTO (in a package, where a CUDA compiler is found), ON, OFF")
 option(TSFFN_CUDA_STRICT "a register that a kernel spills to memory is an error" OFF)
@@ -7,7 +7,8 @@ option(TSFFN_CUDA_STRICT "a register that a kernel spills to memory is an error"
 set(cuda_dir "${PROJECT_SOURCE_DIR}/src/cuda")
 set(TSFFN_CUDA_C "${PROJECT_SOURCE_DIR}/src/error.c" "${cuda_dir}/module.c" "${cuda_dir}/layers.c" "${cuda_dir}/queue.c"
     "${cuda_dir}/call.c" "${cuda_dir}/repack.c")
-set(TSFFN_CUDA_KERNELS "${cuda_dir}/runtime.cu" "${cuda_dir}/predictor.cu" "${cuda_dir}/neurons.cu" "${cuda_dir}/down.cu")
+set(TSFFN_CUDA_KERNELS "${cuda_dir}/runtime.cu" "${cuda_dir}/predictor.cu" "${cuda_dir}/neurons.cu"
+    "${cuda_dir}/down.cu")
 
 if(TSFFN_CUDA STREQUAL "OFF" OR (TSFFN_CUDA STREQUAL "AUTO" AND NOT SKBUILD))
     message(STATUS "CUDA module: not built (TSFFN_CUDA=${TSFFN_CUDA})")
