@@ -193,7 +193,7 @@ static bool put_neurons(struct upload * u, const struct tsffn_cuda_layer * made,
     for (int64_t i = i0; i < i1; ++i) {
         list[i - i0] = (int32_t)i;
     }
-    tsffn_neurons_announce(neurons, list, i1 - i0);
+    tsffn_neurons_announce(neurons, list, NULL, i1 - i0);
     tsffn_neurons_await(neurons, list, i1 - i0);
     bool ok = true;
     for (int64_t i = i0; ok && i < i1; ++i) {
