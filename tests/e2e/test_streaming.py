@@ -222,7 +222,7 @@ def test_run(large):
     ("options", "message"),
     [
         (("--ram-budget", "20M"), "does not fit in memory, even with its neurons on disk: expected at least"),
-        (("--ram-budget", "much"), "RAM budget: expected auto, off, or a size such as 3G or 800M, found 'much'"),
+        (("--ram-budget", "much"), "RAM budget: expected auto, off, or a number and a unit"),
         (("--ram-budget", "1G", "--machine", "auto"), "--ram-budget and --machine exclude each other"),
     ],
 )
@@ -303,15 +303,24 @@ def test_a_file_that_is_damaged(monkeypatch, copied, size, message):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3G", 3 << 30), ("1.5 GiB", 3 << 29), ("800M", 800 << 20), ("64", 64), ("auto", "auto"), ("off", "off"), (7, 7)],
+    [
+        ("3G", 3 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("800M", 800 << 20),
+        ("64B", 64),
+        ("1GB", 10**9),
+        ("auto", "auto"),
+        ("off", "off"),
+        (7, 7),
+    ],
 )
 def test_sizes(text, expected):
     assert parse_budget(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1G", "3X", "3 G G"])
+@pytest.mark.parametrize("text", ["", "much", "-1G", "3X", "3 G G", "64"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(TsconvError, match="expected auto, off, or a size such as 3G"):
+    with pytest.raises(TsconvError, match="expected auto, off, or a number and a unit, such as"):
         parse_budget(text)
 
 

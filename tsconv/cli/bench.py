@@ -125,7 +125,8 @@ def command(
     if save is not None:
         check_output(save, force=True)
 
-    os.environ["TSCONV_RAM_BUDGET"] = str(parse_budget(ram_budget))  # of the workers
+    parse_budget(ram_budget)
+    os.environ["TSCONV_RAM_BUDGET"] = ram_budget  # of the workers
     progress = say if sys.stderr.isatty() else lambda line: None
     parts: Iterator[Sequence[Row] | Sequence[ClientsRow]]
     if suite:

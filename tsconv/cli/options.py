@@ -16,26 +16,21 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
 
 DEFAULT_CONTEXT = 4096
-MAX_BYTES = 1 << 62
-
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 class Size(click.ParamType):
-    """'9GiB', '9 GB', '500MiB', '0': bytes, rounded down."""
+    """'9GiB', '9 GB', '500M', '0': bytes."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from tsconv.machine.size import EXAMPLES, parse_size
+
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt]i?)?b)?", value.strip().lower(), re.ASCII)
-        if match is None or ("b" not in value.lower() and float(match[1])):
-            self.fail(f"{value!r} is not a size: a number and a unit, such as 9GiB, 9GB or 500MiB.", param, ctx)
-        n_bytes = int(float(match[1]) * UNITS[match[2] or ""])
-        if n_bytes > MAX_BYTES:
-            self.fail(f"{value!r} is more than any machine has.", param, ctx)
+        n_bytes = parse_size(value)
+        if n_bytes is None:
+            self.fail(f"{value!r} is not a size: {EXAMPLES}.", param, ctx)
         return n_bytes
 
 

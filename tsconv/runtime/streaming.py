@@ -7,7 +7,6 @@ native/include/tsffn.h). All other weights, the predictors and the context stay 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ from tsconv.format.kv_cache import kv_bytes_per_token, padded
 from tsconv.format.order import shape_of
 from tsconv.format.summary import ffn_bytes
 from tsconv.machine.limits import available_memory
+from tsconv.machine.size import EXAMPLES, parse_size
 from tsconv.runtime.binding import NativeModel
 
 AUTO, OFF = "auto", "off"
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 # Left free of what is available, for llama.cpp's compute buffers, Python, and what others come to need: so much or a
 # twentieth, but at most a quarter.
 RESERVE_BYTES = 256 << 20
@@ -64,19 +62,17 @@ class Budget:
 
 
 def parse_budget(text: str | int) -> int | str:
-    """Bytes of "3G", "1.5 GiB", "800M" (powers of 1024), "auto" or "off".
+    """Bytes of "3GiB", "800M" and such (tsconv.machine.size), "auto" or "off".
 
     Raises:
         TsconvError: another text.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) or text in (AUTO, OFF):
         return text
-    if text in (AUTO, OFF):
-        return text
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise TsconvError("RAM budget", expected="auto, off, or a size such as 3G or 800M", found=repr(text))
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    n_bytes = parse_size(text)
+    if n_bytes is None:
+        raise TsconvError("RAM budget", expected=f"auto, off, or {EXAMPLES}", found=repr(text))
+    return n_bytes
 
 
 def choose_budget(

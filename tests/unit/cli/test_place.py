@@ -307,6 +307,8 @@ def test_output_may_be_no_input(mixtral: Files, run: Run, tmp_path: Path) -> Non
         ("1.5gib", 3 << 29),
         ("2 kB", 2000),
         ("2TiB", 2 << 40),
+        ("9G", 9 << 30),
+        ("500m", 500 << 20),
     ],
 )
 def test_sizes(text: str, n_bytes: int) -> None:
@@ -314,10 +316,11 @@ def test_sizes(text: str, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "9", "9G", "GiB", "-1GB", "+1GB", "1e3GB", "9GiBs", "1,5GiB", "nanGB", "٣GB", "9 9GB", "9" * 18 + "TB"]
+    "text",
+    ["", "9", "9Gi", "GiB", "-1GB", "+1GB", "1e3GB", "9GiBs", "1,5GiB", "nanGB", "٣GB", "9 9GB", "9" * 18 + "TB"],
 )
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"is not a size|more than any machine"):
+    with pytest.raises(click.BadParameter, match="is not a size"):
         Size().convert(text, None, None)
 
 
