@@ -47,7 +47,8 @@ static void find_loaded_file(const struct tsffn_model * model, struct tsffn_load
     for (const struct dirent * entry; !load->is_ours && (entry = readdir(files)) != NULL;) {
         const int fd = atoi(entry->d_name);
         struct stat info;
-        if (entry->d_name[0] == '.' || fd == model->fd || fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+        if (entry->d_name[0] == '.' || fd == model->fd || fd == model->sidecar_fd || fstat(fd, &info) != 0 ||
+            !S_ISREG(info.st_mode)) {
             continue;
         }
         load->is_ours = (uint64_t)info.st_dev == model->device && (uint64_t)info.st_ino == model->inode;
