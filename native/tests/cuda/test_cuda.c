@@ -250,8 +250,9 @@ static void expect(bool failed, const char * words) {
 // Neurons that are in memory only between being announced and released.
 static int64_t n_announced, n_awaited, n_released;
 
-static void announce(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+static void announce(const struct tsffn_neurons * neurons, const int32_t * list, const uint64_t * rows, int64_t n) {
     (void)neurons;
+    (void)rows;
     CHECK(n_announced == n_released && list[0] == n_announced, "one list after the other, in order");
     n_announced += n;
 }
@@ -268,9 +269,15 @@ static void release(const struct tsffn_neurons * neurons, const int32_t * list, 
     n_released += n;
 }
 
+static int64_t room(const struct tsffn_neurons * neurons) {
+    (void)neurons;
+    return TSFFN_MIN_ROOM;
+}
+
 // A layer whose predictor stays on the CPU takes no call without masks. Its neurons come from a memory of their own.
 static void test_given_masks_only(void) {
-    static const struct tsffn_memory memory = {.announce = announce, .await = await_neurons, .release = release};
+    static const struct tsffn_memory memory = {
+        .announce = announce, .await = await_neurons, .release = release, .room = room};
     const struct predictor_kind kind = {GGML_F16, GGML_F16, 32, TSFFN_LAYOUT_ROWS, 0.0f, false, false};
     struct random_layer * made = make_layer(32, 200, 1, GGML_Q4_0, GGML_Q4_0, TSFFN_ACTIVATION_DRELU, &kind);
     made->ffns[0].neurons.memory = &memory;
