@@ -16,7 +16,8 @@ from support import CHECKPOINTS, tiny
 from support.edited import edited
 from support.random_stats import random_stats, save_stats
 from tsconv.errors import ModelFileError
-from tsconv.eval.perplexity import check_baseline, log_softmax, measure, pieces
+from tsconv.eval.estimate import log_softmax
+from tsconv.eval.perplexity import check_baseline, measure, pieces
 from tsconv.format.header import read_header
 from tsconv.format.keys import FINGERPRINT
 

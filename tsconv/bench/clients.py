@@ -28,7 +28,7 @@ from tsconv.errors import BackendError
 from tsconv.format.header import read_header
 from tsconv.machine.limits import usable_cores
 from tsconv.native.devices import may_have_gpus
-from tsconv.runtime.offload import Offload
+from tsconv.runtime.offload import NOTHING, Offload
 from tsconv.runtime.programs import AS_LLAMA, OURS, Command, program_path
 from tsconv.runtime.server import answers, check_address
 
@@ -100,13 +100,14 @@ def _measure(
     n_ctx = _context(n)
     with tempfile.TemporaryDirectory(prefix="tsconv-bench-") as folder:
         stats = Path(folder) / "stats.json"
-        ours_there, theirs_there = offloads.get("tsconv"), offloads.get(CPU_FFN, offloads.get(WHOLE_LAYERS))
+        ours_there = offloads.get("tsconv", NOTHING)
+        theirs_there = offloads.get(CPU_FFN, offloads.get(WHOLE_LAYERS, NOTHING))
         serving = Serving(
             os.fspath(path),
             n_ctx=n_ctx,
             n_threads=n_threads,
-            n_gpu_layers=ours_there.n_gpu_layers if ours_there else 0,
-            device=",".join(gpu.name for gpu in ours_there.gpus) if ours_there else None,
+            n_gpu_layers=ours_there.n_gpu_layers,
+            device=ours_there.device,
         )
         sparse = prepare(serving, options)
         sparse.environment["TSFFN_STATS"] = os.fspath(stats)
@@ -134,13 +135,13 @@ def _measure(
     )
 
 
-def _dense(path: Path, n_ctx: int, n_threads: int, options: Sequence[str], offload: Offload | None) -> Command:
+def _dense(path: Path, n_ctx: int, n_threads: int, options: Sequence[str], offload: Offload) -> Command:
     """Stock llama-server on the same file, told that its architecture is llama."""
     arguments = ["-m", os.fspath(path), *AS_LLAMA]
-    if offload is not None:
-        arguments += offload.arguments() + (["-ot", f"{offload.on_host}=CPU"] if offload.on_host else [])
-    elif may_have_gpus():
-        arguments += ["--n-gpu-layers", "0"]
+    if may_have_gpus():
+        arguments += offload.arguments()
+    if offload.gpus and offload.on_host:
+        arguments += ["-ot", f"{offload.on_host}=CPU"]
     arguments += ["--ctx-size", str(n_ctx), "--threads", str(n_threads), *options]
     variables = {name: value for name, value in os.environ.items() if name not in OURS}
     return Command([os.fspath(program_path("llama-server")), *arguments], variables)

@@ -30,7 +30,7 @@ from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
 from tsconv.machine.measure import measure_memory
 from tsconv.native.library import load_backend
-from tsconv.runtime.offload import Offload
+from tsconv.runtime.offload import NOTHING, Offload
 from tsconv.transform.quantize import type_name
 
 STOCK, DENSE_DRELU, NOREPACK = "llama.cpp", "dense-drelu", "llama.cpp-norepack"
@@ -43,7 +43,6 @@ ENGINES = {
     CPU_FFN: "tsconv",
 }
 GPU_BASELINES = (WHOLE_LAYERS, CPU_FFN)
-NOTHING = Offload(0, 0)
 WARM_UP_TOKENS = {"pp": 64, "tg": 8}  # in a sequence: touches the weights and the buffers of every test
 
 Answer = dict[str, Any]  # of a worker

@@ -7,13 +7,14 @@ and machine, so both are measured, and the faster one is the baseline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tsconv.errors import TsconvError
 from tsconv.format.header import Header
-from tsconv.native.devices import Gpu, gpus_elsewhere
+from tsconv.native.devices import Gpu, gpus, gpus_elsewhere
 from tsconv.runtime.offload import AUTO, Offload, choose, layer_bytes, layers_that_fit, room_on
 from tsconv.runtime.programs import FFN_WEIGHTS
 
@@ -78,24 +79,22 @@ def shares(header: Header, n_ctx: int, wanted: Wanted, there: Sequence[Gpu]) -> 
 
 def described(offload: Offload) -> str:
     """One line about a share of llama.cpp's."""
-    n = offload.n_gpu_layers
-    what = f"{n} of {offload.n_layers} layers"
+    what = f"{offload.n_gpu_layers} of {offload.n_layers} layers"
     if offload.on_host:
-        on_cpu = offload.on_host.count("|", 0, offload.on_host.index(")")) + 1
-        what += f", the FFNs of {on_cpu} on the CPU"
+        ffns = (f"blk.{i}.ffn_up.weight" for i in range(offload.n_layers - 1))
+        n_on_cpu = sum(re.match(offload.on_host, name) is not None for name in ffns)
+        what += f", the FFNs of {n_on_cpu} on the CPU"
     return f"{what}, {offload.n_bytes / 1e9:.2f} GB"
 
 
 def as_argument(offload: Offload) -> dict[str, Any]:
     """For a worker, whose process has GPUs of its own."""
-    fields = asdict(offload)
-    return {key: fields[key] for key in ("n_gpu_layers", "n_layers", "n_bytes", "on_host")} | {
-        "gpus": [gpu.name for gpu in offload.gpus]
-    }
+    numbers = {key: getattr(offload, key) for key in ("n_gpu_layers", "n_layers", "n_bytes", "on_host")}
+    return numbers | {"gpus": [gpu.name for gpu in offload.gpus]}
 
 
-def from_argument(fields: dict[str, Any], there: Callable[[], Sequence[Gpu]]) -> Offload:
-    """The same in a worker, of whose GPUs `there` tells."""
-    by_name = {gpu.name: gpu for gpu in there()} if fields["n_gpu_layers"] else {}
+def from_argument(fields: dict[str, Any]) -> Offload:
+    """The same in a worker."""
+    by_name = {gpu.name: gpu for gpu in gpus()} if fields["n_gpu_layers"] else {}
     chosen = tuple(by_name[name] for name in fields["gpus"] if name in by_name)
     return Offload(**fields | {"gpus": chosen, "named": True})

@@ -31,8 +31,7 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, from_argument
 from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
 from tsconv.format.kv_cache import padded
-from tsconv.native.devices import gpus
-from tsconv.runtime.offload import Offload, Offloading
+from tsconv.runtime.offload import NOTHING, Offload, Offloading
 
 N_UBATCH = 512
 
@@ -56,9 +55,6 @@ def no_extra_bufts() -> Iterator[None]:
         yield
     finally:
         library.llama_model_default_params = default
-
-
-NOTHING = Offload(0, 0)
 
 
 class Stock(Offloading, llama_cpp.Llama):
@@ -97,7 +93,7 @@ def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity:
         n_batch=N_UBATCH,
         n_threads=n_threads,
         n_gpu_layers=offload.n_gpu_layers,
-        device=",".join(gpu.name for gpu in offload.gpus) or None,
+        device=offload.device,
         ram_budget=os.environ.get("TSCONV_RAM_BUDGET", "auto"),
     )
 
@@ -198,7 +194,7 @@ def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever llama.cpp prints does not get between the answers
     started = time.perf_counter()
-    share = NOTHING if offload is None else from_argument(json.loads(offload), gpus)
+    share = NOTHING if offload is None else from_argument(json.loads(offload))
     model = ENGINES[engine](path, n_threads, share)
     print(json.dumps({"load_seconds": time.perf_counter() - started}), file=answers, flush=True)
     rng = np.random.default_rng(0)

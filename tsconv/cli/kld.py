@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsconv.cli.options import (
+    DEFAULT_WINDOW,
     eval_options,
     gpu_options,
     model_option,
@@ -73,7 +74,7 @@ def command(
     The base is a file of log probabilities, which holds its text too, or another model with a text.
     """
     from tsconv.eval.base_file import BaseFile
-    from tsconv.eval.kld import check_base, measure_kld, of_model, report
+    from tsconv.eval.kld import MIN_TOKENS, check_base, measure_kld, of_model, report
     from tsconv.eval.perplexity import check_baseline
     from tsconv.eval.windows import windows
     from tsconv.format.pair import read_model
@@ -100,15 +101,15 @@ def command(
             llama = load(model, predictor_path=predictor_path, header=mine, n_ctx=256, **options)
             found = stack.enter_context(contextlib.closing(llama))
             other = stack.enter_context(contextlib.closing(load(baseline, header=theirs, n_ctx=256, **options)))
-            texts = windows(found, text.read_bytes(), n_ctx or 512, chunks)
+            texts = windows(found, text.read_bytes(), n_ctx or DEFAULT_WINDOW, chunks)
             result = measure_kld(found, texts, of_model(other, texts, n_batch), n_batch=n_batch, progress=progress)
     if as_json:
         echo(json_text({"model": model, "base": str(base or baseline), "n_ctx": texts.n_ctx} | _as_dict(result)))
         return
     echo()
     echo(report(result), nl=False)
-    if result.divergence.kld.n < 100:
-        say("note: statistics need 100 tokens at least: a longer text, or more --chunks")
+    if result.divergence.kld.n < MIN_TOKENS:
+        say(f"note: statistics need {MIN_TOKENS} tokens at least: a longer text, or more --chunks")
     echo(f"neurons: {result.predicted:.1%} predicted, {result.active:.1%} active")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
 
 DEFAULT_CONTEXT = 4096
+DEFAULT_WINDOW = 512  # of `eval_options`, which pass None on
 
 
 class Size(click.ParamType):
@@ -151,7 +152,7 @@ def eval_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--ctx-size",
                 "n_ctx",
                 type=click.IntRange(min=4),
-                help="Tokens of a window.  [default: 512]",
+                help=f"Tokens of a window.  [default: {DEFAULT_WINDOW}]",
             ),
             click.option("--chunks", type=click.IntRange(min=1), help="At most so many windows.  [default: all]"),
             click.option(

@@ -12,6 +12,7 @@ import click
 
 from tsconv.cli.machine import say_budget
 from tsconv.cli.options import (
+    DEFAULT_WINDOW,
     eval_options,
     gpu_options,
     model_option,
@@ -22,8 +23,6 @@ from tsconv.cli.options import (
     warn_of_long_context,
 )
 from tsconv.cli.output import echo, json_text
-
-DEFAULT_CONTEXT = 512
 
 
 @click.command("ppl")
@@ -75,7 +74,7 @@ def command(
 
     tsconv eval kld measures the divergence from another model.
     """
-    n_ctx = n_ctx or DEFAULT_CONTEXT
+    n_ctx = n_ctx or DEFAULT_WINDOW
     method = method or ("all" if baseline else "half")
     if method == "half" and baseline is not None:
         raise click.UsageError("--baseline goes with --method all; tsconv eval kld compares as llama-perplexity does.")

@@ -13,7 +13,7 @@ from tsconv.format.kv_cache import padded
 from tsconv.format.pair import sidecar_path
 from tsconv.machine.profile import Machine, load_machine
 from tsconv.machine.this import this_machine
-from tsconv.native.devices import Gpu, gpus, may_have_gpus
+from tsconv.native.devices import Gpu, gpus
 from tsconv.placement.file import GPU, Placement
 from tsconv.placement.fit import Fit, fit
 from tsconv.runtime.binding import open_model
@@ -137,7 +137,7 @@ def load_on_machine(
         n_ctx=n_ctx,
         n_threads=chosen.n_threads,
         header=choice.header,
-        **choice.gpu(n_gpu_layers, vram_budget, gpus() if n_gpu_layers == AUTO and may_have_gpus() else ()),
+        **choice.gpu(n_gpu_layers, vram_budget, gpus() if n_gpu_layers == AUTO else ()),
         **kwargs,
     )
     try:

@@ -12,7 +12,7 @@ from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import usable_cores
-from tsconv.native.devices import Gpu, gpus_elsewhere, may_have_gpus
+from tsconv.native.devices import gpus_elsewhere, may_have_gpus
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, model_arguments
@@ -61,10 +61,7 @@ class Serving:
 
     def offload(self, header: Header) -> Offload | None:
         """What goes to which GPUs of llama-server; None where it has no backend for any."""
-        if self.n_gpu_layers == 0 or not may_have_gpus():
-            there: list[Gpu] = []
-        else:
-            there = gpus_elsewhere()
+        there = [] if self.n_gpu_layers == 0 else gpus_elsewhere()
         wanted: dict[str, Any] = {"n_gpu_layers": self.n_gpu_layers, "vram_budget": self.vram_budget}
         if self.choice is not None:
             wanted = self.choice.gpu(self.n_gpu_layers, self.vram_budget, there)

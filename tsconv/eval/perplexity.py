@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, TsconvError
+from tsconv.eval.estimate import log_softmax
+from tsconv.eval.ppl import neuron_shares
 from tsconv.format.header import Header
 from tsconv.format.keys import FINGERPRINT
 from tsconv.runtime.model import SparseLlama
@@ -48,13 +49,6 @@ class Quality:
     same_top: float | None
     predicted: float
     active: float
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """log p of each row: [n, n_vocab]."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
 def pieces(model: SparseLlama, text: bytes, n_ctx: int) -> list[list[int]]:
@@ -125,13 +119,12 @@ def measure(
             same_top += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
         if progress is not None:
             progress(i + 1, len(sequences))
-    stats = model.ffn_stats()
-    n_ff = sum(layer["n_ff"] for layer in stats)
+    predicted, active = neuron_shares(model)
     return Quality(
         n_tokens=n_tokens,
         perplexity=float(np.exp(-likelihood / n_tokens)),
         kl=float(kl / n_tokens) if baseline is not None else None,
         same_top=same_top / n_tokens if baseline is not None else None,
-        predicted=sum(layer["predicted"] for layer in stats) / n_ff,
-        active=sum(layer["active"] for layer in stats) / n_ff,
+        predicted=predicted,
+        active=active,
     )

@@ -22,7 +22,7 @@ from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
-from tsconv.native.devices import gpus, may_have_gpus
+from tsconv.native.devices import gpus
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
@@ -248,7 +248,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         """
         header = self._native.header
         n_ctx = n_ctx or header.keys.get("llama.context_length", 0)
-        there = gpus() if n_gpu_layers != 0 and may_have_gpus() else []
+        there = gpus() if n_gpu_layers != 0 else []
         return choose(header, there, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, **wanted)
 
     def _choose_budget(self, ram_budget: int | str, n_ctx: int) -> Budget | None:

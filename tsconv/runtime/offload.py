@@ -69,9 +69,14 @@ class Offload:
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
             self._kept.append(devices)
 
+    @property
+    def device(self) -> str | None:
+        """The GPUs' names as `choose` and llama.cpp's --device take them; None for none."""
+        return ",".join(gpu.name for gpu in self.gpus) or None
+
     def arguments(self) -> list[str]:
         """The same as options of llama.cpp's programs, the expression apart: for programs that have GPU backends."""
-        devices = ["--device", ",".join(gpu.name for gpu in self.gpus)] if self.named else []
+        devices = ["--device", self.device] if self.named and self.device else []
         return ["--n-gpu-layers", str(self.n_gpu_layers), *devices]
 
     def __str__(self) -> str:
@@ -81,6 +86,9 @@ class Offload:
         n, names = self.n_gpu_layers - 1, " and ".join(gpu.name for gpu in self.gpus)
         what = f"output and attention of {n} of {self.n_layers - 1} layers" if n else "output"
         return f"GPU: {what} on {names}, {self.n_bytes / 1e9:.2f} GB; FFNs on the CPU"
+
+
+NOTHING = Offload(0, 0)
 
 
 class Offloading:
