@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tsconv.commands.load import Choice
     from tsconv.placement.fit import Fit
     from tsconv.runtime.model import SparseLlama
-    from tsconv.runtime.offload import Offload
     from tsconv.runtime.residency import Residency
     from tsconv.runtime.streaming import Budget
 
@@ -85,7 +84,7 @@ def load_model(
                 progress=progress,
                 **more,
             )
-        _say_offload(llama.offload)
+        _say_gpus(llama)
         if llama.budget is not None:
             say_budget(llama.budget)
         return llama, None
@@ -108,10 +107,10 @@ def load_model(
             progress=progress,
             **more,
         )
-    notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None)
+    notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None, llama.gpu_share is not None)
     for line in notes:
         say(line)
-    _say_offload(llama.offload)
+    _say_gpus(llama)
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
 
 
@@ -152,10 +151,14 @@ def choose_for_machine(
     return choice
 
 
-def _say_offload(offload: Offload) -> None:
+def _say_gpus(llama: SparseLlama) -> None:
     """Nothing where there is no GPU to speak of."""
-    if offload.gpus:
-        say(str(offload))
+    if llama.offload.gpus:
+        say(str(llama.offload))
+    if llama.gpu_share is not None:
+        say(str(llama.gpu_share))
+    elif llama.gpu_complaint is not None:
+        say(f"warning: FFNs stay on the CPU: {llama.gpu_complaint}")
 
 
 def refuse_budget(ram_budget: str) -> None:
@@ -193,14 +196,15 @@ def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
     }
 
 
-def describe(fit: Fit, residency: Residency, measured: str | None = None) -> list[str]:
-    """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine."""
+def describe(fit: Fit, residency: Residency, measured: str | None = None, on_gpu: bool = False) -> list[str]:
+    """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine, `on_gpu`:
+    a GPU has a share of the FFNs."""
     lines = [*describe_choice(fit, residency.ffn_bytes, measured), _residency(residency)]
     if fit.lock and (locking := _locking(residency)):
         lines.append(locking)
     elif residency.failures:
         lines.append(f"the system refused: {'; '.join(residency.failures)}")
-    if fit.gpu_neurons:
+    if fit.gpu_neurons and not on_gpu:
         lines.append(f"{fit.gpu_neurons} neurons that the placement gives to a GPU are computed on the CPU, from RAM")
     return lines
 

@@ -240,7 +240,8 @@ def _as_dict(llama: SparseLlama, prompt: str, text: str, summary: GenerationSumm
         "n_ctx": llama.n_ctx(),
         "n_gpu_layers": llama.offload.n_gpu_layers,
         "gpus": [gpu.name for gpu in llama.offload.gpus],
-        "vram_bytes": llama.offload.n_bytes,
+        "vram_bytes": llama.offload.n_bytes + (llama.gpu_share.n_bytes if llama.gpu_share else 0),
+        "ffn_on_gpu": dataclasses.asdict(llama.gpu_share) if llama.gpu_share else None,
         "prompt": prompt,
         "text": text,
         **dataclasses.asdict(summary),
@@ -259,8 +260,14 @@ def _line(summary: GenerationSummary) -> str:
             f"; {100 * summary.memory_share:.1f} % of the neurons were in memory, {size(summary.disk_bytes)} per token "
             f"came from disk, which was waited for {100 * summary.disk_share:.0f} % of the time"
         )
+    gpu = ""
+    if summary.gpu_overlap is not None:
+        gpu = (
+            f"; the GPU computed {100 * summary.gpu_share:.1f} % of the active neurons and was waited for "
+            f"{100 * summary.gpu_wait_share:.0f} % of the time, overlap {summary.gpu_overlap:.2f}"
+        )
     return (
         f"prefill {summary.n_prompt - summary.n_cached} tokens, {summary.prefill_tokens_per_s:.1f} tokens/s; {decode}; "
         f"active {summary.active:.0f} of {summary.n_ff} neurons ({100 * summary.active_share:.1f} %); "
-        f"predictor {100 * summary.predictor_share:.1f} % of the time{disk}"
+        f"predictor {100 * summary.predictor_share:.1f} % of the time{disk}{gpu}"
     )

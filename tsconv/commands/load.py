@@ -36,18 +36,24 @@ class Choice:
     placement: Placement | None
 
     def gpu(self, n_gpu_layers: int | str, vram_budget: int | None, there: Sequence[Gpu]) -> dict[str, Any]:
-        """n_gpu_layers and vram_budget for SparseLlama: what the user wants, else what the placement says, else as much
-        as the machine's GPU holds; nothing where the machine has none, or where none is there."""
-        wanted: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "vram_budget": vram_budget}
+        """n_gpu_layers, vram_budget and gpu_hot for SparseLlama: what the user wants, else what the placement says, else
+        as much as the machine's GPU holds; nothing where the machine has none. `there`: llama.cpp's GPUs."""
+        wanted: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "vram_budget": vram_budget, "gpu_hot": None}
         if n_gpu_layers != AUTO:
             return wanted
-        if self.machine.gpu is None or not there:
+        if self.machine.gpu is None:
             return wanted | {"n_gpu_layers": 0}
+        most = max(0, self.machine.gpu.memory_bytes - MARGIN_BYTES)
         if self.placement is not None:
-            n = sum(layer.attention == GPU for layer in self.placement.layers)
-            return wanted | {"n_gpu_layers": n + 1 if n or self.placement.output == GPU else 0}
-        of_machine = max(0, self.machine.gpu.memory_bytes - MARGIN_BYTES)
-        return wanted | {"vram_budget": of_machine if vram_budget is None else min(of_machine, vram_budget)}
+            most = min(most, self.placement.budgets.get("vram", most))
+        wanted["vram_budget"] = most if vram_budget is None else min(most, vram_budget)
+        if self.placement is None:
+            return wanted
+        n = sum(layer.attention == GPU for layer in self.placement.layers)
+        if there:
+            wanted["n_gpu_layers"] = n + 1 if n or self.placement.output == GPU else 0
+        hot = [layer.gpu for layer in self.placement.layers]
+        return wanted | {"gpu_hot": hot if any(map(any, hot)) else None}
 
 
 def choose(

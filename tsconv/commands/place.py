@@ -196,7 +196,7 @@ def _notes(
         yield "the model was ordered by other statistics than these: its prefixes are not the hottest neurons here"
     on_gpu = sum(sum(layer.gpu) for layer in solution.layers)
     if solution.output == GPU or on_gpu or any(GPU in (p.attention, p.predictor) for p in solution.layers):
-        yield "the GPU's part is a plan: tsconv run computes all FFNs on the CPU as yet"
+        yield "the GPU's part needs a CUDA GPU where the model runs; without one the CPU computes it (docs/gpu.md)"
     in_ram = sum(sum(layer.ram) for layer in solution.layers)
     on_disk = sum(layer.n_neurons for layer in work.layers) - on_gpu - in_ram
     if on_disk:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tsconv.commands.load import Choice
 from tsconv.format.adapter import refuse_adapter
 from tsconv.format.header import Header, read_header
@@ -15,7 +17,8 @@ from tsconv.machine.limits import usable_cores
 from tsconv.native.devices import gpus_elsewhere, may_have_gpus
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.offload import AUTO, Offload, choose
-from tsconv.runtime.programs import Command, command, environment, model_arguments
+from tsconv.runtime.hybrid import devices_elsewhere, which
+from tsconv.runtime.programs import Command, command, environment, gpu_environment, model_arguments
 from tsconv.runtime.streaming import Budget, choose_budget
 
 ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
@@ -59,14 +62,25 @@ class Serving:
     ram_budget: int | str = AUTO
     say: Callable[[Budget], None] = lambda budget: None
 
-    def offload(self, header: Header) -> Offload | None:
-        """What goes to which GPUs of llama-server; None where it has no backend for any."""
+    def gpus(self, header: Header) -> tuple[Offload | None, dict[str, str]]:
+        """What goes to which GPUs of llama-server; None where it has no backend for any. And the variables that give
+        one a share of the FFNs; {} where none can have it."""
         there = [] if self.n_gpu_layers == 0 else gpus_elsewhere()
-        wanted: dict[str, Any] = {"n_gpu_layers": self.n_gpu_layers, "vram_budget": self.vram_budget}
+        wanted: dict[str, Any] = {"n_gpu_layers": self.n_gpu_layers, "vram_budget": self.vram_budget, "gpu_hot": None}
         if self.choice is not None:
             wanted = self.choice.gpu(self.n_gpu_layers, self.vram_budget, there)
-        offload = choose(header, there, device=self.device, main_gpu=self.main_gpu, n_ctx=self.n_ctx, **wanted)
-        return offload if may_have_gpus() else None
+        hot = wanted.pop("gpu_hot")
+        shares = self.lora is None and (wanted["n_gpu_layers"] != 0 or hot is not None)
+        devices = devices_elsewhere() if shares else []
+        named = (self.device, self.main_gpu) if there or not devices else (None, None)
+        offload = choose(header, there, device=named[0], main_gpu=named[1], n_ctx=self.n_ctx, **wanted)
+        variables = {}
+        if devices:
+            budget = wanted["vram_budget"]
+            left = None if budget is None else max(0, budget - offload.n_bytes)
+            number = which(devices, offload, self.device, self.main_gpu)
+            variables = gpu_environment(number, left, None if hot is None else np.array(hot, dtype=np.int32))
+        return offload if may_have_gpus() else None, variables
 
 
 def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None) -> Command:
@@ -100,7 +114,8 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
     if not ALIAS & set(options):
         arguments += ["--alias", path.stem]
     arguments += ["--ctx-size", str(padded(serving.n_ctx)), "--threads", str(n_threads)]
-    offload = None if GPU_LAYERS & set(options) else serving.offload(header)
+    offload, of_gpu = (None, {}) if GPU_LAYERS & set(options) else serving.gpus(header)
+    variables |= of_gpu
     if offload is not None:
         arguments += offload.arguments()
     if choice is None:

@@ -23,6 +23,7 @@ from tsconv.errors import BackendError
 from tsconv.native.threads import use_threads
 
 LIBRARY_NAME = "libggml-tsffn.so"
+GPU_MODULE_NAME = "libtsffn-cuda.so"
 ERROR_SIZE = 2048
 
 
@@ -50,6 +51,12 @@ class LayerStats(ctypes.Structure):
             "reads",
             "bytes_disk",
             "ns_disk",
+            "gpu_calls",
+            "gpu_neurons",
+            "gpu_active",
+            "gpu_bytes",
+            "ns_gpu",
+            "ns_gpu_wait",
         )
     )
 
@@ -75,6 +82,31 @@ class Placed(ctypes.Structure):
     )
 
 
+class FfnGpu(ctypes.Structure):
+    """struct tsffn_gpu (native/include/tsffn.h)."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 128),
+        ("capability", ctypes.c_int32),
+        ("free_bytes", ctypes.c_uint64),
+        ("total_bytes", ctypes.c_uint64),
+    )
+
+
+class GpuShare(ctypes.Structure):
+    """struct tsffn_gpu_share (native/include/tsffn.h)."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 128),
+        ("capability", ctypes.c_int32),
+        ("predictors", ctypes.c_int32),
+        ("n_predictors", ctypes.c_int32),
+        ("neurons", ctypes.c_uint64),
+        ("n_neurons", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
 def library_path() -> Path:
     """The native library, an absolute path: `$TSCONV_BACKEND`, or the one installed with the package.
 
@@ -94,6 +126,20 @@ def library_path() -> Path:
         expected=" or ".join(map(str, candidates)),
         fix=f"unset TSCONV_BACKEND, which names it, or {reinstall}" if override else reinstall,
     )
+
+
+def gpu_module() -> Path | None:
+    """The module with which a GPU computes FFNs: `$TSFFN_CUDA_MODULE`, or the one beside the library; None: there is
+    none, or the variable is "off".
+
+    Raises:
+        BackendError: there is no library.
+    """
+    named = os.environ.get("TSFFN_CUDA_MODULE")
+    if named == "off":
+        return None
+    path = Path(named) if named else library_path().parent / GPU_MODULE_NAME
+    return path if path.is_file() else None
 
 
 def llama_cpp_python() -> str:
@@ -186,6 +232,13 @@ class Backend:
                 [handle, handle, size, ctypes.c_uint32, ctypes.POINTER(Placed), text, size],
                 ctypes.c_bool,
             ),
+            "tsffn_gpus": ([text, size], ctypes.c_int32),
+            "tsffn_gpu": ([ctypes.c_int32, ctypes.POINTER(FfnGpu), text, size], ctypes.c_bool),
+            "tsffn_model_gpu": (
+                [handle, ctypes.c_int32, ctypes.c_uint64, handle, size, ctypes.POINTER(GpuShare), text, size],
+                ctypes.c_bool,
+            ),
+            "tsffn_model_gpu_upload": ([handle, uint64_out, uint64_out, text, size], ctypes.c_bool),
             "tsffn_measure_rows": (
                 [handle, size, size, size, ctypes.c_uint64, ctypes.c_int, double_out, ctypes.POINTER(ctypes.c_uint64)],
                 ctypes.c_bool,
@@ -224,6 +277,18 @@ class Backend:
     def reads(self) -> str:
         """How models larger than memory are read here: "io_uring", or "threads" where that is not allowed."""
         return self.lib.tsffn_reads().decode()
+
+    def ffn_gpus(self) -> list[FfnGpu]:
+        """The GPUs that FFNs can be computed on; drivers start.
+
+        Raises:
+            BackendError: none, and why: no module, no driver, or one that is too old.
+        """
+        message = ctypes.create_string_buffer(ERROR_SIZE)
+        gpus = [FfnGpu() for _ in range(self.lib.tsffn_gpus(message, ERROR_SIZE))]
+        if not gpus or not all(self.lib.tsffn_gpu(i, gpu, message, ERROR_SIZE) for i, gpu in enumerate(gpus)):
+            raise BackendError(message.value.decode(errors="replace"))
+        return gpus
 
     def measure_rows(
         self, address: int, n_rows: int, row_bytes: int, *, every: int, nth: int, n_threads: int

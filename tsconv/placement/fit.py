@@ -41,7 +41,7 @@ class Fit:
         hot: int32 [n_layer, n_ffn], neurons at the front of each FFN that belong in RAM.
         asked_bytes, hot_bytes: of the FFN weights that the placement wants in RAM, and that fit; all or nothing of them
             without a placement.
-        gpu_neurons: of `hot`, those that the placement gives to a GPU. They are computed on the CPU.
+        gpu_neurons: of `hot`, those that the placement gives to a GPU.
         lock: whether hot weights and predictors are to be locked in RAM.
         read_ahead: whether the kernel may read more around a row that is not in memory.
     """

@@ -17,7 +17,7 @@ from tsconv.errors import BackendError, ModelFileError, TsconvError
 from tsconv.format.header import Header, read_header
 from tsconv.format.order import shape_of
 from tsconv.format.pair import sidecar_path
-from tsconv.native.library import ERROR_SIZE, Backend, LayerStats, Placed, check_array, load_backend
+from tsconv.native.library import ERROR_SIZE, Backend, GpuShare, LayerStats, Placed, check_array, load_backend
 from tsconv.native.log import quiet_unless
 from tsconv.runtime.guard import CLOSED, FORKED
 
@@ -76,6 +76,7 @@ class NativeModel:
     def __init__(
         self, backend: Backend, handle: int, path: Path, header: Header | None = None, sidecar: Path | None = None
     ) -> None:
+        self.backend = backend
         self._lib = lib = backend.lib
         self.path = path
         self._header = header
@@ -269,6 +270,40 @@ class NativeModel:
             if not place(handle, hot.ctypes.data, hot.size, flags, ctypes.byref(placed), message, ERROR_SIZE):
                 raise BackendError(message.value.decode(errors="replace"))
         return placed
+
+    def share_with_gpu(
+        self,
+        gpu: int,
+        n_bytes: int,
+        hot: npt.NDArray[np.int32] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GpuShare:
+        """Gives a GPU predictors and neurons of the loaded model, which it computes from then on. Ctrl-C stops it.
+
+        Args:
+            gpu: its number, in the order of `Backend.ffn_gpus`.
+            n_bytes: of its memory, at most.
+            hot: int32 [n_layer, n_ffn], neurons at the front of each FFN that it may have; None: all.
+            progress: called with (bytes done, bytes in all).
+
+        Raises:
+            BackendError: it has no room, or fails; counts that do not fit the model; the model is closed, or a GPU has
+                a share of it already.
+        """
+        hot = None if hot is None else np.ascontiguousarray(hot, dtype=np.int32)
+        address, n_hot = (None, 0) if hot is None else (hot.ctypes.data, hot.size)
+        share, message = GpuShare(), ctypes.create_string_buffer(ERROR_SIZE)
+        copied, total = ctypes.c_uint64(0), ctypes.c_uint64(1)
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_gpu(handle, gpu, n_bytes, address, n_hot, share, message, ERROR_SIZE):
+                raise BackendError(message.value.decode(errors="replace"))
+        while copied.value < total.value:
+            with self._opened() as handle:
+                if not self._lib.tsffn_model_gpu_upload(handle, copied, total, message, ERROR_SIZE):
+                    raise BackendError(message.value.decode(errors="replace"))
+            if progress is not None:
+                progress(copied.value, total.value)
+        return share
 
     def close(self) -> None:
         """Drops this reference; llama.cpp's weight buffers hold their own."""

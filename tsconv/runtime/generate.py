@@ -52,6 +52,10 @@ class GenerationSummary:
         memory_share: neurons that were in memory, of those that were needed; 1.0 where all always are.
         disk_bytes: read from disk, per token of the phase.
         disk_share: the share of the phase's time that was waited for the disk.
+        gpu_share: active neurons that a GPU computed, of all.
+        gpu_wait_share: the share of the phase's time in which the CPU waited for it.
+        gpu_overlap: what GPU and CPU computed of the FFNs, in seconds of each, over the seconds that this took; None
+            without a GPU.
     """
 
     n_prompt: int
@@ -69,6 +73,9 @@ class GenerationSummary:
     memory_share: float
     disk_bytes: float
     disk_share: float
+    gpu_share: float
+    gpu_wait_share: float
+    gpu_overlap: float | None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -100,6 +107,9 @@ def combined(summaries: Sequence[GenerationSummary]) -> GenerationSummary:
         memory_share=mean("memory_share", steps),
         disk_bytes=mean("disk_bytes", steps),
         disk_share=mean("disk_share", phase_seconds),
+        gpu_share=mean("gpu_share", steps),
+        gpu_wait_share=mean("gpu_wait_share", phase_seconds),
+        gpu_overlap=None if summaries[-1].gpu_overlap is None else mean("gpu_overlap", phase_seconds),
     )
 
 
@@ -242,6 +252,8 @@ def _ffn_means(layers: list[dict[str, float]], seconds: float, n_tokens: int) ->
         return sum(layer[key] * layer["tokens"] for layer in layers) / max(1, total("tokens"))
 
     n_ff, active = per_token("n_ff"), per_token("active")
+    computed = total("seconds_predictor") + total("seconds_ffn")
+    overlap = (computed + total("seconds_gpu")) / max(1e-9, computed + total("seconds_gpu_wait"))
     return {
         "n_ff": round(n_ff),
         "active": active,
@@ -251,4 +263,7 @@ def _ffn_means(layers: list[dict[str, float]], seconds: float, n_tokens: int) ->
         "memory_share": 1.0 - total("neurons_missing") / max(1, total("neurons_needed")),
         "disk_bytes": total("bytes_disk") / n_tokens,
         "disk_share": total("seconds_disk") / seconds,
+        "gpu_share": per_token("gpu_active") / max(1e-9, active),
+        "gpu_wait_share": total("seconds_gpu_wait") / seconds,
+        "gpu_overlap": overlap if total("gpu_calls") else None,
     }

@@ -23,11 +23,13 @@ from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.native.devices import gpus
+from tsconv.native.library import gpu_module
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
+from tsconv.runtime.hybrid import NoGpu, Share, share
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
@@ -101,19 +103,29 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             values in f32, which it would round to f16 for every token.
         n_gpu_layers: attention, keys and values of the last so many layers, and the output, which counts as one, are
             computed by llama.cpp's GPU backends: "auto" (as many as fit into the free memory of GPUs that have their
-            own), "all" or -1, or a number. FFNs are computed here.
+            own), "all" or -1, or a number. FFNs are computed here, but for what a GPU has a share of: predictors and
+            hot neurons, as many as fit into what is left (`gpu_share`). With 0 nothing goes to a GPU.
         device: names of the GPUs to use, joined by commas, as `tsconv doctor` shows them. None: all of them.
         main_gpu: the position among them of one to use alone.
-        vram_budget: with "auto", bytes to put on GPUs at most. None: what is free, but for 1 GiB of each.
+        vram_budget: bytes to put on GPUs at most: with "auto" layers, and then FFNs. None: what is free, but for 1 GiB
+            of each.
+        gpu_hot: [n_layer, n_ffn] neurons at the front of each FFN that may be on a GPU, whatever n_gpu_layers is.
+            None: all.
         ram_budget: bytes, or "3G" and such, that weights and context may take. Where that is less than all of them,
             neurons are read from disk when they are needed and the rest is kept in memory. "auto": what this process
             can come to use, control groups included; "off": the model is mapped whatever its size.
         preload: bring the model file into the page cache before llama.cpp maps it, which makes loading it from disk and
             reading its rows faster. None: when it fits in memory, control groups included.
-        progress: called with (bytes of the file in memory, bytes in all) meanwhile.
+        progress: called with (bytes of the file in memory, bytes in all) meanwhile, and then with those of what goes
+            to a GPU.
         header: of the model file, where it has been read already.
         verbose: llama.cpp's log on stderr.
         **kwargs: as `llama_cpp.Llama`.
+
+    Attributes:
+        offload: what llama.cpp has on GPUs.
+        gpu_share: what a GPU has of the FFNs; None: nothing, and gpu_complaint says why where one was there or asked
+            for.
 
     Raises:
         ModelFileError: model or sidecar missing, damaged, or not a pair; an adapter (lora_path) that does not fit.
@@ -137,6 +149,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         device: str | None = None,
         main_gpu: int | None = None,
         vram_budget: int | None = None,
+        gpu_hot: npt.ArrayLike | None = None,
         ram_budget: int | str = AUTO,
         preload: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -164,6 +177,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         except BaseException:
             self._native.close()
             raise
+        self.gpu_share: Share | None = None
+        self.gpu_complaint: str | None = None
         # llama_cpp.Llama's destructor closes these, also when loading fails before its own constructor runs.
         self._guard, self._stack = Guard(max(threads)), ExitStack()
         self._arguments = {
@@ -178,6 +193,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             "device": device,
             "main_gpu": main_gpu,
             "vram_budget": vram_budget,
+            "gpu_hot": gpu_hot,
             "ram_budget": ram_budget,
             "preload": preload,
             "kv_overrides": kv_overrides,
@@ -209,6 +225,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             self.chat_format = DEFAULT_TEMPLATE  # not one of llama_cpp's own that it takes to be the same
         if lora_path:
             self._use_adapter(Path(lora_path))
+        elif n_gpu_layers != 0 or gpu_hot is not None:
+            self._share_ffns(device, main_gpu, vram_budget, gpu_hot, progress)
 
     def _load(
         self, path: Path, preload: bool | None, progress: Callable[[int, int], None] | None, /, **arguments: Any
@@ -249,7 +267,40 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         header = self._native.header
         n_ctx = n_ctx or header.keys.get("llama.context_length", 0)
         there = gpus() if n_gpu_layers != 0 else []
+        if not there and n_gpu_layers == AUTO and gpu_module() is not None:
+            wanted |= {"device": None, "main_gpu": None}  # meant for FFNs
         return choose(header, there, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, **wanted)
+
+    def _share_ffns(
+        self,
+        device: str | None,
+        main_gpu: int | None,
+        vram_budget: int | None,
+        gpu_hot: npt.ArrayLike | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Gives a GPU its share of the FFNs, if there is one that can have it. Raises TsconvError for no such GPU."""
+        if self.sparsity == "dense":
+            return
+        try:
+            self.gpu_share = share(
+                self._native,
+                self.offload,
+                device=device,
+                main_gpu=main_gpu,
+                vram_budget=vram_budget,
+                hot=gpu_hot,
+                progress=progress,
+            )
+        except NoGpu as error:
+            wanted = any(x is not None for x in (gpu_hot, device, main_gpu, vram_budget))
+            if wanted and not self.offload.gpus:
+                self.gpu_complaint = str(error)
+        except BackendError as error:
+            self.gpu_complaint = str(error)
+        except BaseException:
+            self.close()
+            raise
 
     def _choose_budget(self, ram_budget: int | str, n_ctx: int) -> Budget | None:
         """What memory goes to where neurons are read from disk; None where all are in memory. Raises TsconvError."""
@@ -477,6 +528,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         and this one: norms, attention, router; 0 for layer 0, which has none before it); single_ops (operations
         computed alone because the graph was cut in between). Where neurons come from disk (ram_budget): neurons_needed,
         of these neurons_missing in memory, disk_reads, bytes_disk, seconds_disk (in which a thread waited for them).
+        Where a GPU has a share (gpu_share): gpu_calls, those it took part in; gpu_neurons and gpu_active, which it
+        computed, per token; bytes_gpu, of bytes_read, from its memory; seconds_gpu, in which it computed, and
+        seconds_gpu_wait, in which the CPU did not.
         """
         layers = []
         for layer in range(self._native.n_layer):
@@ -503,6 +557,12 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                     "disk_reads": s.reads,
                     "bytes_disk": s.bytes_disk,
                     "seconds_disk": s.ns_disk * 1e-9,
+                    "gpu_calls": s.gpu_calls,
+                    "gpu_neurons": s.gpu_neurons / rows,
+                    "gpu_active": s.gpu_active / rows,
+                    "bytes_gpu": s.gpu_bytes,
+                    "seconds_gpu": s.ns_gpu * 1e-9,
+                    "seconds_gpu_wait": s.ns_gpu_wait * 1e-9,
                     "single_ops": s.single_ops,
                 }
             )

@@ -85,7 +85,7 @@ class Offload:
             return f"GPU: {' and '.join(map(str, self.gpus)) or 'none'}: nothing is computed there"
         n, names = self.n_gpu_layers - 1, " and ".join(gpu.name for gpu in self.gpus)
         what = f"output and attention of {n} of {self.n_layers - 1} layers" if n else "output"
-        return f"GPU: {what} on {names}, {self.n_bytes / 1e9:.2f} GB; FFNs on the CPU"
+        return f"GPU: {what} on {names}, {self.n_bytes / 1e9:.2f} GB"
 
 
 NOTHING = Offload(0, 0)

@@ -44,6 +44,9 @@ OURS = (
     "TSFFN_HOT",
     "TSFFN_RESIDENCY",
     "TSFFN_NEURON_CACHE",
+    "TSFFN_GPU",
+    "TSFFN_GPU_HOT",
+    "TSFFN_VRAM_BUDGET",
     "GGML_BACKEND_PATH",
 )
 
@@ -108,6 +111,17 @@ def environment(
         variables["TSFFN_HOT"] = ",".join(map(str, hot.ravel().tolist()))
         words = {"prefault": True, "lock": lock, "random": not read_ahead}
         variables["TSFFN_RESIDENCY"] = ",".join(word for word, wanted in words.items() if wanted)
+    return variables
+
+
+def gpu_environment(number: int, vram_budget: int | None, hot: npt.NDArray[np.int32] | None) -> dict[str, str]:
+    """What gives a GPU its share of the FFNs: as `tsconv.runtime.hybrid.share`, but that `vram_budget` is for them
+    alone."""
+    variables = {"TSFFN_GPU": str(number)}
+    if vram_budget is not None:
+        variables["TSFFN_VRAM_BUDGET"] = str(vram_budget)
+    if hot is not None:
+        variables["TSFFN_GPU_HOT"] = ",".join(map(str, hot.ravel().tolist()))
     return variables
 
 

@@ -66,6 +66,7 @@ struct shared {
     const struct tsffn_call * call;
     const struct tsffn_cpu_layer * layer;
     bool predicts;        // the call computes the predictor
+    bool selects;         // some neurons are not listed: the predictor leaves them out, a mask, or another device has them
     int64_t stream_ahead; // bytes: tsffn_stream_ahead()
     struct inputs x;
     struct hidden hidden;
@@ -193,6 +194,12 @@ static inline uint64_t now_ns(void) {
 
 static inline const float * token_x(const struct shared * s, int64_t t) {
     return (const float *)(s->call->x + (size_t)t * s->call->x_stride);
+}
+
+// The neurons of the segment's FFN that another device computes.
+static inline struct tsffn_range elsewhere(const struct segment * g) {
+    const struct tsffn_call * call = g->s->call;
+    return call->elsewhere != NULL ? call->elsewhere[g->rows[g->r0].ffn] : (struct tsffn_range){0, 0};
 }
 
 static inline size_t part_row_bytes(const struct segment * g, enum tsffn_part part) {

@@ -10,8 +10,8 @@
 // goes into depends on the row's own mask and the thread count only: its result does not depend on the rest of its
 // batch.
 //
-// What a call computes is one of five modes, each a function of a tile: the sparse FFN, activation statistics, and the
-// single operations of a graph that was cut.
+// What a call computes is one of six modes, each a function of a tile: the sparse FFN, activation statistics, and the
+// single operations of a graph that was cut, and the predictor alone.
 #include "phases.h"
 
 #include <omp.h>
@@ -40,6 +40,7 @@ static const struct mode * mode_of(const struct tsffn_call * call) {
         [TSFFN_OP_GATE] = {.gate = true, .predictor = true, .tile = tsffn_gate_tile},
         [TSFFN_OP_UP] = {.up = true, .tile = tsffn_up_tile},
         [TSFFN_OP_DOWN] = {.tile = tsffn_down_tile},
+        [TSFFN_OP_MASK] = {.predictor = true, .tile = tsffn_mask_tile},
     };
     return call->profile != NULL ? &profile : &modes[call->op];
 }
@@ -276,23 +277,19 @@ static void compute_thread(const struct shared * s, const struct mode * mode, in
 
 // Counters are summed over threads; times are those of the busiest thread, which is what the caller waited for.
 static void add_counts(struct tsffn_counts * total, const struct shared * s) {
+    struct tsffn_counts sum = *total;
     uint64_t ns_predictor = 0, ns_ffn = 0;
     for (int thread = 0; thread < s->call->n_threads; ++thread) {
         const struct tsffn_counts * c = &s->own[thread].counts;
-        total->neurons += c->neurons;
-        total->predicted += c->predicted;
-        total->gate_positive += c->gate_positive;
-        total->active += c->active;
-        total->bytes_predictor += c->bytes_predictor;
-        total->bytes_ffn += c->bytes_ffn;
-        total->bytes_dense += c->bytes_dense;
+        tsffn_add_counts(&sum, c);
         if (c->ns_predictor + c->ns_ffn > ns_predictor + ns_ffn) {
             ns_predictor = c->ns_predictor;
             ns_ffn = c->ns_ffn;
         }
     }
-    total->ns_predictor += ns_predictor;
-    total->ns_ffn += ns_ffn;
+    sum.ns_predictor = total->ns_predictor + ns_predictor;
+    sum.ns_ffn = total->ns_ffn + ns_ffn;
+    *total = sum;
 }
 
 bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, const struct tsffn_call * call,
@@ -304,9 +301,10 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * l
     struct shared s = {
         .call = call,
         .layer = layer,
-        .predicts = mode->predictor && layer->ffns[0].fc1.data != NULL,
+        .predicts = mode->predictor && layer->ffns[0].fc1.data != NULL && call->masks == NULL,
         .stream_ahead = tsffn_stream_ahead(),
     };
+    s.selects = s.predicts || call->masks != NULL || call->elsewhere != NULL;
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
         s.hidden.max_rank = max_i64(s.hidden.max_rank, layer->ffns[e].fc1.n_rows);
     }

@@ -102,7 +102,7 @@ void tsffn_list_neurons(const struct segment * g) {
                 n += rows != 0;
                 products += count_rows(rows);
             }
-            if (g->s->predicts) {
+            if (g->s->selects) {
                 count_block(g, b0 / BLOCK_NEURONS, n - before, b1 - b0, mask + (b0 - i0));
             }
         }
@@ -110,7 +110,9 @@ void tsffn_list_neurons(const struct segment * g) {
     *part.n = (int32_t)n;
     g->own->counts.predicted += (uint64_t)products;
     tsffn_clear_h(g, part.begin, part.end);
-    tsffn_count_neurons(g, part.end - part.begin);
+    const struct tsffn_range others = elsewhere(g);
+    const int64_t first = max_i64(part.begin, others.first), end = min_i64(part.end, others.end);
+    tsffn_count_neurons(g, part.end - part.begin - max_i64(end - first, 0));
 }
 
 // The first of n ascending numbers that is at least i.
@@ -201,7 +203,7 @@ static uint64_t rows_of_share(const struct segment * g, const struct neuron_shar
 void tsffn_begin_walk(const struct segment * g, struct round round, struct walk * w) {
     // A round begins with a chunk: which chunks are a thread's does not depend on the rounds.
     const int64_t chunk = round.begin / CHUNK_NEURONS;
-    w->has_share = g->s->predicts;
+    w->has_share = g->s->selects;
     w->round = round;
     w->next = w->has_share ? 0 : chunk + ((int64_t)g->ith - chunk % g->nth + g->nth) % g->nth;
     w->k = w->end = 0;

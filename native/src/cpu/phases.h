@@ -8,8 +8,8 @@
 void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth);
 // Phase A: the hidden layer of a tile, converted. All threads have done their share when this returns.
 void tsffn_hidden_layer(const struct shared * s, const struct tile * tile);
-// Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on: bit r of mask[i - i0]; all of them without a predictor.
-// `end`: of the stream of fc2's rows.
+// Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on, and computed here: bit r of mask[i - i0]. As the call's
+// masks say, else the predictor; all of them without either. i0 is a multiple of 32. `end`: of the stream of fc2's rows.
 void tsffn_mask_neurons(const struct segment * segment, int64_t i0, int64_t i1, int64_t end, uint64_t * mask);
 
 // listing.c. Phase B: lists the neurons that are on, of the thread's part of fc2.
@@ -34,7 +34,7 @@ void tsffn_count_neurons(const struct segment * segment, int64_t n);
 // h = 0 of the neurons [i0, i1).
 void tsffn_clear_h(const struct segment * segment, int64_t i0, int64_t i1);
 
-// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. With a predictor a row's threads
+// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. Where neurons are selected its threads
 // share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do not depend
 // on them (docs/notes/2026-11-28-threads.md).
 struct neuron_share {
@@ -42,7 +42,7 @@ struct neuron_share {
     int64_t first_of_any, first_of_all, end_of_all, end_of_any;
 };
 
-// A thread's way through its neurons: with a predictor those of its share, through what all threads listed; else every
+// A thread's way through its neurons: where they are selected those of its share, through what all threads listed; else every
 // n-th chunk, because how much work a neuron is shows only then, and hot ones may come first.
 struct walk {
     struct neuron_share share;
@@ -74,6 +74,7 @@ void tsffn_profile_tile(const struct shared * s, const struct tile * tile); // p
 void tsffn_gate_tile(const struct shared * s, const struct tile * tile);    // single.c
 void tsffn_up_tile(const struct shared * s, const struct tile * tile);      // single.c
 void tsffn_down_tile(const struct shared * s, const struct tile * tile);    // single.c
+void tsffn_mask_tile(const struct shared * s, const struct tile * tile);    // predictor.c
 
 // profile.c. Adds one thread's histograms to those of the layer.
 void tsffn_profile_add(const struct tsffn_profile * profile, const struct histograms * histograms);

@@ -1,6 +1,8 @@
 // Phases A and B of ffn.c: the predictor's two matrices, of which every row is read for every token.
 #include "phases.h"
 
+#include <string.h>
+
 static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
     for (int64_t r = r0; r < r1; ++r) {
         const float h = v[(r - r0) * stride];
@@ -122,6 +124,11 @@ static uint64_t decide(const struct segment * g, int n, int64_t stride, const fl
     return bits;
 }
 
+// Where row r's words are in masks of the call.
+static int64_t first_word(const struct segment * g, int64_t r) {
+    return (g->rows - g->s->call->rows + r) * tsffn_mask_words(g->s->layer->n_ff);
+}
+
 // tsffn_mask_neurons with a predictor.
 static void predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
     const struct tsffn_matrix * fc2 = &g->ffn->fc2;
@@ -157,13 +164,60 @@ static void predict(const struct segment * g, int64_t i0, int64_t i1, int64_t en
     g->own->counts.bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
 }
 
+// ... with the call's masks.
+static void read_masks(const struct segment * g, int64_t i0, int64_t i1, uint64_t * mask) {
+    memset(mask, 0, (size_t)(i1 - i0) * sizeof(*mask));
+    for (int64_t r = g->r0; r < g->r1; ++r) {
+        const uint32_t * words = g->s->call->masks + first_word(g, r);
+        for (int64_t w0 = i0; w0 < i1; w0 += 32) {
+            for (uint32_t on = words[w0 / 32]; on != 0; on &= on - 1) {
+                mask[w0 - i0 + __builtin_ctz(on)] |= (uint64_t)1 << r;
+            }
+        }
+    }
+}
+
 void tsffn_mask_neurons(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
     if (g->s->predicts) {
         predict(g, i0, i1, end, mask);
-        return;
+    } else if (g->s->call->masks != NULL) {
+        read_masks(g, i0, i1, mask);
+    } else {
+        const uint64_t all_rows = (~(uint64_t)0 >> (TILE_ROWS - (g->r1 - g->r0))) << g->r0;
+        for (int64_t i = i0; i < i1; ++i) {
+            mask[i - i0] = all_rows;
+        }
     }
-    const uint64_t all_rows = (~(uint64_t)0 >> (TILE_ROWS - (g->r1 - g->r0))) << g->r0;
-    for (int64_t i = i0; i < i1; ++i) {
-        mask[i - i0] = all_rows;
+    const struct tsffn_range others = elsewhere(g);
+    const int64_t first = max_i64(i0, others.first), last = min_i64(i1, others.end);
+    for (int64_t i = first; i < last; ++i) {
+        mask[i - i0] = 0;
     }
+}
+
+// Writes the thread's part of the rows' masks, whole words.
+static void write_masks(const struct segment * g) {
+    const int64_t n_ff = g->s->layer->n_ff;
+    const int64_t begin = first_neuron(n_ff, g->ith, g->nth), end = first_neuron(n_ff, g->ith + 1, g->nth);
+    uint64_t mask[CHUNK_NEURONS];
+    for (int64_t i0 = begin, i1; i0 < end; i0 = i1) {
+        i1 = min_i64((i0 / CHUNK_NEURONS + 1) * CHUNK_NEURONS, end);
+        tsffn_mask_neurons(g, i0, i1, end, mask);
+        for (int64_t r = g->r0; r < g->r1; ++r) {
+            uint32_t * words = g->s->call->predicted + first_word(g, r);
+            for (int64_t i = i0; i < i1; ++i) {
+                const uint32_t bit = (uint32_t)(mask[i - i0] >> r & 1) << i % 32;
+                words[i / 32] = i % 32 == 0 ? bit : words[i / 32] | bit;
+            }
+        }
+    }
+}
+
+void tsffn_mask_tile(const struct shared * s, const struct tile * tile) {
+    const uint64_t begin = now_ns();
+    if (s->predicts) {
+        tsffn_hidden_layer(s, tile);
+    }
+    tsffn_each_segment(s, tile, write_masks);
+    s->own[tile->ith].counts.ns_predictor += now_ns() - begin;
 }

@@ -62,7 +62,7 @@ static void make_args(struct tsffn_cuda_queue * queue) {
         .n_rows = (int32_t)queue->call->n_rows,
         .n_embd = (int32_t)layer->n_embd,
         .n_ff = (int32_t)layer->n_ff,
-        .n_words = (int32_t)tsffn_cuda_mask_words(layer->n_ff),
+        .n_words = (int32_t)tsffn_mask_words(layer->n_ff),
         .max_rank = (int32_t)layer->max_rank,
         .n_shares = tsffn_cuda_shares(layer->n_ff),
         .ffns = layer->ffns,
@@ -152,8 +152,10 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
     if (call->n_rows == 0) {
         return true;
     }
-    if (!tsffn_gpu_use(&queue->gpu) || !enqueue_inputs(queue, masks) ||
-        (queue->masks == MASKS_PREDICTED && !enqueue_predictor(queue)) || !enqueue_neurons(queue)) {
+    struct tsffn_gpu * gpu = &queue->gpu;
+    if (!tsffn_gpu_use(gpu) || !enqueue_inputs(queue, masks) || !tsffn_gpu_record(gpu, queue->begins, queue->stream) ||
+        (queue->masks == MASKS_PREDICTED && !enqueue_predictor(queue)) || !enqueue_neurons(queue) ||
+        !tsffn_gpu_record(gpu, queue->ends, queue->stream)) {
         return abandon(queue, error, error_size);
     }
     return true;
@@ -235,7 +237,7 @@ int tsffn_cuda_poll(struct tsffn_cuda_queue * queue, char * error, size_t error_
 
 // h of the layer's range, 0 where the mask is.
 static void write_h(const struct tsffn_cuda_queue * queue, int64_t row, float * h) {
-    const struct tsffn_cuda_range * range = &queue->layer->ranges[queue->call->rows[row].ffn];
+    const struct tsffn_range * range = &queue->layer->ranges[queue->call->rows[row].ffn];
     const float * from = queue->host.h + row * queue->args.n_ff;
     const uint32_t * mask = queue->host.masks + row * queue->args.n_words;
     for (int64_t i = range->first; i < range->end; ++i) {
@@ -270,9 +272,12 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
     if (queue->state != ENDED) {
         return tsffn_fail(error, error_size, "CUDA: a call is waited for that was not ended");
     }
-    if (queue->args.n_rows > 0 && !tsffn_gpu_await(&queue->gpu, queue->done)) {
+    uint64_t ns = 0;
+    if (queue->args.n_rows > 0 && (!tsffn_gpu_await(&queue->gpu, queue->done) ||
+                                   !tsffn_gpu_elapsed(&queue->gpu, queue->begins, queue->ends, &ns))) {
         return abandon(queue, error, error_size);
     }
+    counts->ns_ffn += ns;
     const struct tsffn_row * rows = queue->call->rows;
     for (int64_t r = 0; r < queue->args.n_rows; ++r) {
         memcpy(rows[r].y, queue->host.y + r * queue->args.n_embd, (size_t)queue->args.n_embd * sizeof(float));

@@ -26,11 +26,6 @@ enum {
     TSFFN_CUDA_MAX_ROWS = 64, // of a call
 };
 
-// Neurons [first, end) of an FFN. Both are multiples of 32; but `end` may be n_ff. None where first == end.
-struct tsffn_cuda_range {
-    int32_t first, end;
-};
-
 struct tsffn_cuda_info {
     char name[128];
     int capability; // 10 * major + minor
@@ -42,11 +37,6 @@ struct tsffn_cuda_sizes {
     int64_t n_embd, n_ff, max_rank; // max_rank 0: no layer has a predictor on the device
     int64_t n_tokens, n_rows;       // of a call: up to TSFFN_CUDA_MAX_ROWS rows
 };
-
-// Bit i mod 32 of word i / 32 is neuron i's: it is on.
-static inline int64_t tsffn_cuda_mask_words(int64_t n_ff) {
-    return (n_ff + 31) / 32;
-}
 
 struct tsffn_cuda_module {
     int version; // TSFFN_CUDA_VERSION
@@ -60,14 +50,14 @@ struct tsffn_cuda_module {
     void (*close)(struct tsffn_cuda * cuda);
     bool (*is_lost)(const struct tsffn_cuda * cuda);
 
-    // Bytes of the arena that a layer takes, with these neurons [n_ffns], and with its predictor or without. 0: the
-    // module has no kernels for such a layer. It needs no device.
-    size_t (*layer_bytes)(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+    // Bytes of the arena that a layer takes, with these neurons [n_ffns], whose bounds are multiples of 32, or n_ff; and
+    // with its predictor or without. 0: the module has no kernels for such a layer. It needs no device.
+    size_t (*layer_bytes)(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                           char * error, size_t error_size);
     // Copies them there, and returns when they are. Without `predictor` calls must bring masks, unless all neurons of
     // the layer are always on. The arena takes new layers while there is room; room comes back when no layer is left.
     struct tsffn_cuda_layer * (*upload)(struct tsffn_cuda * cuda, const struct tsffn_layer * layer,
-                                        const struct tsffn_cuda_range * ranges, bool predictor, char * error,
+                                        const struct tsffn_range * ranges, bool predictor, char * error,
                                         size_t error_size);
     void (*release)(struct tsffn_cuda_layer * layer);
 
@@ -89,8 +79,8 @@ struct tsffn_cuda_module {
     // 1: the call is computed; 0: not yet; -1: failed.
     int (*poll)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
     // Waits, then writes rows[].y, and of h [n_ff] the layer's range where rows[].h is not NULL; adds to counts what
-    // the device computed: neurons, predicted, gate_positive, active are those of the range. The call and its rows must
-    // still be there.
+    // the device computed: neurons, predicted, gate_positive, active are those of the range, ns_ffn is the device's time
+    // for the predictor and them. The call and its rows must still be there.
     bool (*await)(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);
 };
 

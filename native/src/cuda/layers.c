@@ -12,7 +12,7 @@ static size_t aligned(size_t bytes) {
     return (size_t)tsffn_cuda_pad((int64_t)bytes, ARENA_ALIGN);
 }
 
-static int64_t range_neurons(const struct tsffn_cuda_range * range) {
+static int64_t range_neurons(const struct tsffn_range * range) {
     return range->end - range->first;
 }
 
@@ -47,7 +47,7 @@ static bool supports_predictor(const struct tsffn_layer * layer, struct tsffn_cu
 }
 
 // Fills `formats`, as far as the layer has the matrices.
-static bool supports(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+static bool supports(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                      struct tsffn_cuda_formats * formats, char * error, size_t error_size) {
     const int gate = layer->types[TSFFN_PART_GATE], up = layer->types[TSFFN_PART_UP];
     const int down = layer->types[TSFFN_PART_DOWN];
@@ -59,7 +59,7 @@ static bool supports(const struct tsffn_layer * layer, const struct tsffn_cuda_r
                           TSFFN_CUDA_BLOCK, layer->n_embd);
     }
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
-        const struct tsffn_cuda_range * r = &ranges[e];
+        const struct tsffn_range * r = &ranges[e];
         if (r->first < 0 || r->end < r->first || r->end > layer->n_ff || r->first % TSFFN_CUDA_BLOCK != 0 ||
             (r->end % TSFFN_CUDA_BLOCK != 0 && r->end != layer->n_ff)) {
             return tsffn_fail(error, error_size,
@@ -90,7 +90,7 @@ static size_t take(size_t * used, size_t bytes) {
 }
 
 // Where everything is. table [n_ffns] receives the FFNs as the kernels see them, with `base` as the layer's first byte.
-static struct places place_all(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+static struct places place_all(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                                const struct tsffn_cuda_formats * formats, const uint8_t * base,
                                struct tsffn_cuda_ffn * table) {
     struct places places = {0};
@@ -118,7 +118,7 @@ static struct places place_all(const struct tsffn_layer * layer, const struct ts
     return places;
 }
 
-size_t tsffn_cuda_layer_bytes(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+size_t tsffn_cuda_layer_bytes(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                               char * error, size_t error_size) {
     struct tsffn_cuda_formats formats;
     if (!supports(layer, ranges, predictor, &formats, error, error_size)) {
@@ -261,7 +261,7 @@ static int segment_rows(const struct tsffn_cuda_layer * made, size_t shared_byte
 
 // What is known of the layer without the device; false without memory.
 static bool describe(struct tsffn_cuda_layer * made, const struct tsffn_layer * layer,
-                     const struct tsffn_cuda_range * ranges, bool predictor) {
+                     const struct tsffn_range * ranges, bool predictor) {
     const size_t row = tsffn_cuda_row_bytes(made->formats.neurons, layer->n_embd);
     made->n_embd = layer->n_embd;
     made->n_ff = layer->n_ff;
@@ -304,7 +304,7 @@ static void free_layer(struct tsffn_cuda_layer * made) {
 }
 
 // The layer at the arena's first free byte, `table` included; false with a line in `error`.
-static bool make(struct tsffn_cuda * cuda, const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges,
+static bool make(struct tsffn_cuda * cuda, const struct tsffn_layer * layer, const struct tsffn_range * ranges,
                  bool predictor, struct tsffn_cuda_layer * made, struct tsffn_cuda_ffn * table, char * error,
                  size_t error_size) {
     made->cuda = cuda;
@@ -336,7 +336,7 @@ static bool make(struct tsffn_cuda * cuda, const struct tsffn_layer * layer, con
 }
 
 struct tsffn_cuda_layer * tsffn_cuda_upload(struct tsffn_cuda * cuda, const struct tsffn_layer * layer,
-                                            const struct tsffn_cuda_range * ranges, bool predictor, char * error,
+                                            const struct tsffn_range * ranges, bool predictor, char * error,
                                             size_t error_size) {
     struct tsffn_cuda_layer * made = calloc(1, sizeof(*made));
     struct tsffn_cuda_ffn * table = calloc((size_t)layer->n_ffns, sizeof(*table));

@@ -44,7 +44,7 @@ static bool allocate(struct tsffn_cuda * cuda, size_t arena_bytes) {
     bool ok = tsffn_gpu_stream_new(gpu, &cuda->stream);
     for (int k = 0; ok && k < STAGING_BUFFERS; ++k) {
         ok = tsffn_gpu_allocate_host(gpu, STAGING_BYTES, &cuda->staging[k]) &&
-             tsffn_gpu_event_new(gpu, &cuda->copied[k]);
+             tsffn_gpu_event_new(gpu, false, &cuda->copied[k]);
     }
     void * arena = NULL;
     ok = ok && tsffn_gpu_allocate(gpu, arena_bytes, &arena);

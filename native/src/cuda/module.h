@@ -48,7 +48,7 @@ struct tsffn_cuda_layer {
     // For the counts: bytes of rows in the file.
     size_t row_bytes[TSFFN_N_PARTS];
     size_t * predictor_bytes; // [n_ffns]
-    struct tsffn_cuda_range * ranges;
+    struct tsffn_range * ranges;
     // On the device.
     const struct tsffn_cuda_ffn * ffns;
     const float * pred_scale;
@@ -58,10 +58,10 @@ struct tsffn_cuda_layer {
 bool tsffn_cuda_failed(struct tsffn_cuda * cuda, const struct tsffn_gpu * gpu, char * error, size_t error_size);
 
 // layers.c
-size_t tsffn_cuda_layer_bytes(const struct tsffn_layer * layer, const struct tsffn_cuda_range * ranges, bool predictor,
+size_t tsffn_cuda_layer_bytes(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                               char * error, size_t error_size);
 struct tsffn_cuda_layer * tsffn_cuda_upload(struct tsffn_cuda * cuda, const struct tsffn_layer * layer,
-                                            const struct tsffn_cuda_range * ranges, bool predictor, char * error,
+                                            const struct tsffn_range * ranges, bool predictor, char * error,
                                             size_t error_size);
 void tsffn_cuda_release(struct tsffn_cuda_layer * layer);
 

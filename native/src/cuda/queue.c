@@ -17,7 +17,7 @@ static void buffer_sizes(const struct tsffn_cuda_sizes * s, bool device, size_t 
         device ? n_rows * (size_t)tsffn_cuda_shares(s->n_ff) * n_embd * sizeof(float) : 0,
         n_rows * n_embd * sizeof(float),
         n_rows * n_embd * sizeof(float),
-        n_rows * (size_t)tsffn_cuda_mask_words(s->n_ff) * sizeof(uint32_t),
+        n_rows * (size_t)tsffn_mask_words(s->n_ff) * sizeof(uint32_t),
         n_rows * blocks * TSFFN_CUDA_COUNTS * sizeof(uint32_t),
     };
     memcpy(sizes, all, sizeof(all));
@@ -50,7 +50,8 @@ static bool allocate(struct tsffn_cuda_queue * queue) {
     pointers(&queue->device, device_at);
     pointers(&queue->host, host_at);
     bool ok = tsffn_gpu_use(gpu) && tsffn_gpu_stream_new(gpu, &queue->stream) &&
-              tsffn_gpu_event_new(gpu, &queue->masks_done) && tsffn_gpu_event_new(gpu, &queue->done);
+              tsffn_gpu_event_new(gpu, false, &queue->masks_done) && tsffn_gpu_event_new(gpu, false, &queue->done) &&
+              tsffn_gpu_event_new(gpu, true, &queue->begins) && tsffn_gpu_event_new(gpu, true, &queue->ends);
     for (int k = 0; ok && k < N_BUFFERS; ++k) {
         ok = tsffn_gpu_allocate(gpu, device[k], device_at[k]) && tsffn_gpu_allocate_host(gpu, host[k], host_at[k]);
     }
@@ -97,6 +98,8 @@ void tsffn_cuda_close_queue(struct tsffn_cuda_queue * queue) {
     }
     tsffn_gpu_event_free(gpu, queue->masks_done);
     tsffn_gpu_event_free(gpu, queue->done);
+    tsffn_gpu_event_free(gpu, queue->begins);
+    tsffn_gpu_event_free(gpu, queue->ends);
     tsffn_gpu_stream_free(gpu, queue->stream);
     free(queue);
 }

@@ -114,9 +114,10 @@ bool tsffn_gpu_stream_new(tsffn_gpu * gpu, void ** stream) {
     return ok;
 }
 
-bool tsffn_gpu_event_new(tsffn_gpu * gpu, void ** event) {
+bool tsffn_gpu_event_new(tsffn_gpu * gpu, bool timed, void ** event) {
     cudaEvent_t made = nullptr;
-    const bool ok = check(gpu, "cudaEventCreateWithFlags", cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+    const unsigned flags = timed ? cudaEventDefault : cudaEventDisableTiming;
+    const bool ok = check(gpu, "cudaEventCreateWithFlags", cudaEventCreateWithFlags(&made, flags));
     *event = ok ? made : nullptr;
     return ok;
 }
@@ -154,6 +155,13 @@ bool tsffn_gpu_query(tsffn_gpu * gpu, void * event, bool * done) {
 
 bool tsffn_gpu_await(tsffn_gpu * gpu, void * event) {
     return check(gpu, "cudaEventSynchronize", cudaEventSynchronize(event_of(event)));
+}
+
+bool tsffn_gpu_elapsed(tsffn_gpu * gpu, void * begin, void * end, uint64_t * ns) {
+    float ms = 0.0f;
+    const bool ok = check(gpu, "cudaEventElapsedTime", cudaEventElapsedTime(&ms, event_of(begin), event_of(end)));
+    *ns = ms > 0.0f ? (uint64_t)((double)ms * 1e6) : 0;
+    return ok;
 }
 
 bool tsffn_gpu_drain(tsffn_gpu * gpu, void * stream) {

@@ -39,7 +39,8 @@ void tsffn_gpu_free(struct tsffn_gpu * gpu, void * at);
 void tsffn_gpu_free_host(struct tsffn_gpu * gpu, void * at);
 
 bool tsffn_gpu_stream_new(struct tsffn_gpu * gpu, void ** stream);
-bool tsffn_gpu_event_new(struct tsffn_gpu * gpu, void ** event);
+// `timed`: tsffn_gpu_elapsed can be asked about it.
+bool tsffn_gpu_event_new(struct tsffn_gpu * gpu, bool timed, void ** event);
 void tsffn_gpu_stream_free(struct tsffn_gpu * gpu, void * stream);
 void tsffn_gpu_event_free(struct tsffn_gpu * gpu, void * event);
 
@@ -52,6 +53,8 @@ bool tsffn_gpu_launched(struct tsffn_gpu * gpu, const char * kernel, int error);
 // Whether everything before the event is done.
 bool tsffn_gpu_query(struct tsffn_gpu * gpu, void * event, bool * done);
 bool tsffn_gpu_await(struct tsffn_gpu * gpu, void * event);
+// The time between two events that are done.
+bool tsffn_gpu_elapsed(struct tsffn_gpu * gpu, void * begin, void * end, uint64_t * ns);
 // Waits for a stream, whether it fails or not.
 bool tsffn_gpu_drain(struct tsffn_gpu * gpu, void * stream);
 

@@ -10,6 +10,7 @@ enum tsffn_op {
     TSFFN_OP_GATE,  // y[r][0..n_ff)   = gate . x, 0 where the predictor says no
     TSFFN_OP_UP,    // y[r][0..n_ff)   = up . x
     TSFFN_OP_DOWN,  // y[r][0..n_embd) = sum_i x[r][i] * down_i; x is [n_ff]
+    TSFFN_OP_MASK,  // the predictor alone: which neurons are on. y and h are not written
 };
 
 // One output row: which token's activations go through which FFN. Rows of a call are sorted by ffn.
@@ -41,6 +42,13 @@ struct tsffn_call {
     int64_t n_tokens;
     int n_threads;
     bool dense; // FUSED: read and multiply every row of gate, up and down, as a dense FFN does; without predictor
+    // FUSED, for a call that two devices share: the neurons elsewhere[e] of FFN e are the other one's. No weights of
+    // theirs are read, they are not counted, their h is 0, and y is the sum without them. Bounds are multiples of 32,
+    // or n_ff. NULL: no neurons. Neither this nor `masks` goes together with `dense` or `profile`.
+    const struct tsffn_range * elsewhere; // [n_ffns]
+    // FUSED: which neurons are on, [n_rows][mask words]; NULL: the predictor decides.
+    const uint32_t * masks;
+    uint32_t * predicted; // MASK: receives the same
     // FUSED: add statistics here, and compute gate and up of every neuron; or NULL.
     const struct tsffn_profile * profile;
 };
@@ -57,6 +65,18 @@ struct tsffn_counts {
     uint64_t ns_predictor;
     uint64_t ns_ffn;
 };
+
+static inline void tsffn_add_counts(struct tsffn_counts * sum, const struct tsffn_counts * more) {
+    sum->neurons += more->neurons;
+    sum->predicted += more->predicted;
+    sum->gate_positive += more->gate_positive;
+    sum->active += more->active;
+    sum->bytes_predictor += more->bytes_predictor;
+    sum->bytes_ffn += more->bytes_ffn;
+    sum->bytes_dense += more->bytes_dense;
+    sum->ns_predictor += more->ns_predictor;
+    sum->ns_ffn += more->ns_ffn;
+}
 
 struct tsffn_device {
     int version; // TSFFN_DEVICE_VERSION
@@ -77,7 +97,7 @@ struct tsffn_device {
     bool (*compute)(void * scratch, const void * prepared, const struct tsffn_call * call,
                     struct tsffn_counts * counts);
 };
-enum { TSFFN_DEVICE_VERSION = 3 };
+enum { TSFFN_DEVICE_VERSION = 4 };
 
 // cpu/device.c
 extern const struct tsffn_device tsffn_cpu_device;

@@ -25,6 +25,16 @@ enum tsffn_layout {
     TSFFN_LAYOUT_PANELS, // 16 rows interleaved (docs/format.md), then the last n_rows mod 16 one after the other
 };
 
+// Neurons [first, end) of an FFN; none where first == end.
+struct tsffn_range {
+    int32_t first, end;
+};
+
+// Words of a mask over n_ff neurons: bit i mod 32 of word i / 32 is neuron i's, and set where it is on.
+static inline int64_t tsffn_mask_words(int64_t n_ff) {
+    return (n_ff + 31) / 32;
+}
+
 // A matrix of n_rows rows of n_cols weights.
 struct tsffn_weights {
     int type;

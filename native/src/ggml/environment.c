@@ -5,17 +5,23 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-// What the environment asks for. Written once, when the library is loaded; `hot` becomes NULL when it is done.
+// What the environment asks for. Written once, when the library is loaded; `hot` becomes NULL when it is done, and so
+// does `share`.
 static struct {
     struct tsffn_model * model;
     int32_t * hot; // [n_hot], the argument of tsffn_model_place
     size_t n_hot;
     uint32_t flags;
     bool fill;          // the cache of neurons is to be filled
+    atomic_bool share;  // with a GPU,
+    int32_t gpu;        // which,
+    uint64_t vram;      // at most so many bytes of it, UINT64_MAX: what is free,
+    int32_t * gpu_hot;  // and neurons [n_hot]; NULL: any
     const char * stats; // path
 } asked;
 static pthread_mutex_t asked_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -49,9 +55,11 @@ static bool read_sparsity(enum tsffn_sparsity * mode, char * error, size_t error
     return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'", value);
 }
 
-// TSFFN_HOT: how many neurons at the front of each FFN belong in RAM, layer after layer, with commas in between.
-static bool read_hot(const struct tsffn_model * model, char * error, size_t error_size) {
-    const char * at = variable("TSFFN_HOT");
+// A variable that says how many neurons at the front of each FFN are meant, layer after layer, with commas in between.
+// *counts stays NULL where it is not set.
+static bool read_counts(const char * name, const struct tsffn_model * model, int32_t ** counts, char * error,
+                        size_t error_size) {
+    const char * at = variable(name);
     if (at == NULL) {
         return true;
     }
@@ -67,7 +75,7 @@ static bool read_hot(const struct tsffn_model * model, char * error, size_t erro
         const long long value = strtoll(at, &end, 10);
         if (end == at || errno != 0 || value < 0 || value > model->n_ff || (*end != ',' && *end != '\0')) {
             free(hot);
-            return tsffn_fail(error, error_size, "TSFFN_HOT: number %zu: expected 0 to %" PRId64 ", found '%.20s'",
+            return tsffn_fail(error, error_size, "%s: number %zu: expected 0 to %" PRId64 ", found '%.20s'", name,
                               found + 1, model->n_ff, at);
         }
         if (found < n) {
@@ -78,10 +86,41 @@ static bool read_hot(const struct tsffn_model * model, char * error, size_t erro
     }
     if (found != n) {
         free(hot);
-        return tsffn_fail(error, error_size, "TSFFN_HOT: expected %zu numbers, one for each FFN, found %zu", n, found);
+        return tsffn_fail(error, error_size, "%s: expected %zu numbers, one for each FFN, found %zu", name, n, found);
     }
-    asked.hot = hot;
+    *counts = hot;
     asked.n_hot = n;
+    return true;
+}
+
+// Bytes in a variable, as a number. *bytes stays as it is where it is not set.
+static bool read_bytes(const char * name, uint64_t * bytes, char * error, size_t error_size) {
+    const char * value = variable(name);
+    if (value == NULL) {
+        return true;
+    }
+    char * end;
+    errno = 0;
+    const unsigned long long number = strtoull(value, &end, 10);
+    if (value[0] < '0' || value[0] > '9' || *end != '\0' || errno != 0) {
+        return tsffn_fail(error, error_size, "%s: expected a number, found '%.20s'", name, value);
+    }
+    *bytes = number;
+    return true;
+}
+
+// TSFFN_GPU: the number of the GPU that shares the model; TSFFN_VRAM_BUDGET: bytes of its memory at most, what is free
+// but for 1 GiB where it is not set; TSFFN_GPU_HOT: neurons of each FFN at most.
+static bool read_gpu(const struct tsffn_model * model, char * error, size_t error_size) {
+    uint64_t gpu = INT32_MAX;
+    asked.vram = UINT64_MAX;
+    if (!read_bytes("TSFFN_GPU", &gpu, error, error_size) ||
+        !read_bytes("TSFFN_VRAM_BUDGET", &asked.vram, error, error_size) ||
+        !read_counts("TSFFN_GPU_HOT", model, &asked.gpu_hot, error, error_size)) {
+        return false;
+    }
+    asked.gpu = (int32_t)gpu;
+    atomic_store(&asked.share, gpu < INT32_MAX);
     return true;
 }
 
@@ -115,15 +154,12 @@ static bool read_residency(char * error, size_t error_size) {
 
 // TSFFN_NEURON_CACHE: bytes of memory for neurons that are read from disk when they are needed.
 static bool read_cache(struct tsffn_model * model, char * error, size_t error_size) {
-    const char * value = variable("TSFFN_NEURON_CACHE");
-    if (value == NULL) {
-        return true;
+    uint64_t bytes = 0;
+    if (!read_bytes("TSFFN_NEURON_CACHE", &bytes, error, error_size)) {
+        return false;
     }
-    char * end;
-    errno = 0;
-    const unsigned long long bytes = strtoull(value, &end, 10);
-    if (value[0] < '0' || value[0] > '9' || *end != '\0' || errno != 0) {
-        return tsffn_fail(error, error_size, "TSFFN_NEURON_CACHE: expected a number of bytes, found '%.20s'", value);
+    if (variable("TSFFN_NEURON_CACHE") == NULL) {
+        return true;
     }
     if (variable("TSFFN_HOT") != NULL) {
         return tsffn_fail(error, error_size,
@@ -157,6 +193,12 @@ static void write_layer(FILE * file, const struct tsffn_layer_stats * s) {
         {"reads", s->reads},
         {"bytes_disk", s->bytes_disk},
         {"ns_disk", s->ns_disk},
+        {"gpu_calls", s->gpu_calls},
+        {"gpu_neurons", s->gpu_neurons},
+        {"gpu_active", s->gpu_active},
+        {"gpu_bytes", s->gpu_bytes},
+        {"ns_gpu", s->ns_gpu},
+        {"ns_gpu_wait", s->ns_gpu_wait},
     };
     for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); ++i) {
         fprintf(file, "%s\"%s\": %" PRIu64, i > 0 ? ", " : "{", fields[i].name, fields[i].value);
@@ -196,8 +238,8 @@ bool tsffn_open_from_environment(char * error, size_t error_size) {
     if (model == NULL) {
         return false;
     }
-    if (!read_hot(model, error, error_size) || !read_residency(error, error_size) ||
-        !read_cache(model, error, error_size)) {
+    if (!read_counts("TSFFN_HOT", model, &asked.hot, error, error_size) || !read_residency(error, error_size) ||
+        !read_gpu(model, error, error_size) || !read_cache(model, error, error_size)) {
         tsffn_model_close(model);
         return false;
     }
@@ -220,6 +262,46 @@ static void fill(void) {
             return;
         }
     }
+}
+
+// What a GPU has free, but for what others may need of it.
+static uint64_t free_bytes(int32_t gpu, char * error, size_t error_size) {
+    struct tsffn_gpu found;
+    const uint64_t margin = (uint64_t)1 << 30;
+    return tsffn_gpu(gpu, &found, error, error_size) && found.free_bytes > margin ? found.free_bytes - margin : 0;
+}
+
+static bool share_model(struct tsffn_gpu_share * share, char * error, size_t error_size) {
+    error[0] = '\0';
+    const uint64_t most = asked.vram == UINT64_MAX ? free_bytes(asked.gpu, error, error_size) : asked.vram;
+    const size_t n_hot = asked.gpu_hot != NULL ? asked.n_hot : 0;
+    bool ok = error[0] == '\0' &&
+              tsffn_model_gpu(asked.model, asked.gpu, most, asked.gpu_hot, n_hot, share, error, error_size);
+    uint64_t copied = 0, bytes = 1;
+    while (ok && copied < bytes) {
+        ok = tsffn_model_gpu_upload(asked.model, &copied, &bytes, error, error_size);
+    }
+    return ok;
+}
+
+void tsffn_share_from_environment(void) {
+    if (!atomic_load_explicit(&asked.share, memory_order_acquire)) {
+        return;
+    }
+    pthread_mutex_lock(&asked_mutex);
+    if (atomic_load(&asked.share)) {
+        struct tsffn_gpu_share found;
+        char error[1024];
+        if (share_model(&found, error, sizeof(error))) {
+            tsffn_log_info("%s: %d of %d predictors and %.1f %% of the neurons, %.2f GB", found.name, found.predictors,
+                           found.n_predictors, 100.0 * (double)found.neurons / (double)found.n_neurons,
+                           (double)found.bytes * 1e-9);
+        } else {
+            tsffn_log_error("%s: the CPU computes all neurons", error);
+        }
+        atomic_store(&asked.share, false);
+    }
+    pthread_mutex_unlock(&asked_mutex);
 }
 
 void tsffn_place_from_environment(void) {

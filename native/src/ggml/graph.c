@@ -5,6 +5,8 @@
 #include "graph.h"
 
 #include "../cache/neuron_cache.h"
+#include "../hybrid/hybrid.h"
+#include "environment.h"
 #include "load.h"
 #include "log.h"
 #include "weight.h"
@@ -179,6 +181,26 @@ static bool end_reading(const struct tsffn_weight * weight) {
     return ok;
 }
 
+// The call on the GPU and the CPU together, as far as the GPU takes part in it. False: out of memory.
+static bool compute_call(struct tsffn_stream * stream, const struct tsffn_weight * weight, const void * prepared,
+                         const struct tsffn_call * call, struct tsffn_counts * counts) {
+    struct tsffn_hybrid * hybrid = tsffn_loaded_hybrid(weight);
+    if (hybrid == NULL || !tsffn_hybrid_takes(hybrid, weight->layer, call)) {
+        return stream->device->compute(stream->scratch, prepared, call, counts);
+    }
+    const struct tsffn_hybrid_host host = {stream->device, stream->scratch, prepared};
+    struct tsffn_hybrid_counts of_gpu;
+    const bool computed = tsffn_hybrid_compute(hybrid, weight->layer, &host, call, counts, &of_gpu);
+    const char * complaint = tsffn_hybrid_complaint(hybrid);
+    if (complaint != NULL) {
+        tsffn_log_error("%s", complaint);
+    }
+    if (of_gpu.took_part) {
+        tsffn_model_count_gpu(weight->model, weight->layer, &of_gpu);
+    }
+    return computed;
+}
+
 // Computes the rows of `out`, and of `h` where there is one, from activations `x` with the layer of a weight.
 static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
                                 const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
@@ -210,7 +232,7 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
     };
     struct tsffn_counts counts = {0};
     begin_reading(weight, &call);
-    const bool computed = stream->device->compute(stream->scratch, layer, &call, &counts);
+    const bool computed = compute_call(stream, weight, layer, &call, &counts);
     const bool read = end_reading(weight);
     if (profiling) {
         tsffn_model_unlock_profile(weight->model);
@@ -322,6 +344,7 @@ static bool is_ffn(tsffn_tensor * const op[4], const struct tsffn_weight ** weig
 }
 
 enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph) {
+    tsffn_share_from_environment(); // by now llama.cpp has taken what it needs of a GPU's memory
     const int n_nodes = ggml_graph_n_nodes(graph);
     int i = 0;
     while (i < n_nodes) {

@@ -4,5 +4,6 @@
 
 // One line, without the newline; "tsffn: " goes before it.
 void tsffn_log_error(const char * format, ...) __attribute__((format(printf, 1, 2)));
+void tsffn_log_info(const char * format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

@@ -1,21 +1,11 @@
 #include "loaded.h"
 
 #include "../cache/neuron_cache.h"
+#include "../hybrid/hybrid.h"
+#include "loaded_state.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct tsffn_loaded {
-    struct tsffn_model * model;
-    int references;                  // guarded by the model's residency_mutex
-    struct tsffn_weight * weights;   // [n_layer][TSFFN_N_PARTS]
-    const uint8_t ** data;           // [n_layer][TSFFN_N_PARTS], NULL where it is not known
-    struct tsffn_layer * layers;     // [n_layer]
-    struct tsffn_ffn_weights * ffns; // [n_layer][n_ffns]
-    pthread_mutex_t mutex;           // held while a layer is prepared
-    _Atomic(void *) * prepared;      // [n_layer], of the device; NULL before
-};
 
 static void free_loaded(struct tsffn_loaded * loaded) {
     for (int64_t i = 0; loaded->prepared != NULL && i < loaded->model->n_layer; ++i) {
@@ -24,6 +14,8 @@ static void free_loaded(struct tsffn_loaded * loaded) {
             loaded->model->computes->release(prepared);
         }
     }
+    tsffn_hybrid_free(loaded->uploading);
+    tsffn_hybrid_free(atomic_load(&loaded->hybrid));
     pthread_mutex_destroy(&loaded->mutex);
     free(loaded->weights);
     free(loaded->data);

@@ -27,6 +27,10 @@ void tsffn_loaded_release(struct tsffn_model * model, struct tsffn_loaded * load
 // tsffn_loaded_add returned, and all weights of its load must have come.
 const void * tsffn_loaded_prepared(const struct tsffn_weight * weight);
 
+// What a GPU has of the weight's load; NULL: nothing.
+struct tsffn_hybrid;
+struct tsffn_hybrid * tsffn_loaded_hybrid(const struct tsffn_weight * weight);
+
 // Whether the rows of `part` of a weight's layer are known.
 bool tsffn_loaded_has(const struct tsffn_weight * weight, enum tsffn_part part);
 

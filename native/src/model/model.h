@@ -74,6 +74,9 @@ void tsffn_model_arm_for_process(struct tsffn_model * model);
 // Adds one fused computation of `rows` rows to the counters of `layer`, and the time since that of the layer before.
 void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
                        const struct tsffn_counts * counts);
+// Adds what a GPU did of one computation.
+struct tsffn_hybrid_counts;
+void tsffn_model_count_gpu(struct tsffn_model * model, int64_t layer, const struct tsffn_hybrid_counts * counts);
 // Adds one operation that was computed alone.
 void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
 

@@ -1,5 +1,6 @@
 // The counters of a model, which several contexts may add to at once.
 #include "../cache/neuron_cache.h"
+#include "../hybrid/hybrid.h"
 #include "model.h"
 
 #include <string.h>
@@ -31,6 +32,18 @@ void tsffn_model_count_reads(struct tsffn_model * model, int64_t layer, const st
     stats->reads += counts->reads;
     stats->bytes_disk += counts->bytes;
     stats->ns_disk += counts->ns;
+    pthread_mutex_unlock(&model->stats_mutex);
+}
+
+void tsffn_model_count_gpu(struct tsffn_model * model, int64_t layer, const struct tsffn_hybrid_counts * counts) {
+    pthread_mutex_lock(&model->stats_mutex);
+    struct tsffn_layer_stats * stats = &model->stats[layer];
+    stats->gpu_calls += 1;
+    stats->gpu_neurons += counts->neurons;
+    stats->gpu_active += counts->active;
+    stats->gpu_bytes += counts->bytes;
+    stats->ns_gpu += counts->ns_gpu;
+    stats->ns_gpu_wait += counts->ns_waiting;
     pthread_mutex_unlock(&model->stats_mutex);
 }
 

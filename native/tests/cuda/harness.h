@@ -47,7 +47,7 @@ static void close_device(struct device * d) {
 }
 
 // False with a line in `error`: then some of it is open.
-static inline bool open_device(const struct random_layer * made, const struct tsffn_cuda_range * ranges, bool predictor,
+static inline bool open_device(const struct random_layer * made, const struct tsffn_range * ranges, bool predictor,
                                struct device * d) {
     const struct tsffn_layer * layer = &made->layer;
     struct tsffn_cuda_sizes sizes = {
@@ -77,7 +77,7 @@ struct results {
 };
 
 static size_t mask_words(const struct tsffn_layer * layer) {
-    return (size_t)tsffn_cuda_mask_words(layer->n_ff);
+    return (size_t)tsffn_mask_words(layer->n_ff);
 }
 
 static struct results new_results(const struct tsffn_layer * layer) {
@@ -111,12 +111,12 @@ static int64_t make_rows(const struct tsffn_layer * layer, int64_t n_tokens, str
 }
 
 // What the device leaves to the caller: y of the neurons outside of the layer's ranges.
-static void compute_others(const struct random_layer * made, const struct tsffn_cuda_range * ranges, const float * x,
+static void compute_others(const struct random_layer * made, const struct tsffn_range * ranges, const float * x,
                            const struct results * r, int64_t n_rows, float * others) {
     const struct tsffn_layer * layer = &made->layer;
     double *y = allocate((size_t)layer->n_embd * sizeof(*y)), *h = allocate((size_t)layer->n_ff * sizeof(*h));
     for (int64_t i = 0; i < n_rows; ++i) {
-        const struct tsffn_cuda_range * range = &ranges[r->rows[i].ffn];
+        const struct tsffn_range * range = &ranges[r->rows[i].ffn];
         const float * row_x = x + r->rows[i].token * layer->n_embd;
         const uint32_t * mask = r->masks + (size_t)i * mask_words(layer);
         memset(y, 0, (size_t)layer->n_embd * sizeof(*y));
@@ -136,7 +136,7 @@ static void compute_others(const struct random_layer * made, const struct tsffn_
 }
 
 // Computes a call from beginning to end. False with a line in `error`.
-static bool compute(const struct device * d, const struct random_layer * made, const struct tsffn_cuda_range * ranges,
+static bool compute(const struct device * d, const struct random_layer * made, const struct tsffn_range * ranges,
                     const float * x, int64_t n_tokens, int64_t n_rows, const uint32_t * masks, struct results * r) {
     const struct tsffn_layer * layer = &made->layer;
     const size_t mask_bytes = (size_t)n_rows * mask_words(layer) * sizeof(uint32_t);

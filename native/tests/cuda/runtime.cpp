@@ -5,6 +5,7 @@
 
 #include "block.h"
 
+#include <chrono>
 #include <deque>
 #include <map>
 
@@ -15,6 +16,7 @@ struct host_stream {
 struct host_event {
     host_stream * stream; // the last one that it was recorded on
     unsigned pending;     // records that are not reached yet
+    std::chrono::steady_clock::time_point reached;
 };
 
 namespace {
@@ -266,7 +268,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     COUNT_CALL(cudaErrorUnknown);
     event->stream = stream;
     event->pending += 1;
-    stream->steps.emplace_back([event] { event->pending -= 1; });
+    stream->steps.emplace_back([event] {
+        event->pending -= 1;
+        event->reached = std::chrono::steady_clock::now();
+    });
     return cudaSuccess;
 }
 
@@ -291,6 +296,12 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
         step(event->stream);
     }
     return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t begin, cudaEvent_t end) {
+    COUNT_CALL(cudaErrorUnknown);
+    *ms = std::chrono::duration<float, std::milli>(end->reached - begin->reached).count();
+    return begin->pending == 0 && end->pending == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {

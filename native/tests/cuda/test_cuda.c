@@ -44,7 +44,7 @@ static void add_distance(const float * a, const double * b, int64_t n, double * 
 
 // h and y of each row against doubles of the activations as they are rounded, and the counts. Adds to `distance` that
 // from doubles of the activations as they are: there, a small gate . x of few neurons can be off by more.
-static void check_sums(const struct random_layer * made, const struct tsffn_cuda_range * ranges, const float * x,
+static void check_sums(const struct random_layer * made, const struct tsffn_range * ranges, const float * x,
                        int64_t n_rows, const struct results * r, struct distance * distance) {
     const struct tsffn_layer * layer = &made->layer;
     const int64_t n = layer->n_embd, n_ff = layer->n_ff;
@@ -52,7 +52,7 @@ static void check_sums(const struct random_layer * made, const struct tsffn_cuda
     struct tsffn_counts want = {0};
     for (int64_t i = 0; i < n_rows; ++i) {
         const struct tsffn_row * row = &r->rows[i];
-        const struct tsffn_cuda_range * range = &ranges[row->ffn];
+        const struct tsffn_range * range = &ranges[row->ffn];
         const uint32_t * mask = r->masks + (size_t)i * mask_words(layer);
         memset(y, 0, (size_t)n * sizeof(*y));
         compute_double(made, row->ffn, x + row->token * n, true, mask, 0, n_ff, h, y);
@@ -78,7 +78,7 @@ static void check_sums(const struct random_layer * made, const struct tsffn_cuda
 
 // That another order of warps and lanes, and each row alone, give the same bits.
 static void check_bits(const struct device * d, const struct random_layer * made,
-                       const struct tsffn_cuda_range * ranges, const float * x, int64_t n_tokens, int64_t n_rows,
+                       const struct tsffn_range * ranges, const float * x, int64_t n_tokens, int64_t n_rows,
                        const uint32_t * masks, const struct results * r) {
     const struct tsffn_layer * layer = &made->layer;
     const size_t n = (size_t)layer->n_embd, words = mask_words(layer);
@@ -111,13 +111,13 @@ static void check_bits(const struct device * d, const struct random_layer * made
 
 enum where { ALL, PREFIX, MIDDLE, NONE, N_WHERE };
 
-static void choose(enum where where, const struct tsffn_layer * layer, struct tsffn_cuda_range * ranges) {
+static void choose(enum where where, const struct tsffn_layer * layer, struct tsffn_range * ranges) {
     for (int e = 0; e < layer->n_ffns; ++e) {
         const int32_t n_ff = (int32_t)layer->n_ff, third = n_ff / 3 / 32 * 32;
-        ranges[e] = where == ALL      ? (struct tsffn_cuda_range){0, n_ff}
-                    : where == PREFIX ? (struct tsffn_cuda_range){0, e == 1 ? 0 : third}
-                    : where == MIDDLE ? (struct tsffn_cuda_range){third, e == 1 ? n_ff : 2 * third}
-                                      : (struct tsffn_cuda_range){0, 0};
+        ranges[e] = where == ALL      ? (struct tsffn_range){0, n_ff}
+                    : where == PREFIX ? (struct tsffn_range){0, e == 1 ? 0 : third}
+                    : where == MIDDLE ? (struct tsffn_range){third, e == 1 ? n_ff : 2 * third}
+                                      : (struct tsffn_range){0, 0};
     }
 }
 
@@ -126,7 +126,7 @@ static void test_calls(const struct random_layer * made, enum where where, const
                        int density, int64_t * n_exact) {
     const struct tsffn_layer * layer = &made->layer;
     const bool predictor = layer->ffns[0].fc1.data != NULL && density < 0;
-    struct tsffn_cuda_range ranges[MAX_FFNS];
+    struct tsffn_range ranges[MAX_FFNS];
     choose(where, layer, ranges);
     struct device d;
     CHECK(open_device(made, ranges, predictor, &d), "%s", error);
@@ -281,7 +281,7 @@ static void test_given_masks_only(void) {
     const struct predictor_kind kind = {GGML_F16, GGML_F16, 32, TSFFN_LAYOUT_ROWS, 0.0f, false, false};
     struct random_layer * made = make_layer(32, 200, 1, GGML_Q4_0, GGML_Q4_0, TSFFN_ACTIVATION_DRELU, &kind);
     made->ffns[0].neurons.memory = &memory;
-    const struct tsffn_cuda_range range = {0, 192};
+    const struct tsffn_range range = {0, 192};
     struct device d;
     CHECK(open_device(made, &range, false, &d), "%s", error);
     CHECK(n_announced == 192 && n_awaited == 192 && n_released == 192, "%d neurons released", (int)n_released);
@@ -293,7 +293,7 @@ static void test_given_masks_only(void) {
 
 static void test_refusals(void) {
     struct random_layer * made = make_layer(64, 64, 1, GGML_Q8_0, GGML_Q8_0, TSFFN_ACTIVATION_DRELU, &NO_PREDICTOR);
-    struct tsffn_cuda_range range = {0, 40};
+    struct tsffn_range range = {0, 40};
     expect(module->layer_bytes(&made->layer, &range, false, error, sizeof(error)) == 0, "neurons [0, 40)");
     range.end = 64;
     expect(module->layer_bytes(&made->layer, &range, true, error, sizeof(error)) == 0, "expected a predictor");
@@ -333,7 +333,7 @@ static void test_refusals(void) {
 static void test_failures(void) {
     const struct predictor_kind kind = {GGML_Q4_0, TSFFN_TYPE_Q3_NL, 32, TSFFN_LAYOUT_PANELS, 0.0f, true, false};
     struct random_layer * made = make_layer(64, 96, 1, GGML_Q4_0, GGML_Q4_0, TSFFN_ACTIVATION_DRELU, &kind);
-    struct tsffn_cuda_range range = {0, 64};
+    struct tsffn_range range = {0, 64};
     float x[64];
     for (int j = 0; j < 64; ++j) {
         x[j] = random_float();

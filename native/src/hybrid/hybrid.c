@@ -1,0 +1,305 @@
+#include "hybrid.h"
+
+#include "../error.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    // Of a call: sums of so many rows are kept apart on the GPU before they are added. Longer ones are prefill.
+    MAX_ROWS = 16,
+    MAX_TRIES = 12, // for memory, each with an eighth less
+};
+
+struct tsffn_hybrid {
+    const struct tsffn_cuda_module * module;
+    struct tsffn_cuda * cuda;
+    struct tsffn_cuda_queue * queue;
+    const struct tsffn_layer * layers;  // [n_layer]
+    struct tsffn_cuda_layer ** on_gpu;  // [n_layer], NULL where nothing of the layer is there
+    struct tsffn_plan plan;
+    pthread_mutex_t mutex; // of the queue, and what a call needs of the host:
+    float * others;        // [MAX_ROWS][n_embd] the CPU's sums
+    uint32_t * masks;      // [MAX_ROWS][mask words] of a predictor that the CPU computes
+    struct tsffn_row rows[MAX_ROWS];
+    atomic_bool failed; // from now on the CPU computes everything
+    bool complained;
+    char complaint[512];
+};
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// ---- opening
+
+static struct tsffn_cuda_sizes sizes_of(const struct tsffn_layer * layers, int64_t n_layer) {
+    struct tsffn_cuda_sizes sizes = {
+        .n_embd = layers[0].n_embd,
+        .n_ff = layers[0].n_ff,
+        .n_tokens = MAX_ROWS,
+        .n_rows = MAX_ROWS,
+    };
+    for (int64_t i = 0; i < n_layer; ++i) {
+        for (int64_t e = 0; e < layers[i].n_ffns; ++e) {
+            const int64_t rank = layers[i].ffns[e].fc1.data != NULL ? layers[i].ffns[e].fc1.n_rows : 0;
+            sizes.max_rank = rank > sizes.max_rank ? rank : sizes.max_rank;
+        }
+    }
+    return sizes;
+}
+
+// Plans for `bytes` and takes them. False with a line in `error`; *too_much: less might be there.
+static bool open_with(struct tsffn_hybrid * h, int device, int64_t n_layer, size_t bytes, const int32_t * hot,
+                      struct tsffn_gpu_share * share, bool * too_much, char * error, size_t error_size) {
+    const struct tsffn_cuda_sizes sizes = sizes_of(h->layers, n_layer);
+    const size_t of_queue = h->module->queue_bytes(&sizes);
+    *too_much = false;
+    if (bytes < of_queue) {
+        return tsffn_fail(error, error_size, "GPU memory: expected at least the %zu bytes that a call takes, found %zu",
+                          of_queue, bytes);
+    }
+    if (!tsffn_plan_make(&h->plan, h->module, h->layers, n_layer, bytes - of_queue, hot, error, error_size)) {
+        return false;
+    }
+    struct tsffn_cuda_info info;
+    *too_much = true;
+    h->cuda = h->module->open(device, h->plan.bytes, &info, error, error_size);
+    memcpy(share->name, info.name, sizeof(share->name));
+    share->capability = info.capability;
+    h->queue = h->cuda != NULL ? h->module->open_queue(h->cuda, &sizes, error, error_size) : NULL;
+    if (h->queue != NULL) {
+        share->bytes = h->plan.bytes + of_queue;
+        return true;
+    }
+    // Without free memory there is no device at all.
+    *too_much = info.total_bytes != 0 && info.free_bytes < bytes + bytes / 8;
+    h->module->close(h->cuda);
+    h->cuda = NULL;
+    tsffn_plan_free(&h->plan);
+    return false;
+}
+
+static void count_share(const struct tsffn_hybrid * h, struct tsffn_gpu_share * share) {
+    for (int64_t i = 0; i < h->plan.n_layer; ++i) {
+        const struct tsffn_layer * layer = &h->layers[i];
+        share->predictors += h->plan.predictor[i];
+        share->n_predictors += layer->ffns[0].fc1.data != NULL;
+        share->n_neurons += (uint64_t)(layer->n_ffns * layer->n_ff);
+        for (int64_t e = 0; e < layer->n_ffns; ++e) {
+            share->neurons += (uint64_t)h->plan.range[i * layer->n_ffns + e].end;
+        }
+    }
+}
+
+struct tsffn_hybrid * tsffn_hybrid_open(const struct tsffn_cuda_module * module, int device,
+                                        const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
+                                        const int32_t * hot, struct tsffn_gpu_share * share, char * error,
+                                        size_t error_size) {
+    *share = (struct tsffn_gpu_share){0};
+    struct tsffn_hybrid * h = calloc(1, sizeof(*h));
+    if (h == NULL) {
+        tsffn_fail(error, error_size, "out of memory");
+        return NULL;
+    }
+    h->module = module;
+    h->layers = layers;
+    pthread_mutex_init(&h->mutex, NULL);
+    const size_t n_embd = (size_t)layers[0].n_embd, words = (size_t)tsffn_mask_words(layers[0].n_ff);
+    h->on_gpu = calloc((size_t)n_layer, sizeof(*h->on_gpu));
+    h->others = calloc(MAX_ROWS * n_embd, sizeof(*h->others));
+    h->masks = calloc(MAX_ROWS * words, sizeof(*h->masks));
+    bool ok = h->on_gpu != NULL && h->others != NULL && h->masks != NULL;
+    if (!ok) {
+        tsffn_fail(error, error_size, "out of memory");
+    }
+    bool opened = false, again = ok;
+    for (int k = 0; again && !opened && k < MAX_TRIES; ++k, bytes -= bytes / 8) {
+        opened = open_with(h, device, n_layer, bytes, hot, share, &again, error, error_size);
+    }
+    if (!opened) {
+        tsffn_hybrid_free(h);
+        return NULL;
+    }
+    count_share(h, share);
+    return h;
+}
+
+void tsffn_hybrid_free(struct tsffn_hybrid * h) {
+    if (h == NULL) {
+        return;
+    }
+    h->module->close_queue(h->queue);
+    for (int64_t i = 0; h->on_gpu != NULL && i < h->plan.n_layer; ++i) {
+        h->module->release(h->on_gpu[i]);
+    }
+    h->module->close(h->cuda);
+    tsffn_plan_free(&h->plan);
+    pthread_mutex_destroy(&h->mutex);
+    free(h->on_gpu);
+    free(h->others);
+    free(h->masks);
+    free(h);
+}
+
+// ---- layers
+
+static const struct tsffn_range * ranges_of(const struct tsffn_hybrid * h, int64_t layer) {
+    return h->plan.range + layer * h->layers[layer].n_ffns;
+}
+
+size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * h, int64_t layer) {
+    char ignored[256];
+    return !tsffn_plan_has_layer(&h->plan, h->layers, layer)
+               ? 0
+               : h->module->layer_bytes(&h->layers[layer], ranges_of(h, layer), h->plan.predictor[layer], ignored,
+                                        sizeof(ignored));
+}
+
+bool tsffn_hybrid_upload(struct tsffn_hybrid * h, int64_t layer, char * error, size_t error_size) {
+    if (!tsffn_plan_has_layer(&h->plan, h->layers, layer)) {
+        return true;
+    }
+    h->on_gpu[layer] = h->module->upload(h->cuda, &h->layers[layer], ranges_of(h, layer), h->plan.predictor[layer],
+                                         error, error_size);
+    return h->on_gpu[layer] != NULL;
+}
+
+// ---- calls
+
+bool tsffn_hybrid_takes(const struct tsffn_hybrid * h, int64_t layer, const struct tsffn_call * call) {
+    return h->on_gpu[layer] != NULL && call->op == TSFFN_OP_FUSED && !call->dense && call->profile == NULL &&
+           call->n_rows > 0 && call->n_rows <= MAX_ROWS && call->n_tokens <= MAX_ROWS && !atomic_load(&h->failed);
+}
+
+const char * tsffn_hybrid_complaint(struct tsffn_hybrid * h) {
+    if (!atomic_load(&h->failed)) {
+        return NULL;
+    }
+    pthread_mutex_lock(&h->mutex);
+    const bool is_new = !h->complained;
+    h->complained = true;
+    pthread_mutex_unlock(&h->mutex);
+    return is_new ? h->complaint : NULL;
+}
+
+// The parts of a call that is shared.
+struct sharing {
+    struct tsffn_hybrid * h;
+    const struct tsffn_layer * layer;
+    struct tsffn_cuda_layer * on_gpu;
+    const struct tsffn_range * ranges; // [n_ffns]
+    const struct tsffn_hybrid_host * host;
+    const struct tsffn_call * call;
+    struct tsffn_counts * counts;
+    char error[512];
+};
+
+static bool compute_on_host(const struct sharing * s, const struct tsffn_call * call) {
+    return s->host->device->compute(s->host->scratch, s->host->prepared, call, s->counts);
+}
+
+// Whether all neurons of all FFNs of the call are the GPU's.
+static bool is_complete(const struct sharing * s) {
+    for (int64_t r = 0; r < s->call->n_rows; ++r) {
+        if (s->ranges[s->call->rows[r].ffn].end < s->layer->n_ff) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// The neurons that the GPU does not have, into h->others.
+static bool compute_others(struct sharing * s, const uint32_t * masks) {
+    struct tsffn_hybrid * h = s->h;
+    struct tsffn_call call = *s->call;
+    memcpy(h->rows, s->call->rows, (size_t)call.n_rows * sizeof(h->rows[0]));
+    for (int64_t r = 0; r < call.n_rows; ++r) {
+        h->rows[r].y = h->others + r * s->layer->n_embd;
+    }
+    call.rows = h->rows;
+    call.elsewhere = s->ranges;
+    call.masks = masks;
+    return compute_on_host(s, &call);
+}
+
+enum outcome { DONE, NO_MEMORY, GPU_FAILED };
+
+// With the queue for itself. y is written when it is DONE.
+static enum outcome share_call(struct sharing * s, struct tsffn_counts * of_gpu, uint64_t * ns_waiting) {
+    struct tsffn_hybrid * h = s->h;
+    const struct tsffn_cuda_module * module = h->module;
+    const bool has_predictor = s->layer->ffns[0].fc1.data != NULL;
+    const bool predicts = has_predictor && h->plan.predictor[s->layer - h->layers];
+    const uint32_t * masks = NULL;
+    if (has_predictor && !predicts) {
+        struct tsffn_call call = *s->call;
+        call.op = TSFFN_OP_MASK;
+        call.predicted = h->masks;
+        if (!compute_on_host(s, &call)) {
+            return NO_MEMORY;
+        }
+        masks = h->masks;
+    }
+    uint64_t begin = now_ns();
+    if (!module->begin(h->queue, s->on_gpu, s->call, masks, s->error, sizeof(s->error))) {
+        return GPU_FAILED;
+    }
+    const bool complete = is_complete(s);
+    if (!complete && predicts) {
+        masks = module->await_masks(h->queue, s->error, sizeof(s->error));
+        if (masks == NULL) {
+            return GPU_FAILED;
+        }
+    }
+    *ns_waiting += now_ns() - begin;
+    const bool computed = complete || compute_others(s, masks);
+    begin = now_ns();
+    if (!module->end(h->queue, computed && !complete ? h->others : NULL, s->error, sizeof(s->error)) ||
+        !module->await(h->queue, of_gpu, s->error, sizeof(s->error))) {
+        return GPU_FAILED;
+    }
+    *ns_waiting += now_ns() - begin;
+    return computed ? DONE : NO_MEMORY;
+}
+
+bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
+                          const struct tsffn_call * call, struct tsffn_counts * counts,
+                          struct tsffn_hybrid_counts * gpu) {
+    struct tsffn_counts of_gpu = {0}, both = {0};
+    struct sharing s = {
+        .h = h,
+        .layer = &h->layers[layer],
+        .on_gpu = h->on_gpu[layer],
+        .ranges = ranges_of(h, layer),
+        .host = host,
+        .call = call,
+        .counts = &both,
+    };
+    *gpu = (struct tsffn_hybrid_counts){0};
+    pthread_mutex_lock(&h->mutex);
+    const enum outcome outcome = atomic_load(&h->failed) ? GPU_FAILED : share_call(&s, &of_gpu, &gpu->ns_waiting);
+    if (outcome == GPU_FAILED && !atomic_load(&h->failed)) {
+        tsffn_fail(h->complaint, sizeof(h->complaint), "%s: from now on the CPU computes all neurons", s.error);
+        atomic_store(&h->failed, true);
+    }
+    pthread_mutex_unlock(&h->mutex);
+    if (outcome == GPU_FAILED) {
+        *gpu = (struct tsffn_hybrid_counts){0};
+        return host->device->compute(host->scratch, host->prepared, call, counts);
+    }
+    gpu->took_part = true;
+    gpu->neurons = of_gpu.neurons;
+    gpu->active = of_gpu.active;
+    gpu->bytes = of_gpu.bytes_predictor + of_gpu.bytes_ffn;
+    gpu->ns_gpu = of_gpu.ns_ffn;
+    of_gpu.ns_ffn = 0; // the caller's time is counted there
+    tsffn_add_counts(counts, &both);
+    tsffn_add_counts(counts, &of_gpu);
+    return outcome == DONE;
+}

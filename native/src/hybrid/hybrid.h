@@ -1,0 +1,59 @@
+// A model whose FFNs two devices share: a GPU has predictors and the first neurons of each FFN, as many as fit into
+// its memory, the CPU all the others. A call goes through these steps; `=` marks what both do at the same time.
+//
+//   GPU   x comes, predictor, masks go | = its neurons       | the sum of both parts, y goes
+//   CPU   waits for the masks          | = all other neurons | waits for y
+//
+// Where the CPU has the predictor, it computes that first and the masks come with x. Sums are added in a fixed order:
+// for a plan and a number of threads y is always the same.
+//
+// When the GPU fails, the CPU computes the call, and all later ones, and one line says why.
+#ifndef TSFFN_HYBRID_H
+#define TSFFN_HYBRID_H
+
+#include "plan.h"
+#include "tsffn.h"
+
+struct tsffn_hybrid;
+
+// Opens GPU number `device` of a module for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and
+// plans what of them goes there. `bytes` of its memory are used at most; where it does not have them, less, and `share`
+// says how much. hot: as for tsffn_plan_make. NULL with one line in `error` where it cannot be used.
+struct tsffn_hybrid * tsffn_hybrid_open(const struct tsffn_cuda_module * module, int device,
+                                        const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
+                                        const int32_t * hot, struct tsffn_gpu_share * share, char * error,
+                                        size_t error_size);
+void tsffn_hybrid_free(struct tsffn_hybrid * hybrid);
+
+// Copies a layer's share there, if it has one; once for each layer. False with one line in `error`.
+bool tsffn_hybrid_upload(struct tsffn_hybrid * hybrid, int64_t layer, char * error, size_t error_size);
+// Bytes of a layer's share.
+size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * hybrid, int64_t layer);
+
+// Whether the GPU takes part in a call of a layer: in sparse ones of a few tokens.
+bool tsffn_hybrid_takes(const struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_call * call);
+
+// What the GPU did in a call; its neurons and bytes are counted in tsffn_counts, too.
+struct tsffn_hybrid_counts {
+    bool took_part; // else it failed, and the CPU computed all
+    uint64_t neurons, active, bytes;
+    uint64_t ns_gpu;     // in which it computed
+    uint64_t ns_waiting; // of the caller: for it, and to tell it what to do
+};
+
+// The CPU's part of the work.
+struct tsffn_hybrid_host {
+    const struct tsffn_device * device;
+    void * scratch;
+    const void * prepared;
+};
+
+// Computes a call that the GPU takes part in, one at a time. False: out of memory.
+bool tsffn_hybrid_compute(struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_hybrid_host * host,
+                          const struct tsffn_call * call, struct tsffn_counts * counts,
+                          struct tsffn_hybrid_counts * gpu);
+
+// The line that says why the GPU does not compute any more, once; NULL: it does, or that was said.
+const char * tsffn_hybrid_complaint(struct tsffn_hybrid * hybrid);
+
+#endif

@@ -1,0 +1,168 @@
+"""FFNs that a GPU and the CPU share: predictors and hot neurons there, all others here (native/src/hybrid).
+
+llama.cpp's own backends need not have the GPU: with a llama.cpp for CPUs, FFNs go there all the same. Where they do,
+attention and the KV cache come first (`tsconv.runtime.offload`), and FFNs get what they leave of the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.errors import BackendError, TsconvError
+from tsconv.native.devices import LIST_SECONDS
+from tsconv.native.library import Backend, gpu_module, load_backend
+from tsconv.runtime.offload import MARGIN_BYTES, Offload
+
+if TYPE_CHECKING:
+    from tsconv.runtime.binding import NativeModel
+
+PREFIX = "CUDA"  # llama.cpp's name of a CUDA device is this and its number
+
+
+class NoGpu(BackendError):
+    """There is none that FFNs can be computed on."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a GPU has of the FFNs.
+
+    Attributes:
+        gpu: its name.
+        number: of it, as of llama.cpp's "CUDA0".
+        predictors, n_predictors: layers whose predictor it has, of those with one.
+        neurons, n_neurons: that it has, of all.
+        n_bytes: of its memory.
+    """
+
+    gpu: str
+    number: int
+    predictors: int
+    n_predictors: int
+    neurons: int
+    n_neurons: int
+    n_bytes: int
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        predictors = f"predictors of {self.predictors} of {self.n_predictors} layers and " if self.n_predictors else ""
+        share = 100 * self.neurons / self.n_neurons
+        others = "; other neurons on the CPU" if self.neurons < self.n_neurons else ""
+        return f"GPU: {predictors}{share:.1f} % of the neurons on {self.gpu}, {self.n_bytes / 1e9:.2f} GB{others}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU that FFNs can be computed on."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+def devices(backend: Backend) -> list[Device]:
+    """Those of this process, in the order of their numbers. Drivers start.
+
+    Raises:
+        NoGpu: none, and why: no module, no driver, or one that is too old.
+    """
+    try:
+        found = backend.ffn_gpus()
+    except BackendError as error:
+        raise NoGpu(str(error)) from None
+    return [Device(gpu.name.decode(errors="replace"), gpu.free_bytes, gpu.total_bytes) for gpu in found]
+
+
+def devices_elsewhere() -> list[Device]:
+    """The same, asked in a process that ends; [] for none, whatever the reason."""
+    if gpu_module() is None:
+        return []
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tsconv.runtime.hybrid"],
+            capture_output=True,
+            text=True,
+            timeout=LIST_SECONDS,
+            check=True,
+        )
+        return [Device(**found) for found in json.loads(done.stdout)]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return []
+
+
+def which(gpus: Sequence[Device], offload: Offload, device: str | None, main_gpu: int | None) -> int:
+    """The number of the GPU that FFNs go to: the first of those that attention is on, or that the user named.
+
+    Raises:
+        TsconvError: no such GPU.
+    """
+    names = [gpu.name for gpu in offload.gpus] or ([] if device is None else device.split(","))
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(rf"{PREFIX}(\d+)", name.strip(), re.I))]
+    if not offload.gpus and main_gpu is not None:
+        numbers = [*(numbers or range(len(gpus)))][main_gpu : main_gpu + 1] or [main_gpu]
+    elif not offload.gpus and names and not numbers:
+        raise TsconvError("no such GPU", expected=f"some of {_names(gpus)}", found=names[0])
+    number = numbers[0] if numbers else 0
+    if number >= len(gpus):
+        raise TsconvError("no such GPU", expected=f"some of {_names(gpus)}", found=f"{PREFIX}{number}")
+    return number
+
+
+def _names(gpus: Sequence[Device]) -> str:
+    return ", ".join(f"{PREFIX}{i}" for i in range(len(gpus)))
+
+
+def share(
+    native: NativeModel,
+    offload: Offload,
+    *,
+    device: str | None = None,
+    main_gpu: int | None = None,
+    vram_budget: int | None = None,
+    hot: npt.ArrayLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Share:
+    """Gives a GPU its share of a model that llama.cpp has loaded.
+
+    Args:
+        offload: what llama.cpp has put on GPUs.
+        device, main_gpu: as `SparseLlama`.
+        vram_budget: bytes that this and what llama.cpp put there may take; None: what is free now, but for 1 GiB.
+        hot: [n_layer, n_ffn] neurons at the front of each FFN that it may have; None: all.
+        progress: called with (bytes copied, bytes in all).
+
+    Raises:
+        NoGpu: no module, no driver, or no GPU.
+        BackendError: it fails, or has no room.
+        TsconvError: no such GPU.
+    """
+    gpus = devices(native.backend)
+    number = which(gpus, offload, device, main_gpu)
+    free = max(0, gpus[number].free_bytes - MARGIN_BYTES)
+    n_bytes = free if vram_budget is None else max(0, vram_budget - offload.n_bytes)
+    counts: Any = None if hot is None else np.asarray(hot, dtype=np.int32)
+    found = native.share_with_gpu(number, n_bytes, counts, progress)
+    return Share(
+        gpu=found.name.decode(errors="replace"),
+        number=number,
+        predictors=found.predictors,
+        n_predictors=found.n_predictors,
+        neurons=found.neurons,
+        n_neurons=found.n_neurons,
+        n_bytes=found.bytes,
+    )
+
+
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(gpu) for gpu in devices(load_backend())]))
