@@ -86,17 +86,17 @@ TSFFN_API const char * tsffn_model_reads(const struct tsffn_model * model);
 // How it would read on this machine.
 TSFFN_API const char * tsffn_reads(void);
 
-// A GPU beside the CPU: it has predictors and the first neurons of each FFN, and computes them while the CPU computes the
-// others. The module that drives it is libtsffn-cuda.so beside this library, or the file that TSFFN_CUDA_MODULE names;
-// "off" means none.
+// A GPU beside the CPU: it has predictors and the first neurons of each FFN, and computes them while the CPU computes
+// the others. The module that drives it is libtsffn-cuda.so beside this library, or the file that TSFFN_CUDA_MODULE
+// names; "off" means none.
 struct tsffn_gpu_share {
-    char name[128];        // of the GPU
-    int32_t capability;    // 10 * major + minor
-    int32_t predictors;    // layers whose predictor it has,
-    int32_t n_predictors;  // of so many
-    uint64_t neurons;      // that it has,
-    uint64_t n_neurons;    // of so many
-    uint64_t bytes;        // of its memory: these, and what a call takes
+    char name[128];       // of the GPU
+    int32_t capability;   // 10 * major + minor
+    int32_t predictors;   // layers whose predictor it has,
+    int32_t n_predictors; // of so many
+    uint64_t neurons;     // that it has,
+    uint64_t n_neurons;   // of so many
+    uint64_t bytes;       // of its memory: these, and what a call takes
 };
 struct tsffn_gpu {
     char name[128];
@@ -106,13 +106,13 @@ struct tsffn_gpu {
 // How many GPUs the module finds. 0 with one line in `error`: no module, no driver, or one that is too old.
 TSFFN_API int32_t tsffn_gpus(char * error, size_t error_size);
 TSFFN_API bool tsffn_gpu(int32_t number, struct tsffn_gpu * gpu, char * error, size_t error_size);
-// Decides what GPU number `gpu` takes of a model that llama.cpp has loaded: at most `bytes` of memory. Where it has less,
-// it takes less. Predictors come first, then neurons, of each FFN the same share of the first hot[n_layer][n_ffn]
+// Decides what GPU number `gpu` takes of a model that llama.cpp has loaded: at most `bytes` of memory. Where it has
+// less, it takes less. Predictors come first, then neurons, of each FFN the same share of the first hot[n_layer][n_ffn]
 // (n_hot numbers in all; NULL: of all). Once for each load. False with one line in `error` where it takes nothing.
 TSFFN_API bool tsffn_model_gpu(struct tsffn_model * model, int32_t gpu, uint64_t bytes, const int32_t * hot,
                                size_t n_hot, struct tsffn_gpu_share * share, char * error, size_t error_size);
-// Copies the share of one more layer there. *copied: bytes that are there now, of *bytes. When all are, the GPU computes
-// with the next call. False with one line in `error`: the GPU takes nothing then.
+// Copies the share of one more layer there. *copied: bytes that are there now, of *bytes. When all are, the GPU
+// computes with the next call. False with one line in `error`: the GPU takes nothing then.
 TSFFN_API bool tsffn_model_gpu_upload(struct tsffn_model * model, uint64_t * copied, uint64_t * bytes, char * error,
                                       size_t error_size);
 

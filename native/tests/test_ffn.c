@@ -277,6 +277,108 @@ static void test_overlap(struct tsffn_workspace * ws, const struct tsffn_cpu_lay
     }
 }
 
+// The sum of y of two calls that share their neurons, into y [n_rows][N_EMBD]; counts of both.
+static void add_parts(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, struct tsffn_call call,
+                      struct tsffn_row * rows, float * y, float * h, struct tsffn_counts * counts) {
+    static const struct tsffn_range front[N_EXPERT] = {{0, 64}, {0, 0}, {0, N_FF}};
+    static const struct tsffn_range rest[N_EXPERT] = {{64, N_FF}, {0, N_FF}, {0, 0}};
+    static float part[MAX_TOKENS * MAX_USED * N_EMBD], part_h[MAX_TOKENS * MAX_USED * N_FF];
+    memset(y, 0, (size_t)call.n_rows * N_EMBD * sizeof(*y));
+    memset(h, 0, (size_t)call.n_rows * N_FF * sizeof(*h));
+    for (int k = 0; k < 2; ++k) {
+        call.elsewhere = k == 0 ? front : rest;
+        for (int64_t r = 0; r < call.n_rows; ++r) {
+            rows[r].y = part + r * N_EMBD;
+            rows[r].h = part_h + r * N_FF;
+        }
+        CHECK(tsffn_compute(ws, layer, &call, counts), "out of memory");
+        for (int64_t j = 0; j < call.n_rows * N_EMBD; ++j) {
+            y[j] += part[j];
+        }
+        for (int64_t r = 0; r < call.n_rows; ++r) {
+            const struct tsffn_range others = call.elsewhere[rows[r].ffn];
+            for (int64_t i = 0; i < N_FF; ++i) {
+                CHECK(i < others.first || i >= others.end || part_h[r * N_FF + i] == 0.0f, "h of another's neuron");
+                h[r * N_FF + i] += part_h[r * N_FF + i];
+            }
+        }
+    }
+}
+
+// A call in two parts is the whole call, with the predictor or with the masks that it gives; and with these, bit for
+// bit what it is with the predictor.
+static void test_sharing(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, bool moe, int64_t n_tokens,
+                         int n_threads) {
+    enum { WORDS = (N_FF + 31) / 32 };
+    static struct tsffn_row rows[MAX_TOKENS * MAX_USED];
+    static float whole[MAX_TOKENS * MAX_USED * N_EMBD], y[MAX_TOKENS * MAX_USED * N_EMBD];
+    static float whole_h[MAX_TOKENS * MAX_USED * N_FF], h[MAX_TOKENS * MAX_USED * N_FF];
+    static uint32_t masks[MAX_TOKENS * MAX_USED * WORDS];
+    int64_t n_rows = 0;
+    for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) {
+                rows[n_rows] = (struct tsffn_row){
+                    .ffn = e,
+                    .token = (int32_t)t,
+                    .y = whole + n_rows * N_EMBD,
+                    .h = whole_h + n_rows * N_FF,
+                };
+                ++n_rows;
+            }
+        }
+    }
+    struct tsffn_call call = {
+        .op = TSFFN_OP_FUSED,
+        .rows = rows,
+        .n_rows = n_rows,
+        .x = (const char *)x,
+        .x_stride = N_EMBD * sizeof(float),
+        .n_tokens = n_tokens,
+        .n_threads = n_threads,
+    };
+    struct tsffn_counts of_whole = {0}, of_parts = {0}, of_masks = {0}, of_masked = {0};
+    CHECK(tsffn_compute(ws, layer, &call, &of_whole), "out of memory");
+
+    call.op = TSFFN_OP_MASK;
+    call.predicted = masks;
+    memset(masks, 0xff, sizeof(masks));
+    CHECK(tsffn_compute(ws, layer, &call, &of_masks), "out of memory");
+    for (int64_t i = 0; i < n_rows * N_FF; ++i) {
+        const bool on = (masks[i / N_FF * WORDS + i % N_FF / 32] >> i % N_FF % 32 & 1) != 0;
+        CHECK(on || whole_h[i] == 0.0f, "neuron %d is not off", (int)i);
+    }
+    call.op = TSFFN_OP_FUSED;
+
+    for (int given = 0; given < 2; ++given) {
+        of_parts = (struct tsffn_counts){0};
+        call.masks = given != 0 ? masks : NULL;
+        add_parts(ws, layer, call, rows, y, h, &of_parts);
+        for (int64_t j = 0; j < n_rows * N_EMBD; ++j) {
+            CHECK(fabsf(y[j] - whole[j]) <= 1e-4f * (1.0f + fabsf(whole[j])), "parts differ at %d", (int)j);
+        }
+        CHECK(memcmp(h, whole_h, (size_t)(n_rows * N_FF) * sizeof(*h)) == 0, "h of the parts");
+        CHECK(of_parts.neurons == of_whole.neurons && of_parts.predicted == of_whole.predicted &&
+                  of_parts.gate_positive == of_whole.gate_positive && of_parts.active == of_whole.active &&
+                  of_parts.bytes_dense == of_whole.bytes_dense,
+              "counts of the parts");
+        // Rows whose shares end elsewhere make several threads read a neuron.
+        CHECK(n_threads > 1 || of_parts.bytes_ffn == of_whole.bytes_ffn, "bytes of the parts");
+    }
+
+    call.masks = masks;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        rows[r].y = y + r * N_EMBD;
+        rows[r].h = h + r * N_FF;
+    }
+    CHECK(tsffn_compute(ws, layer, &call, &of_masked), "out of memory");
+    if (layer->ffns[0].fc1.data != NULL) { // else threads share the neurons in another way
+        CHECK(memcmp(y, whole, (size_t)(n_rows * N_EMBD) * sizeof(*y)) == 0, "y with masks");
+    }
+    CHECK(of_masked.bytes_predictor == 0 && of_masked.predicted == of_whole.predicted, "counts with masks");
+    CHECK(of_masks.bytes_predictor == of_whole.bytes_predictor && of_masks.bytes_ffn == 0, "bytes of the masks");
+}
+
 // logit >= threshold and logit > threshold differ where the logit is exactly the threshold: with p = 0 all logits are
 // 0.
 static void test_comparison(struct tsffn_workspace * ws, struct tsffn_cpu_layer layer) {
@@ -343,6 +445,7 @@ int main(void) {
                     test_call(ws, &layer, false, batches[b], n_threads);
                     test_call(ws, &layer, true, batches[b], n_threads);
                 }
+                test_sharing(ws, &layer, b % 2 == 0, batches[b], 1 + variant % 3);
             }
             test_overlap(ws, &layer);
         }

@@ -36,8 +36,8 @@ class Choice:
     placement: Placement | None
 
     def gpu(self, n_gpu_layers: int | str, vram_budget: int | None, there: Sequence[Gpu]) -> dict[str, Any]:
-        """n_gpu_layers, vram_budget and gpu_hot for SparseLlama: what the user wants, else what the placement says, else
-        as much as the machine's GPU holds; nothing where the machine has none. `there`: llama.cpp's GPUs."""
+        """n_gpu_layers, vram_budget and gpu_hot for SparseLlama: what the user wants, else what the placement says,
+        else as much as the machine's GPU holds; nothing where the machine has none. `there`: llama.cpp's GPUs."""
         wanted: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "vram_budget": vram_budget, "gpu_hot": None}
         if n_gpu_layers != AUTO:
             return wanted

@@ -16,8 +16,8 @@ from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import usable_cores
 from tsconv.native.devices import gpus_elsewhere, may_have_gpus
 from tsconv.runtime.binding import open_model
-from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.hybrid import devices_elsewhere, which
+from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, gpu_environment, model_arguments
 from tsconv.runtime.streaming import Budget, choose_budget
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PREFIX = "CUDA"  # llama.cpp's name of a CUDA device is this and its number
 
 
-class NoGpu(BackendError):
+class NoGpuError(BackendError):
     """There is none that FFNs can be computed on."""
 
 
@@ -73,12 +73,12 @@ def devices(backend: Backend) -> list[Device]:
     """Those of this process, in the order of their numbers. Drivers start.
 
     Raises:
-        NoGpu: none, and why: no module, no driver, or one that is too old.
+        NoGpuError: none, and why: no module, no driver, or one that is too old.
     """
     try:
         found = backend.ffn_gpus()
     except BackendError as error:
-        raise NoGpu(str(error)) from None
+        raise NoGpuError(str(error)) from None
     return [Device(gpu.name.decode(errors="replace"), gpu.free_bytes, gpu.total_bytes) for gpu in found]
 
 
@@ -141,7 +141,7 @@ def share(
         progress: called with (bytes copied, bytes in all).
 
     Raises:
-        NoGpu: no module, no driver, or no GPU.
+        NoGpuError: no module, no driver, or no GPU.
         BackendError: it fails, or has no room.
         TsconvError: no such GPU.
     """
@@ -160,8 +160,6 @@ def share(
         n_neurons=found.n_neurons,
         n_bytes=found.bytes,
     )
-
-
 
 
 if __name__ == "__main__":

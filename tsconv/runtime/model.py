@@ -29,7 +29,7 @@ from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
-from tsconv.runtime.hybrid import NoGpu, Share, share
+from tsconv.runtime.hybrid import NoGpuError, Share, share
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
@@ -292,7 +292,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                 hot=gpu_hot,
                 progress=progress,
             )
-        except NoGpu as error:
+        except NoGpuError as error:
             wanted = any(x is not None for x in (gpu_hot, device, main_gpu, vram_budget))
             if wanted and not self.offload.gpus:
                 self.gpu_complaint = str(error)

@@ -9,7 +9,8 @@ void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ff
 // Phase A: the hidden layer of a tile, converted. All threads have done their share when this returns.
 void tsffn_hidden_layer(const struct shared * s, const struct tile * tile);
 // Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on, and computed here: bit r of mask[i - i0]. As the call's
-// masks say, else the predictor; all of them without either. i0 is a multiple of 32. `end`: of the stream of fc2's rows.
+// masks say, else the predictor; all of them without either. i0 is a multiple of 32. `end`: of the stream of fc2's
+// rows.
 void tsffn_mask_neurons(const struct segment * segment, int64_t i0, int64_t i1, int64_t end, uint64_t * mask);
 
 // listing.c. Phase B: lists the neurons that are on, of the thread's part of fc2.
@@ -34,16 +35,16 @@ void tsffn_count_neurons(const struct segment * segment, int64_t n);
 // h = 0 of the neurons [i0, i1).
 void tsffn_clear_h(const struct segment * segment, int64_t i0, int64_t i1);
 
-// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. Where neurons are selected its threads
-// share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do not depend
-// on them (docs/notes/2026-11-28-threads.md).
+// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. Where neurons are selected its
+// threads share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do
+// not depend on them (docs/notes/2026-11-28-threads.md).
 struct neuron_share {
     int32_t first[TILE_ROWS], end[TILE_ROWS];
     int64_t first_of_any, first_of_all, end_of_all, end_of_any;
 };
 
-// A thread's way through its neurons: where they are selected those of its share, through what all threads listed; else every
-// n-th chunk, because how much work a neuron is shows only then, and hot ones may come first.
+// A thread's way through its neurons: where they are selected those of its share, through what all threads listed; else
+// every n-th chunk, because how much work a neuron is shows only then, and hot ones may come first.
 struct walk {
     struct neuron_share share;
     bool has_share;

@@ -50,8 +50,8 @@ struct tsffn_cuda_module {
     void (*close)(struct tsffn_cuda * cuda);
     bool (*is_lost)(const struct tsffn_cuda * cuda);
 
-    // Bytes of the arena that a layer takes, with these neurons [n_ffns], whose bounds are multiples of 32, or n_ff; and
-    // with its predictor or without. 0: the module has no kernels for such a layer. It needs no device.
+    // Bytes of the arena that a layer takes, with these neurons [n_ffns], whose bounds are multiples of 32, or n_ff;
+    // and with its predictor or without. 0: the module has no kernels for such a layer. It needs no device.
     size_t (*layer_bytes)(const struct tsffn_layer * layer, const struct tsffn_range * ranges, bool predictor,
                           char * error, size_t error_size);
     // Copies them there, and returns when they are. Without `predictor` calls must bring masks, unless all neurons of
@@ -79,8 +79,8 @@ struct tsffn_cuda_module {
     // 1: the call is computed; 0: not yet; -1: failed.
     int (*poll)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
     // Waits, then writes rows[].y, and of h [n_ff] the layer's range where rows[].h is not NULL; adds to counts what
-    // the device computed: neurons, predicted, gate_positive, active are those of the range, ns_ffn is the device's time
-    // for the predictor and them. The call and its rows must still be there.
+    // the device computed: neurons, predicted, gate_positive, active are those of the range, ns_ffn is the device's
+    // time for the predictor and them. The call and its rows must still be there.
     bool (*await)(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);
 };
 

@@ -10,8 +10,8 @@
 // ends. False with one line in `error` when a variable or a file is wrong.
 bool tsffn_open_from_environment(char * error, size_t error_size);
 
-// To be called before a graph is computed: gives, once, a GPU its share, if TSFFN_GPU names one. It takes as much of its
-// memory as TSFFN_VRAM_BUDGET says, and neurons as TSFFN_GPU_HOT does.
+// To be called before a graph is computed: gives, once, a GPU its share, if TSFFN_GPU names one. It takes as much of
+// its memory as TSFFN_VRAM_BUDGET says, and neurons as TSFFN_GPU_HOT does.
 void tsffn_share_from_environment(void);
 
 // To be called when a context begins: does once, as soon as the weights are there, what TSFFN_HOT asks for.

@@ -5,7 +5,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-static void log_line(enum ggml_log_level level, const char * format, va_list args) __attribute__((format(printf, 2, 0)));
+static void log_line(enum ggml_log_level level, const char * format, va_list args)
+    __attribute__((format(printf, 2, 0)));
 
 static void log_line(enum ggml_log_level level, const char * format, va_list args) {
     char line[2048];
@@ -23,6 +24,6 @@ void tsffn_log_error(const char * format, ...) {
 void tsffn_log_info(const char * format, ...) {
     va_list args;
     va_start(args, format);
-    log_line(GGML_LOG_LEVEL_INFO, format, args);
+    log_line(GGML_LOG_LEVEL_WARN, format, args); // llama.cpp's programs show what libraries say from here on
     va_end(args);
 }

@@ -18,8 +18,8 @@ struct tsffn_hybrid {
     const struct tsffn_cuda_module * module;
     struct tsffn_cuda * cuda;
     struct tsffn_cuda_queue * queue;
-    const struct tsffn_layer * layers;  // [n_layer]
-    struct tsffn_cuda_layer ** on_gpu;  // [n_layer], NULL where nothing of the layer is there
+    const struct tsffn_layer * layers; // [n_layer]
+    struct tsffn_cuda_layer ** on_gpu; // [n_layer], NULL where nothing of the layer is there
     struct tsffn_plan plan;
     pthread_mutex_t mutex; // of the queue, and what a call needs of the host:
     float * others;        // [MAX_ROWS][n_embd] the CPU's sums
@@ -165,8 +165,8 @@ bool tsffn_hybrid_upload(struct tsffn_hybrid * h, int64_t layer, char * error, s
     if (!tsffn_plan_has_layer(&h->plan, h->layers, layer)) {
         return true;
     }
-    h->on_gpu[layer] = h->module->upload(h->cuda, &h->layers[layer], ranges_of(h, layer), h->plan.predictor[layer],
-                                         error, error_size);
+    h->on_gpu[layer] =
+        h->module->upload(h->cuda, &h->layers[layer], ranges_of(h, layer), h->plan.predictor[layer], error, error_size);
     return h->on_gpu[layer] != NULL;
 }
 

@@ -81,9 +81,8 @@ static bool find_kernels(const struct making * m, char * error, size_t error_siz
             tsffn_fail(error, error_size, "%s", reason);
         }
         any = any || m->plan->has_kernels[i];
-        m->plan->predictor_kernels[i] =
-            m->plan->has_kernels[i] && has_predictor &&
-            m->module->layer_bytes(&m->layers[i], none, true, reason, sizeof(reason)) != 0;
+        m->plan->predictor_kernels[i] = m->plan->has_kernels[i] && has_predictor &&
+                                        m->module->layer_bytes(&m->layers[i], none, true, reason, sizeof(reason)) != 0;
     }
     return any;
 }
@@ -149,8 +148,8 @@ bool tsffn_plan_make(struct tsffn_plan * plan, const struct tsffn_cuda_module * 
         .predictor = calloc((size_t)n_layer, sizeof(*plan->predictor)),
         .range = calloc((size_t)(n_layer * making.n_ffns), sizeof(*plan->range)),
     };
-    bool ok = plan->has_kernels != NULL && plan->predictor_kernels != NULL && plan->predictor != NULL &&
-              plan->range != NULL;
+    bool ok =
+        plan->has_kernels != NULL && plan->predictor_kernels != NULL && plan->predictor != NULL && plan->range != NULL;
     if (!ok) {
         tsffn_fail(error, error_size, "out of memory");
     }

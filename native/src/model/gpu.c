@@ -77,8 +77,8 @@ bool tsffn_model_gpu(struct tsffn_model * model, int32_t gpu, uint64_t bytes, co
     }
     const size_t n = (size_t)(model->n_layer * tsffn_model_ffns_per_layer(model));
     if (hot != NULL && n_hot != n) {
-        return tsffn_fail(error, error_size, "neurons for the GPU: expected %zu numbers, one for each FFN, found %zu", n,
-                          n_hot);
+        return tsffn_fail(error, error_size, "neurons for the GPU: expected %zu numbers, one for each FFN, found %zu",
+                          n, n_hot);
     }
     for (size_t i = 0; hot != NULL && i < n; ++i) {
         if (hot[i] < 0 || hot[i] > model->n_ff) {

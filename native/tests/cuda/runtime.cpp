@@ -118,6 +118,7 @@ EXPORTED void tsffn_host_fail(int call, int for_good);
 EXPORTED int tsffn_host_calls();
 EXPORTED void tsffn_host_limits(size_t device_bytes, size_t shared_bytes);
 EXPORTED int tsffn_host_allocations();
+EXPORTED size_t tsffn_host_used();
 
 // From now on the call-th call fails, and with `for_good` all after it; 0: none. Calls are counted anew.
 void tsffn_host_fail(int call, int for_good) {
@@ -139,6 +140,11 @@ void tsffn_host_limits(size_t device_bytes, size_t shared_bytes) {
 // That are not freed.
 int tsffn_host_allocations() {
     return (int)allocations.size();
+}
+
+// Bytes of the device's memory.
+size_t tsffn_host_used() {
+    return used_bytes;
 }
 
 // ---- the runtime

@@ -77,9 +77,9 @@ static void check_sums(const struct random_layer * made, const struct tsffn_rang
 }
 
 // That another order of warps and lanes, and each row alone, give the same bits.
-static void check_bits(const struct device * d, const struct random_layer * made,
-                       const struct tsffn_range * ranges, const float * x, int64_t n_tokens, int64_t n_rows,
-                       const uint32_t * masks, const struct results * r) {
+static void check_bits(const struct device * d, const struct random_layer * made, const struct tsffn_range * ranges,
+                       const float * x, int64_t n_tokens, int64_t n_rows, const uint32_t * masks,
+                       const struct results * r) {
     const struct tsffn_layer * layer = &made->layer;
     const size_t n = (size_t)layer->n_embd, words = mask_words(layer);
     struct results other = new_results(layer);

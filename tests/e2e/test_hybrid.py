@@ -1,0 +1,384 @@
+"""FFNs that a GPU and the CPU share, end to end; the GPU's kernels are compiled for the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import fake_gpu, host_gpu, tiny
+from support.placements import placement_for
+from support.random_stats import random_stats, save_stats
+from support.serving import serving
+from tsconv.commands.reorder import reorder
+from tsconv.placement import file as placement_file
+
+MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}
+MAX_NMSE = 1e-5
+PROMPT = "And it came to pass"
+MIB = 1 << 20
+
+# What every program of these tests begins with.
+PRELUDE = """
+import json, sys
+import numpy as np
+import tsconv
+from support import tiny
+from support.host_gpu import Gpu
+
+gpu = Gpu()
+tokens = [1, 20, 300, 41, 7, 99]
+
+
+def load(path, **options):
+    return tsconv.load(path, **{"n_threads": 1, "n_ctx": 256, **options})
+
+
+def logits_of(path, n_batch=1, **options):
+    model = load(path, **options)
+    logits, stats = model.token_logits(tokens, n_batch=n_batch), model.ffn_stats()
+    share, complaint = model.gpu_share, model.gpu_complaint
+    used = gpu.used
+    model.close()
+    assert gpu.allocations == 0
+    return logits, stats, share, complaint, used
+"""
+
+
+def python(program: str, *arguments: object, **env: str) -> Any:
+    """The JSON that a program prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program, *map(str, arguments)],
+        env=os.environ | host_gpu.environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=tiny.TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> Path:
+    return tiny.converted(MODELS[request.param], "f16")
+
+
+# ---- the same function
+
+
+BUDGETS = """
+path, sparsity = sys.argv[1:]
+reference, counted, *_ = logits_of(path, sparsity=sparsity, n_gpu_layers=0)
+whole = logits_of(path, sparsity=sparsity, vram_budget=1 << 29)[2]
+rows = []
+for part in (1, 10, 50, 100):
+    budget = whole.n_bytes * part // 100
+    logits, stats, share, complaint, used = logits_of(path, sparsity=sparsity, vram_budget=budget)
+    rows.append({
+        "part": part,
+        "budget": budget,
+        "bytes": share and share.n_bytes,
+        "used": used,
+        "neurons": share and share.neurons / share.n_neurons,
+        "complaint": complaint,
+        "nmse": float(tiny.nmse(logits, reference)),
+        "predicted": [stats[0]["predicted"], counted[0]["predicted"]],
+        "total": [stats[0]["n_ff"], counted[0]["n_ff"]],
+        "on_gpu": sum(layer["gpu_neurons"] for layer in stats),
+        "bytes_gpu": sum(layer["bytes_gpu"] for layer in stats),
+    })
+print(json.dumps({"rows": rows, "whole": whole.neurons == whole.n_neurons}))
+"""
+
+
+@pytest.mark.parametrize("sparsity", ["predictor", "exact"])
+def test_budgets(model, sparsity):
+    """Logits are the CPU's, whatever the GPU has of the model; it has as much as the bytes hold, to the byte."""
+    found = python(BUDGETS, model, sparsity)
+    assert found["whole"]
+    before = -1.0
+    for row in found["rows"]:
+        assert row["nmse"] <= MAX_NMSE, row
+        assert row["predicted"][0] == row["predicted"][1] and row["total"][0] == row["total"][1]
+        if row["complaint"] is not None:  # too little for a call
+            assert "GPU memory: expected at least" in row["complaint"] and row["part"] <= 10
+            assert row["used"] == 0 and row["on_gpu"] == 0
+            continue
+        assert row["used"] == row["bytes"] <= row["budget"]
+        assert row["neurons"] >= before
+        before = row["neurons"]
+        assert (row["on_gpu"] > 0) == (row["neurons"] > 0)
+    assert found["rows"][-1]["neurons"] == 1.0
+    assert any(0 < row["neurons"] < 1 for row in found["rows"] if row["neurons"])
+
+
+TOGETHER = """
+path, = sys.argv[1:]
+whole = logits_of(path, vram_budget=1 << 29)[2].n_bytes
+tokens += range(50, 62)
+found = []
+for n_batch in (3, 9, 17):
+    reference = logits_of(path, n_batch, n_gpu_layers=0)[0]
+    logits, stats, *_ = logits_of(path, n_batch, vram_budget=whole * 3 // 4)
+    again = logits_of(path, n_batch, vram_budget=whole * 3 // 4)[0]
+    found.append([n_batch, float(tiny.nmse(logits, reference)), bool((logits == again).all()), stats[0]["gpu_calls"]])
+print(json.dumps({"found": found}))
+"""
+
+
+def test_several_tokens(model):
+    """Of a few tokens the GPU computes its part; of more than 16 rows the CPU computes all. The same logits twice."""
+    n_used = 2 if "mixtral" in model.name else 1
+    for n_batch, nmse, same, gpu_calls in python(TOGETHER, model)["found"]:
+        assert nmse <= MAX_NMSE and same, n_batch
+        calls = [min(n_batch, 18 - i) for i in range(0, 18, n_batch)]
+        assert gpu_calls == sum(n * n_used <= 16 for n in calls), n_batch
+
+
+TWO = """
+one, other = sys.argv[1:]
+alone = [logits_of(path, n_gpu_layers=0)[0] for path in (one, other)]
+models = [load(path, vram_budget=1 << 20) for path in (one, other, one)]
+models.append(load(one, n_gpu_layers=0))
+answers = [model.token_logits(tokens, n_batch=1) for _ in range(2) for model in models]
+nmse = [float(tiny.nmse(answer, alone[i % 4 == 1])) for i, answer in enumerate(answers)]
+calls = [model.ffn_stats()[0]["gpu_calls"] for model in models]
+for model in models:
+    model.close()
+print(json.dumps({"nmse": nmse, "calls": calls, "left": gpu.allocations}))
+"""
+
+
+def test_several_models():
+    """Models side by side, one of them twice, one without the GPU."""
+    found = python(TWO, *(tiny.converted(name, "f16") for name in MODELS.values()))
+    assert max(found["nmse"]) <= MAX_NMSE
+    assert found["calls"] == [12, 12, 12, 0]
+    assert found["left"] == 0
+
+
+STREAMED = """
+path, ram, vram = sys.argv[1:]
+reference = logits_of(path, n_gpu_layers=0)[0]
+logits, stats, share, complaint, _ = logits_of(path, ram_budget=int(ram), vram_budget=int(vram))
+print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": complaint,
+                  "disk": sum(layer["bytes_disk"] for layer in stats),
+                  "gpu": sum(layer["gpu_calls"] for layer in stats), "neurons": share.neurons}))
+"""
+
+
+def test_a_model_larger_than_memory(model):
+    """Neurons that neither the GPU nor memory has come from disk."""
+    least = 24 * MIB if "mixtral" in model.name else 12 * MIB
+    found = python(STREAMED, model, least, MIB)
+    assert found["nmse"] <= MAX_NMSE
+    assert found["complaint"] is None and found["gpu"] > 0 and found["neurons"] > 0
+
+
+# ---- what decides where it is computed
+
+
+WHERE = """
+model = load(sys.argv[1], **json.loads(sys.argv[2]))
+model.token_logits(tokens, n_batch=1)
+stats = model.ffn_stats()
+share = model.gpu_share
+print(json.dumps({"neurons": share and share.neurons, "complaint": model.gpu_complaint,
+                  "on_gpu": [layer["gpu_neurons"] for layer in stats], "text": share and str(share)}))
+"""
+
+
+def test_nothing_on_the_gpu(model):
+    """n_gpu_layers=0 keeps all here; a dense computation is the CPU's."""
+    for options in ({"n_gpu_layers": 0}, {"vram_budget": 1 << 29, "sparsity": "dense"}):
+        found = python(WHERE, model, json.dumps(options))
+        assert found["neurons"] is None and found["complaint"] is None and not any(found["on_gpu"])
+
+
+def run(model: Path, *options: object, **env: str) -> dict[str, Any]:
+    done = tiny.run("run", "-m", model, "-p", PROMPT, "-n", 4, "-t", 1, "--temp", 0, "--json", *options,
+                    env=host_gpu.environment() | env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr.decode()}
+
+
+def test_command_line(model):
+    """-ngl and --vram-budget say what is computed where; run says it in a line, and all of it as JSON."""
+    cpu, gpu = run(model, "-ngl", 0), run(model, "--vram-budget", "64MiB")
+    assert cpu["text"] == gpu["text"]
+    assert cpu["ffn_on_gpu"] is None and cpu["gpu_share"] == 0 and cpu["gpu_overlap"] is None
+    assert gpu["ffn_on_gpu"]["neurons"] == gpu["ffn_on_gpu"]["n_neurons"] and gpu["gpu_share"] == 1.0
+    assert gpu["vram_bytes"] == gpu["ffn_on_gpu"]["n_bytes"] <= 64 * MIB
+    assert f"% of the neurons on {host_gpu.NAME}" in gpu["stderr"] and "the GPU computed 100.0 % of" in gpu["stderr"]
+    assert "the GPU" not in cpu["stderr"]
+
+
+def test_machines_and_placements(tmp_path):
+    """A machine's GPU, and the neurons that a placement gives it."""
+    original = tiny.converted(MODELS["dense"], "f16")
+    model = reorder(original, save_stats(random_stats(original), tmp_path / "stats.gguf"), tmp_path / "hot.gguf").model
+    with_gpu = run(model, "--machine", "pc-2080ti")
+    assert with_gpu["gpu_share"] == 1.0
+    assert run(model, "--machine", "auto")["ffn_on_gpu"] is None
+    n_layer = 6
+    placement = placement_for(model, [[128]] * n_layer, gpu=64, budgets=dict.fromkeys(placement_file.BUDGETS, 1 << 30))
+    placement.save(tmp_path / "some.json")
+    placed = run(model, "--machine", "pc-2080ti", "--placement", tmp_path / "some.json")
+    assert placed["ffn_on_gpu"]["neurons"] == 64 * n_layer
+    assert 0 < placed["gpu_share"] < 1
+    assert placed["text"] == with_gpu["text"]
+
+
+def test_attention_there_too(model):
+    """Attention on llama.cpp's GPU, FFNs shared with ours: both take from one budget."""
+    found = run(model, "-ngl", "all", "--vram-budget", "64MiB", TSCONV_GPU_BACKEND=str(fake_gpu.library()))
+    assert found["n_gpu_layers"] > 1 and found["gpu_share"] == 1.0
+    assert found["vram_bytes"] <= 64 * MIB
+    assert found["text"] == run(model, "-ngl", 0)["text"]
+
+
+def test_server(tmp_path, model):
+    """llama-server gives the GPU its share before the first answer."""
+    stats = tmp_path / "stats.json"
+    env = host_gpu.environment() | {"TSFFN_STATS": str(stats)}
+    texts = []
+    for options in (["--vram-budget", "64MiB"], ["-ngl", "0"]):
+        with serving(*options, "-v", model=model, env=env) as server:
+            answer = server.client().completions.create(model="m", prompt=PROMPT, max_tokens=8, temperature=0)
+            texts.append(answer.choices[0].text)
+            _, log = server.stop()
+        layers = json.loads(stats.read_text())["layers"]
+        on_gpu = all(layer["gpu_calls"] > 0 for layer in layers)
+        assert on_gpu == (options[0] == "--vram-budget")
+        assert (f"tsffn: {host_gpu.NAME}: " in log) == on_gpu
+    assert texts[0] == texts[1]
+
+
+# ---- what goes wrong
+
+
+FAILURES = """
+path, = sys.argv[1:]
+tokens = tokens[:2]
+reference = logits_of(path, n_gpu_layers=0)[0]
+budget = logits_of(path, vram_budget=1 << 29)[2].n_bytes * 3 // 4
+gpu.fail(0)
+logits_of(path, vram_budget=budget)
+n_calls, wrong, kinds = gpu.calls, [], {}
+for call in range(1, n_calls + 1, 7):
+    for for_good in (False, True):
+        gpu.fail(call, for_good)
+        model = load(path, vram_budget=budget)
+        logits = model.token_logits(tokens, n_batch=1)
+        kind = "complaint" if model.gpu_complaint else "share" if model.gpu_share else "none"
+        kinds[kind] = kinds.get(kind, 0) + 1
+        nmse = float(tiny.nmse(logits, reference))
+        model.close()
+        if not nmse <= 1e-5 or gpu.allocations:
+            wrong.append([call, for_good, nmse, gpu.allocations])
+print(json.dumps({"n_calls": n_calls, "wrong": wrong, "kinds": kinds}))
+"""
+
+
+def test_every_call_may_fail(model):
+    """Any CUDA call, while it is set up, filled or computes: one line, and the CPU computes; nothing is left behind."""
+    found = python(FAILURES, model)
+    assert found["n_calls"] > 100 and not found["wrong"]
+    assert found["kinds"]["complaint"] > 5 and found["kinds"]["share"] > 5
+
+
+ONE_LINE = """
+path, = sys.argv[1:]
+model = load(path, vram_budget=1 << 29, verbose=True)
+model.token_logits(tokens[:2], n_batch=1)
+print("begins", file=sys.stderr)
+gpu.fail(9, True)
+model.token_logits(tokens, n_batch=1)
+stats = model.ffn_stats()
+print(json.dumps({"calls": [[layer["calls"], layer["gpu_calls"]] for layer in stats]}))
+"""
+
+
+def test_a_lost_gpu_is_said_once(model):
+    found = python(ONE_LINE, model)
+    said = [line for line in found["stderr"].partition("begins")[2].splitlines() if "tsffn" in line]
+    assert len(said) == 1
+    assert said[0].startswith("tsffn: CUDA: ") and "from now on the CPU computes all neurons" in said[0]
+    assert found["calls"][0] == [8, 2]
+
+
+def test_out_of_memory():
+    """A GPU with less memory than the budget takes less."""
+    program = """
+path, = sys.argv[1:]
+whole = logits_of(path, vram_budget=1 << 29)[2].n_bytes
+gpu.limit(whole * 3 // 5)
+logits, _, share, complaint, used = logits_of(path, vram_budget=whole)
+reference = logits_of(path, n_gpu_layers=0)[0]
+gpu.limit(1000)
+nothing = logits_of(path, vram_budget=whole)
+print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": complaint, "used": used,
+                  "limit": whole * 3 // 5, "neurons": share.neurons, "nothing": [nothing[2], nothing[3]]}))
+"""
+    found = python(program, tiny.converted(MODELS["dense"], "f16"))
+    assert found["nmse"] <= MAX_NMSE and found["complaint"] is None
+    assert found["limit"] * 3 // 4 <= found["used"] <= found["limit"] and found["neurons"] > 0
+    assert found["nothing"][0] is None and "out of memory" in found["nothing"][1]
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("off", "TSFFN_CUDA_MODULE is off"),
+        ("/nonexistent.so", "/nonexistent.so: cannot open shared object file"),
+    ],
+)
+def test_no_module(value, line):
+    model = tiny.converted(MODELS["dense"], "f16")
+    asked, silent = (run(model, *options, TSFFN_CUDA_MODULE=value) for options in (["--vram-budget", "64MiB"], []))
+    assert f"warning: FFNs stay on the CPU: CUDA module: {line}" in asked["stderr"].replace("CUDA module: off", "")
+    assert "warning" not in silent["stderr"]
+    assert asked["text"] == silent["text"]
+
+
+def test_types_without_kernels():
+    """A model whose rows the GPU cannot multiply stays on the CPU."""
+    found = run(tiny.converted(MODELS["dense"], "q5_0"), "--vram-budget", "64MiB")
+    assert found["ffn_on_gpu"] is None
+    assert "warning: FFNs stay on the CPU: CUDA: no kernel for gate, up, down of types" in found["stderr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--device", "CUDA7"], "no such GPU: expected some of CUDA0, found CUDA7"),
+        (["--device", "Radeon"], "no such GPU: expected some of CUDA0, found Radeon"),
+        (["--main-gpu", "3"], "no such GPU: expected some of CUDA0, found CUDA3"),
+    ],
+)
+def test_no_such_gpu(options, line):
+    model = tiny.converted(MODELS["dense"], "f16")
+    for command in (["run", "-p", PROMPT], ["serve", "--port", "0"]):
+        done = tiny.run(*command, "-m", model, *options, env=host_gpu.environment())
+        assert done.returncode == 1
+        assert line in tiny.error_line(done)
+
+
+def test_environment_is_checked():
+    """The variables of programs: one line each."""
+    model = tiny.converted(MODELS["dense"], "f16")
+    for name, value, line in (
+        ("TSFFN_GPU", "x", "TSFFN_GPU: expected a number, found 'x'"),
+        ("TSFFN_VRAM_BUDGET", "-1", "TSFFN_VRAM_BUDGET: expected a number, found '-1'"),
+        ("TSFFN_GPU_HOT", "1,2", "TSFFN_GPU_HOT: expected 6 numbers, one for each FFN, found 2"),
+    ):
+        load = "from tsconv.native.library import load_backend; load_backend()"
+        env = os.environ | {"TSFFN_MODEL": str(model), name: value}
+        done = subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and line in done.stderr
