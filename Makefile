@@ -31,6 +31,8 @@ gpu_choice = $(if $(filter 1,$($(1))),$(2),$(if $(filter 0,$($(1))),,$(filter $(
 GPU := $(strip $(call gpu_choice,CUDA,cuda) $(call gpu_choice,HIP,hip) $(call gpu_choice,VULKAN,vulkan))
 gpu_module = $(CACHE)/$(1)-$(GPU_KEY)/bin/libggml-$(1).so
 GPU_MODULES := $(foreach name,$(GPU),$(call gpu_module,$(name)))
+# What computes FFNs on a CUDA GPU takes two minutes to compile: only where one is, or llama.cpp's backend for one.
+CUDA_MODULE := $(if $(filter cuda,$(GPU))$(wildcard /dev/nvidiactl /dev/dxg),AUTO,OFF)
 PROGRAM_FOLDERS := $(subst $() ,;,$(strip $(PROGRAMS)/bin $(patsubst %/,%,$(dir $(GPU_MODULES)))))
 
 # The build tools and llama-cpp-python come first: the native library is compiled against the very ggml it will run in.
@@ -71,7 +73,7 @@ $(VENV)/.gpu: | $(VENV)/.dependencies $(GPU_MODULES)
 
 $(VENV)/.installed: $(VENV)/.dependencies $(VENV)/.gpu $(NATIVE) $(PROGRAMS)/bin/llama-server
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
-	    -C "cmake.define.TSFFN_PROGRAMS=$(PROGRAM_FOLDERS)" -e ".[dev]"
+	    -C "cmake.define.TSFFN_PROGRAMS=$(PROGRAM_FOLDERS)" -C "cmake.define.TSFFN_CUDA=$(CUDA_MODULE)" -e ".[dev]"
 	touch $@
 
 # Wheels of tsconv, llama.cpp's programs included, and of llama-cpp-python: both are compiled for this processor.

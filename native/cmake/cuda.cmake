@@ -1,6 +1,6 @@
-# libtsffn-cuda.so: the FFN on a CUDA device. Nothing else of the package depends on it: it is to be opened at run time,
-# where there is a driver. OFF until the backend opens it; then AUTO, which builds it where a CUDA compiler is found.
-set(TSFFN_CUDA OFF CACHE STRING "build the CUDA module: AUTO (in a package, where a CUDA compiler is found), ON, OFF")
+# libtsffn-cuda.so: the FFN on a CUDA device. Nothing else of the package depends on it: the backend opens it at run time
+# where it is asked to.
+set(TSFFN_CUDA AUTO CACHE STRING "build the CUDA module: AUTO (in a package, where a CUDA compiler is found), ON, OFF")
 option(TSFFN_CUDA_STRICT "a register that a kernel spills to memory is an error" OFF)
 
 # What the module is made of beside the kernels: C, without CUDA's headers.

@@ -313,6 +313,23 @@ def test_a_lost_gpu_is_said_once(model):
     assert found["calls"][0] == [8, 2]
 
 
+def test_wrong_results_are_not_used(model):
+    """A GPU whose kernels do not work there: the first call of a layer shows it."""
+    program = """
+path, = sys.argv[1:]
+reference = logits_of(path, n_gpu_layers=0)[0]
+model = load(path, vram_budget=1 << 29, verbose=True)
+gpu.go_wrong()
+print("begins", file=sys.stderr)
+logits = model.token_logits(tokens, n_batch=1)
+print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "calls": model.ffn_stats()[1]["gpu_calls"]}))
+"""
+    found = python(program, model)
+    assert found["nmse"] <= MAX_NMSE and found["calls"] == 0
+    said = [line for line in found["stderr"].partition("begins")[2].splitlines() if "tsffn" in line]
+    assert said == ["tsffn: CUDA: layer 0: the GPU's results are wrong: from now on the CPU computes all neurons"]
+
+
 def test_out_of_memory():
     """A GPU with less memory than the budget takes less."""
     program = """

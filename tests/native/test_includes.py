@@ -11,11 +11,12 @@ SOURCES = ROOT / "native" / "src"
 BASE = "."  # error.h, ggml_iface.h
 # folder -> the folders that it knows beside itself
 KNOWS = {
-    "ggml": {"memory", "model", "cache", "cpu/kernels", BASE},  # what ggml sees
+    "ggml": {"memory", "model", "cache", "hybrid", "cpu/kernels", BASE},  # what ggml sees
     "memory": {"model", "cache", BASE},  # where the bytes of a model are
-    "model": {"cache", "ffn", BASE},  # files, and the layers that they make
+    "model": {"cache", "hybrid", "ffn", BASE},  # files, and the layers that they make
     "cache": {"ffn", BASE},  # neurons that are read from disk
     "cpu": {"cpu/kernels", "ffn", BASE},  # the CPU as a device
+    "hybrid": {"cuda", BASE},  # an FFN that a GPU and the CPU share
     "cuda": {"cpu/kernels", "ffn", BASE},  # the FFN on a CUDA device
     "quantize": {"cpu/kernels"},
     "cpu/kernels": {"ffn"},

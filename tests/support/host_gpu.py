@@ -33,6 +33,10 @@ class Gpu:
         """From now on the call-th CUDA call fails, and with `for_good` all after it; 0: none. They are counted anew."""
         self._lib.tsffn_host_fail(call, for_good)
 
+    def go_wrong(self) -> None:
+        """From now on what comes back from the GPU is not what it should be."""
+        self._lib.tsffn_host_go_wrong()
+
     @property
     def calls(self) -> int:
         return self._lib.tsffn_host_calls()

@@ -188,6 +188,9 @@ static bool compute_call(struct tsffn_stream * stream, const struct tsffn_weight
     if (hybrid == NULL || !tsffn_hybrid_takes(hybrid, weight->layer, call)) {
         return stream->device->compute(stream->scratch, prepared, call, counts);
     }
+    for (int64_t r = 0; r < call->n_rows; ++r) {
+        stream->rows[r].h = NULL; // who wants h has a graph that is cut behind it
+    }
     const struct tsffn_hybrid_host host = {stream->device, stream->scratch, prepared};
     struct tsffn_hybrid_counts of_gpu;
     const bool computed = tsffn_hybrid_compute(hybrid, weight->layer, &host, call, counts, &of_gpu);

@@ -1,5 +1,6 @@
 #include "hybrid.h"
 
+#include "../cuda/load.h"
 #include "../error.h"
 
 #include <pthread.h>
@@ -13,6 +14,7 @@ enum {
     MAX_ROWS = 16,
     MAX_TRIES = 12, // for memory, each with an eighth less
 };
+#define MAX_NMSE 1e-3 // of a layer's y, the GPU's to the CPU's
 
 struct tsffn_hybrid {
     const struct tsffn_cuda_module * module;
@@ -23,6 +25,8 @@ struct tsffn_hybrid {
     struct tsffn_plan plan;
     pthread_mutex_t mutex; // of the queue, and what a call needs of the host:
     float * others;        // [MAX_ROWS][n_embd] the CPU's sums
+    float * expected;      // [MAX_ROWS][n_embd] y of a call that is compared
+    bool * compared;       // [n_layer]
     uint32_t * masks;      // [MAX_ROWS][mask words] of a predictor that the CPU computes
     struct tsffn_row rows[MAX_ROWS];
     atomic_bool failed; // from now on the CPU computes everything
@@ -97,11 +101,14 @@ static void count_share(const struct tsffn_hybrid * h, struct tsffn_gpu_share * 
     }
 }
 
-struct tsffn_hybrid * tsffn_hybrid_open(const struct tsffn_cuda_module * module, int device,
-                                        const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
+struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
                                         const int32_t * hot, struct tsffn_gpu_share * share, char * error,
                                         size_t error_size) {
     *share = (struct tsffn_gpu_share){0};
+    const struct tsffn_cuda_module * module = tsffn_cuda_module_in_use(error, error_size);
+    if (module == NULL) {
+        return NULL;
+    }
     struct tsffn_hybrid * h = calloc(1, sizeof(*h));
     if (h == NULL) {
         tsffn_fail(error, error_size, "out of memory");
@@ -113,8 +120,10 @@ struct tsffn_hybrid * tsffn_hybrid_open(const struct tsffn_cuda_module * module,
     const size_t n_embd = (size_t)layers[0].n_embd, words = (size_t)tsffn_mask_words(layers[0].n_ff);
     h->on_gpu = calloc((size_t)n_layer, sizeof(*h->on_gpu));
     h->others = calloc(MAX_ROWS * n_embd, sizeof(*h->others));
+    h->expected = calloc(MAX_ROWS * n_embd, sizeof(*h->expected));
+    h->compared = calloc((size_t)n_layer, sizeof(*h->compared));
     h->masks = calloc(MAX_ROWS * words, sizeof(*h->masks));
-    bool ok = h->on_gpu != NULL && h->others != NULL && h->masks != NULL;
+    bool ok = h->on_gpu != NULL && h->others != NULL && h->expected != NULL && h->compared != NULL && h->masks != NULL;
     if (!ok) {
         tsffn_fail(error, error_size, "out of memory");
     }
@@ -143,6 +152,8 @@ void tsffn_hybrid_free(struct tsffn_hybrid * h) {
     pthread_mutex_destroy(&h->mutex);
     free(h->on_gpu);
     free(h->others);
+    free(h->expected);
+    free(h->compared);
     free(h->masks);
     free(h);
 }
@@ -214,21 +225,53 @@ static bool is_complete(const struct sharing * s) {
     return true;
 }
 
+// The call, with y in `y` [n_rows][n_embd].
+static struct tsffn_call call_into(const struct sharing * s, float * y) {
+    struct tsffn_row * rows = s->h->rows;
+    struct tsffn_call call = *s->call;
+    memcpy(rows, s->call->rows, (size_t)call.n_rows * sizeof(rows[0]));
+    for (int64_t r = 0; r < call.n_rows; ++r) {
+        rows[r].y = y + r * s->layer->n_embd;
+    }
+    call.rows = rows;
+    return call;
+}
+
 // The neurons that the GPU does not have, into h->others.
 static bool compute_others(struct sharing * s, const uint32_t * masks) {
-    struct tsffn_hybrid * h = s->h;
-    struct tsffn_call call = *s->call;
-    memcpy(h->rows, s->call->rows, (size_t)call.n_rows * sizeof(h->rows[0]));
-    for (int64_t r = 0; r < call.n_rows; ++r) {
-        h->rows[r].y = h->others + r * s->layer->n_embd;
-    }
-    call.rows = h->rows;
+    struct tsffn_call call = call_into(s, s->h->others);
     call.elsewhere = s->ranges;
     call.masks = masks;
     return compute_on_host(s, &call);
 }
 
-enum outcome { DONE, NO_MEMORY, GPU_FAILED };
+// All neurons, into h->expected. What it counts is dropped.
+static bool compute_expected(const struct sharing * s) {
+    const struct tsffn_call call = call_into(s, s->h->expected);
+    struct tsffn_counts dropped = {0};
+    return s->host->device->compute(s->host->scratch, s->host->prepared, &call, &dropped);
+}
+
+// Whether y is what was expected, but for rounding and neurons whose logit is at the threshold. Not a number is not.
+static bool is_as_expected(const struct sharing * s) {
+    double error = 0.0, size = 0.0;
+    for (int64_t r = 0; r < s->call->n_rows; ++r) {
+        for (int64_t j = 0; j < s->layer->n_embd; ++j) {
+            const double expected = (double)s->h->expected[r * s->layer->n_embd + j];
+            const double difference = (double)s->call->rows[r].y[j] - expected;
+            error += difference * difference;
+            size += expected * expected;
+        }
+    }
+    return error <= MAX_NMSE * size;
+}
+
+enum outcome {
+    DONE,
+    NO_MEMORY,
+    GPU_FAILED, // nothing is written
+    WRONG,      // it failed, and y is what the CPU computed
+};
 
 // With the queue for itself. y is written when it is DONE.
 static enum outcome share_call(struct sharing * s, struct tsffn_counts * of_gpu, uint64_t * ns_waiting) {
@@ -268,6 +311,28 @@ static enum outcome share_call(struct sharing * s, struct tsffn_counts * of_gpu,
     return computed ? DONE : NO_MEMORY;
 }
 
+// share_call, whose result is compared the first time.
+static enum outcome compare_and_share(struct sharing * s, struct tsffn_counts * of_gpu, uint64_t * ns_waiting) {
+    struct tsffn_hybrid * h = s->h;
+    bool * compared = &h->compared[s->layer - h->layers];
+    if (*compared) {
+        return share_call(s, of_gpu, ns_waiting);
+    }
+    if (!compute_expected(s)) { // before y is written, which may be where x is
+        return NO_MEMORY;
+    }
+    const enum outcome outcome = share_call(s, of_gpu, ns_waiting);
+    *compared = outcome == DONE;
+    if (outcome != DONE || is_as_expected(s)) {
+        return outcome;
+    }
+    for (int64_t r = 0; r < s->call->n_rows; ++r) {
+        memcpy(s->call->rows[r].y, h->expected + r * s->layer->n_embd, (size_t)s->layer->n_embd * sizeof(float));
+    }
+    tsffn_fail(s->error, sizeof(s->error), "CUDA: layer %d: the GPU's results are wrong", (int)(s->layer - h->layers));
+    return WRONG;
+}
+
 bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
                           const struct tsffn_call * call, struct tsffn_counts * counts,
                           struct tsffn_hybrid_counts * gpu) {
@@ -283,8 +348,9 @@ bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct t
     };
     *gpu = (struct tsffn_hybrid_counts){0};
     pthread_mutex_lock(&h->mutex);
-    const enum outcome outcome = atomic_load(&h->failed) ? GPU_FAILED : share_call(&s, &of_gpu, &gpu->ns_waiting);
-    if (outcome == GPU_FAILED && !atomic_load(&h->failed)) {
+    const enum outcome outcome =
+        atomic_load(&h->failed) ? GPU_FAILED : compare_and_share(&s, &of_gpu, &gpu->ns_waiting);
+    if ((outcome == GPU_FAILED || outcome == WRONG) && !atomic_load(&h->failed)) {
         tsffn_fail(h->complaint, sizeof(h->complaint), "%s: from now on the CPU computes all neurons", s.error);
         atomic_store(&h->failed, true);
     }
@@ -301,5 +367,5 @@ bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct t
     of_gpu.ns_ffn = 0; // the caller's time is counted there
     tsffn_add_counts(counts, &both);
     tsffn_add_counts(counts, &of_gpu);
-    return outcome == DONE;
+    return outcome != NO_MEMORY;
 }

@@ -7,7 +7,8 @@
 // Where the CPU has the predictor, it computes that first and the masks come with x. Sums are added in a fixed order:
 // for a plan and a number of threads y is always the same.
 //
-// When the GPU fails, the CPU computes the call, and all later ones, and one line says why.
+// The first call of each layer is computed by the CPU alone, too, and the results are compared. When the GPU fails, or
+// they differ, the CPU computes the call, and all later ones, and one line says why.
 #ifndef TSFFN_HYBRID_H
 #define TSFFN_HYBRID_H
 
@@ -16,11 +17,10 @@
 
 struct tsffn_hybrid;
 
-// Opens GPU number `device` of a module for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and
+// Opens GPU number `device` for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and
 // plans what of them goes there. `bytes` of its memory are used at most; where it does not have them, less, and `share`
 // says how much. hot: as for tsffn_plan_make. NULL with one line in `error` where it cannot be used.
-struct tsffn_hybrid * tsffn_hybrid_open(const struct tsffn_cuda_module * module, int device,
-                                        const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
+struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
                                         const int32_t * hot, struct tsffn_gpu_share * share, char * error,
                                         size_t error_size);
 void tsffn_hybrid_free(struct tsffn_hybrid * hybrid);
@@ -48,7 +48,7 @@ struct tsffn_hybrid_host {
     const void * prepared;
 };
 
-// Computes a call that the GPU takes part in, one at a time. False: out of memory.
+// Computes a call that the GPU takes part in, and in which nobody wants h; one at a time. False: out of memory.
 bool tsffn_hybrid_compute(struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_hybrid_host * host,
                           const struct tsffn_call * call, struct tsffn_counts * counts,
                           struct tsffn_hybrid_counts * gpu);

@@ -1,34 +1,8 @@
 // The share of a load that a GPU has.
 #include "../cache/neuron_cache.h"
-#include "../cuda/load.h"
 #include "../error.h"
 #include "../hybrid/hybrid.h"
 #include "loaded_state.h"
-
-#include <string.h>
-
-int32_t tsffn_gpus(char * error, size_t error_size) {
-    const struct tsffn_cuda_module * module = tsffn_cuda_module_in_use(error, error_size);
-    const int n = module != NULL ? module->n_devices(error, error_size) : 0;
-    if (n == 0 && module != NULL) {
-        tsffn_fail(error, error_size, "CUDA: no GPU");
-    }
-    return n > 0 ? n : 0;
-}
-
-bool tsffn_gpu(int32_t number, struct tsffn_gpu * gpu, char * error, size_t error_size) {
-    const struct tsffn_cuda_module * module = tsffn_cuda_module_in_use(error, error_size);
-    struct tsffn_cuda_info info = {0};
-    struct tsffn_cuda * cuda = module != NULL ? module->open(number, 0, &info, error, error_size) : NULL;
-    if (cuda != NULL) {
-        module->close(cuda);
-        memcpy(gpu->name, info.name, sizeof(gpu->name));
-        gpu->capability = info.capability;
-        gpu->free_bytes = info.free_bytes;
-        gpu->total_bytes = info.total_bytes;
-    }
-    return cuda != NULL;
-}
 
 struct tsffn_hybrid * tsffn_loaded_hybrid(const struct tsffn_weight * weight) {
     return atomic_load_explicit(&weight->loaded->hybrid, memory_order_acquire);
@@ -60,10 +34,9 @@ static bool share_with_gpu(struct tsffn_model * model, int32_t gpu, uint64_t byt
     if (model->computes != &tsffn_cpu_device) {
         return tsffn_fail(error, error_size, "TSFFN_DEVICE names a device that shares its work with no GPU");
     }
-    const struct tsffn_cuda_module * module = tsffn_cuda_module_in_use(error, error_size);
-    loaded->uploading = module == NULL ? NULL
-                                       : tsffn_hybrid_open(module, gpu, loaded->layers, model->n_layer, bytes, hot,
-                                                           share, error, error_size);
+    loaded->n_uploaded = 0;
+    loaded->copied = loaded->bytes = 0;
+    loaded->uploading = tsffn_hybrid_open(gpu, loaded->layers, model->n_layer, bytes, hot, share, error, error_size);
     for (int64_t i = 0; loaded->uploading != NULL && i < model->n_layer; ++i) {
         loaded->bytes += tsffn_hybrid_layer_bytes(loaded->uploading, i);
     }

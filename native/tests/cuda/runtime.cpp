@@ -99,13 +99,16 @@ cudaError_t release(void * at, bool is_device) {
     return cudaSuccess;
 }
 
+// The allocation that begins at or before an address; allocations.end(): none.
+std::map<const char *, allocation>::iterator allocation_of(const void * at) {
+    const auto next = allocations.upper_bound(static_cast<const char *>(at));
+    return next != allocations.begin() ? std::prev(next) : allocations.end();
+}
+
 bool is_within(const void * at, size_t bytes) {
-    auto next = allocations.upper_bound(static_cast<const char *>(at));
-    if (next == allocations.begin()) {
-        return false;
-    }
-    --next;
-    return (size_t)(static_cast<const char *>(at) - next->first) + bytes <= next->second.bytes;
+    const auto found = allocation_of(at);
+    return found != allocations.end() &&
+           (size_t)(static_cast<const char *>(at) - found->first) + bytes <= found->second.bytes;
 }
 
 } // namespace
@@ -119,6 +122,13 @@ EXPORTED int tsffn_host_calls();
 EXPORTED void tsffn_host_limits(size_t device_bytes, size_t shared_bytes);
 EXPORTED int tsffn_host_allocations();
 EXPORTED size_t tsffn_host_used();
+
+// From now on every copy to the host has a wrong first byte, as of a kernel that does not work on some GPU.
+EXPORTED void tsffn_host_go_wrong();
+static bool goes_wrong;
+void tsffn_host_go_wrong() {
+    goes_wrong = true;
+}
 
 // From now on the call-th call fails, and with `for_good` all after it; 0: none. Calls are counted anew.
 void tsffn_host_fail(int call, int for_good) {
@@ -315,7 +325,13 @@ cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemc
     if (!is_within(to, bytes) || !is_within(from, bytes)) {
         return cudaErrorInvalidValue;
     }
-    stream->steps.emplace_back([=] { memcpy(to, from, bytes); });
+    const bool is_wrong = goes_wrong && !allocation_of(to)->second.is_device && bytes >= sizeof(float);
+    stream->steps.emplace_back([=] {
+        memcpy(to, from, bytes);
+        if (is_wrong) {
+            memset(to, 0x42, sizeof(float));
+        }
+    });
     return cudaSuccess;
 }
 
