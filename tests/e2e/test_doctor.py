@@ -14,7 +14,7 @@ import llama_cpp
 import pytest
 
 import tsconv
-from support import LLAMA, ROOT, fake_gpu, tiny
+from support import LLAMA, ROOT, fake_gpu, host_gpu, tiny
 
 OTHERS = "other programs"  # whether there are any changes from moment to moment
 
@@ -49,6 +49,15 @@ def test_reads_of_models_larger_than_memory():
     assert diagnose({"TSFFN_READS": ""})[2]["disk reads"]["value"] in ("io_uring", "threads: io_uring is not allowed")
     status, healthy, checks = diagnose({"TSFFN_READS": "pool"})
     assert (status, healthy, checks["disk reads"]["status"]) == (0, True, "warning")
+
+
+def test_gpu_for_neurons():
+    """One, a module that cannot be opened, and a machine that has nothing to do with it."""
+    _, healthy, checks = diagnose(host_gpu.environment())
+    assert healthy and checks["hot neurons"]["value"] == f"CUDA0 ({host_gpu.NAME}, 1.1 of 1.1 GB free)"
+    _, healthy, checks = diagnose({"TSFFN_CUDA_MODULE": "/nonexistent.so"})
+    assert healthy and checks["hot neurons"]["status"] == "warning"
+    assert "/nonexistent.so" in checks["hot neurons"]["value"]
 
 
 def test_text_says_the_same():

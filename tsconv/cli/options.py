@@ -123,8 +123,8 @@ def gpu_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="auto|all|N",
                 default="auto",
                 envvar="TSCONV_N_GPU_LAYERS",
-                help="Layers whose attention and KV cache go to a GPU, counting the output as one. FFNs stay on the "
-                "CPU.  [env: TSCONV_N_GPU_LAYERS; default: as many as fit, 0 without a GPU]",
+                help="Layers whose attention and KV cache go to a GPU, counting the output as one; 0: nothing goes "
+                "there, hot neurons neither.  [env: TSCONV_N_GPU_LAYERS; default: as many as fit, 0 without a GPU]",
             ),
             click.option("--device", metavar="NAME[,NAME...]", help="GPUs to use, as tsconv doctor names them."),
             click.option(
@@ -134,7 +134,7 @@ def gpu_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--vram-budget",
                 type=Size(),
                 metavar="SIZE",
-                help="Most that goes to GPUs when -ngl does not say it, such as 9GiB."
+                help="Most that goes to GPUs, such as 9GiB: layers as -ngl says, then predictors and hot neurons."
                 "  [default: what is free, less 1 GiB of each]",
             ),
         )

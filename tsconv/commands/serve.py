@@ -15,8 +15,9 @@ from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import usable_cores
 from tsconv.native.devices import gpus_elsewhere, may_have_gpus
+from tsconv.native.ffn_gpus import ffn_gpus_elsewhere
 from tsconv.runtime.binding import open_model
-from tsconv.runtime.hybrid import devices_elsewhere, which
+from tsconv.runtime.hybrid import which
 from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, gpu_environment, model_arguments
 from tsconv.runtime.streaming import Budget, choose_budget
@@ -71,7 +72,7 @@ class Serving:
             wanted = self.choice.gpu(self.n_gpu_layers, self.vram_budget, there)
         hot = wanted.pop("gpu_hot")
         shares = self.lora is None and (wanted["n_gpu_layers"] != 0 or hot is not None)
-        devices = devices_elsewhere() if shares else []
+        devices = ffn_gpus_elsewhere() if shares else []
         named = (self.device, self.main_gpu) if there or not devices else (None, None)
         offload = choose(header, there, device=named[0], main_gpu=named[1], n_ctx=self.n_ctx, **wanted)
         variables = {}

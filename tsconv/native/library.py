@@ -82,7 +82,7 @@ class Placed(ctypes.Structure):
     )
 
 
-class FfnGpu(ctypes.Structure):
+class GpuInfo(ctypes.Structure):
     """struct tsffn_gpu (native/include/tsffn.h)."""
 
     _fields_ = (
@@ -233,7 +233,7 @@ class Backend:
                 ctypes.c_bool,
             ),
             "tsffn_gpus": ([text, size], ctypes.c_int32),
-            "tsffn_gpu": ([ctypes.c_int32, ctypes.POINTER(FfnGpu), text, size], ctypes.c_bool),
+            "tsffn_gpu": ([ctypes.c_int32, ctypes.POINTER(GpuInfo), text, size], ctypes.c_bool),
             "tsffn_model_gpu": (
                 [handle, ctypes.c_int32, ctypes.c_uint64, handle, size, ctypes.POINTER(GpuShare), text, size],
                 ctypes.c_bool,
@@ -278,14 +278,14 @@ class Backend:
         """How models larger than memory are read here: "io_uring", or "threads" where that is not allowed."""
         return self.lib.tsffn_reads().decode()
 
-    def ffn_gpus(self) -> list[FfnGpu]:
+    def ffn_gpus(self) -> list[GpuInfo]:
         """The GPUs that FFNs can be computed on; drivers start.
 
         Raises:
             BackendError: none, and why: no module, no driver, or one that is too old.
         """
         message = ctypes.create_string_buffer(ERROR_SIZE)
-        gpus = [FfnGpu() for _ in range(self.lib.tsffn_gpus(message, ERROR_SIZE))]
+        gpus = [GpuInfo() for _ in range(self.lib.tsffn_gpus(message, ERROR_SIZE))]
         if not gpus or not all(self.lib.tsffn_gpu(i, gpu, message, ERROR_SIZE) for i, gpu in enumerate(gpus)):
             raise BackendError(message.value.decode(errors="replace"))
         return gpus

@@ -20,6 +20,7 @@ from tsconv.errors import BackendError
 from tsconv.machine import limits
 from tsconv.machine.cpu import cpu_model, physical_cores
 from tsconv.native.devices import gpu_libraries, gpu_modules, gpus
+from tsconv.native.ffn_gpus import NoGpuError, ffn_gpus
 from tsconv.native.library import library_path, llama_cpp_python, load_backend
 from tsconv.runtime.programs import PROGRAMS, check_devices, program_path
 
@@ -49,7 +50,7 @@ class Check:
 def diagnose() -> list[Check]:
     """All findings. Loads llama.cpp and the native backend into this process."""
     checks = [Check("tsconv", tsconv.__version__), Check("python", platform.python_version())]
-    for find in (_packages, _ggml, _backend, _openmp, _programs, _gpus, _cpu, _load, _memory, _streaming):
+    for find in (_packages, _ggml, _backend, _openmp, _programs, _gpus, _ffn_gpus, _cpu, _load, _memory, _streaming):
         checks += find()
     return checks
 
@@ -209,6 +210,23 @@ def _gpus() -> Iterator[Check]:
         yield Check("GPU", f"{'; '.join(map(str, found))}: llama.cpp's backend for {names}")
     else:
         yield Check("GPU", f"none that llama.cpp's backend for {names} can use", "warning", "look at the GPU's driver")
+
+
+def _ffn_gpus() -> Iterator[Check]:
+    """GPUs that FFNs can be computed on, or why there are none; nothing on a machine without an NVIDIA GPU."""
+    try:
+        found = ffn_gpus(load_backend())
+    except NoGpuError as error:
+        if os.environ.get("TSFFN_CUDA_MODULE") or list(Path("/dev").glob("nvidia[0-9]*")):
+            yield Check("hot neurons", str(error), "warning", "they stay on the CPU (docs/gpu.md)")
+    except (BackendError, ImportError, OSError, RuntimeError):
+        return  # reported above
+    else:
+        shown = (
+            f"CUDA{i} ({gpu.name}, {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free)"
+            for i, gpu in enumerate(found)
+        )
+        yield Check("hot neurons", f"{'; '.join(shown)}")
 
 
 def _load() -> Iterator[Check]:

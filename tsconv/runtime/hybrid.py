@@ -6,30 +6,22 @@ attention and the KV cache come first (`tsconv.runtime.offload`), and FFNs get w
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import BackendError, TsconvError
-from tsconv.native.devices import LIST_SECONDS
-from tsconv.native.library import Backend, gpu_module, load_backend
+from tsconv.errors import TsconvError
+from tsconv.native.ffn_gpus import FfnGpu, ffn_gpus
 from tsconv.runtime.offload import MARGIN_BYTES, Offload
 
 if TYPE_CHECKING:
     from tsconv.runtime.binding import NativeModel
 
 PREFIX = "CUDA"  # llama.cpp's name of a CUDA device is this and its number
-
-
-class NoGpuError(BackendError):
-    """There is none that FFNs can be computed on."""
 
 
 @dataclass(frozen=True)
@@ -60,46 +52,7 @@ class Share:
         return f"GPU: {predictors}{share:.1f} % of the neurons on {self.gpu}, {self.n_bytes / 1e9:.2f} GB{others}"
 
 
-@dataclass(frozen=True)
-class Device:
-    """A GPU that FFNs can be computed on."""
-
-    name: str
-    free_bytes: int
-    total_bytes: int
-
-
-def devices(backend: Backend) -> list[Device]:
-    """Those of this process, in the order of their numbers. Drivers start.
-
-    Raises:
-        NoGpuError: none, and why: no module, no driver, or one that is too old.
-    """
-    try:
-        found = backend.ffn_gpus()
-    except BackendError as error:
-        raise NoGpuError(str(error)) from None
-    return [Device(gpu.name.decode(errors="replace"), gpu.free_bytes, gpu.total_bytes) for gpu in found]
-
-
-def devices_elsewhere() -> list[Device]:
-    """The same, asked in a process that ends; [] for none, whatever the reason."""
-    if gpu_module() is None:
-        return []
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tsconv.runtime.hybrid"],
-            capture_output=True,
-            text=True,
-            timeout=LIST_SECONDS,
-            check=True,
-        )
-        return [Device(**found) for found in json.loads(done.stdout)]
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
-        return []
-
-
-def which(gpus: Sequence[Device], offload: Offload, device: str | None, main_gpu: int | None) -> int:
+def which(gpus: Sequence[FfnGpu], offload: Offload, device: str | None, main_gpu: int | None) -> int:
     """The number of the GPU that FFNs go to: the first of those that attention is on, or that the user named.
 
     Raises:
@@ -117,7 +70,7 @@ def which(gpus: Sequence[Device], offload: Offload, device: str | None, main_gpu
     return number
 
 
-def _names(gpus: Sequence[Device]) -> str:
+def _names(gpus: Sequence[FfnGpu]) -> str:
     return ", ".join(f"{PREFIX}{i}" for i in range(len(gpus)))
 
 
@@ -145,7 +98,7 @@ def share(
         BackendError: it fails, or has no room.
         TsconvError: no such GPU.
     """
-    gpus = devices(native.backend)
+    gpus = ffn_gpus(native.backend)
     number = which(gpus, offload, device, main_gpu)
     free = max(0, gpus[number].free_bytes - MARGIN_BYTES)
     n_bytes = free if vram_budget is None else max(0, vram_budget - offload.n_bytes)
@@ -160,7 +113,3 @@ def share(
         n_neurons=found.n_neurons,
         n_bytes=found.bytes,
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps([asdict(gpu) for gpu in devices(load_backend())]))

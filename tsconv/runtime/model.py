@@ -23,13 +23,14 @@ from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.machine.limits import fits_in_memory, usable_cores
 from tsconv.native.devices import gpus
+from tsconv.native.ffn_gpus import NoGpuError
 from tsconv.native.library import gpu_module
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
-from tsconv.runtime.hybrid import NoGpuError, Share, share
+from tsconv.runtime.hybrid import Share, share
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
