@@ -10,7 +10,7 @@ NATIVE := $(shell find native -type f)
 C_CODE := $(filter %.c %.h %.cpp %.cu %.cuh,$(NATIVE))
 DEMO   := build/demo
 
-.PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-stream bench-tools bench-kernels clean
+.PHONY: setup wheel demo test test-server test-vulkan test-asan test-arm test-x86 lint format bench bench-quick bench-stream bench-gpu bench-tools bench-kernels clean
 
 setup: $(VENV)/.installed
 
@@ -151,6 +151,13 @@ bench-stream: setup
 	$(BIN)/python -m tsconv.bench.stream --save build/bench-stream.json $(BENCH)
 
 # What conversion and profiling cost.
+# Hot neurons on a GPU: correctness, then decoding at several shares, beside the CPU alone. Skipped without a GPU.
+bench-gpu: setup
+	mkdir -p build
+	$(BIN)/python -m tsconv.bench.hybrid --outtype f16 --layers 16 --save build/bench-gpu-f16.json $(BENCH)
+	$(BIN)/python -m tsconv.bench.hybrid --outtype q4_0 --save build/bench-gpu-q4_0.json $(BENCH)
+	$(BIN)/python -m tsconv.bench.hybrid --shape turbosparse-mixtral-47b --layers 8 --save build/bench-gpu-moe.json $(BENCH)
+
 bench-tools: setup
 	$(BIN)/python -m tsconv.bench.convert
 	$(BIN)/python -m tsconv.bench.profile

@@ -108,6 +108,7 @@ def _measure(
             n_threads=n_threads,
             n_gpu_layers=ours_there.n_gpu_layers,
             device=ours_there.device,
+            vram_budget=ours_there.room,
         )
         sparse = prepare(serving, options)
         sparse.environment["TSFFN_STATS"] = os.fspath(stats)

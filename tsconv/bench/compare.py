@@ -132,7 +132,10 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.load_seconds: float = self._answer()["load_seconds"]
+        loaded = self._answer()
+        self.load_seconds: float = loaded["load_seconds"]
+        self.ffn_gpu: str = loaded["ffn_gpu"]  # what a GPU has of the FFNs, in words, and in bytes
+        self.ffn_bytes: int = loaded["ffn_bytes"]
 
     def run(self, workload: Workload, n_threads: int) -> Answer:
         assert self._process.stdin is not None
@@ -209,6 +212,7 @@ def compare(
     with _workers(engines, path, max(counts), offloads) as workers:
         turns = _turns(workers, cases, repetitions, deadline, progress)
         loads = {engine: worker.load_seconds for engine, worker in workers.items()}
+        ffns = {engine: (worker.ffn_gpu, worker.ffn_bytes) for engine, worker in workers.items()}
     for n in counts:
         bandwidth[n].append(measure_memory(backend, n)[0])
     common = {
@@ -230,7 +234,9 @@ def compare(
             common
             | {"n_threads": n, "baseline": baseline, "engine": ENGINES[baseline]}
             | {"load_seconds": loads[ENGINES[baseline]], "dense_load_seconds": loads[baseline]}
-            | _on_gpus(offloads.get(ENGINES[baseline], NOTHING), offloads.get(baseline, NOTHING)),
+            | _on_gpus(
+                offloads.get(ENGINES[baseline], NOTHING), *ffns[ENGINES[baseline]], offloads.get(baseline, NOTHING)
+            ),
         )
         for n, workload in cases
         for baseline in baselines
@@ -238,12 +244,12 @@ def compare(
     return _beside_the_faster(rows) if offloads else rows
 
 
-def _on_gpus(ours: Offload, theirs: Offload) -> dict[str, Any]:
+def _on_gpus(ours: Offload, ffn_gpu: str, ffn_bytes: int, theirs: Offload) -> dict[str, Any]:
     return {
         "gpus": ", ".join(gpu.name for gpu in ours.gpus),
-        "gpu_share": str(ours) if ours.gpus else "",
+        "gpu_share": "; ".join(filter(None, [str(ours) if ours.gpus else "", ffn_gpu])),
         "dense_gpu_share": described(theirs) if theirs.gpus else "",
-        "vram_bytes": ours.n_bytes,
+        "vram_bytes": ours.n_bytes + ffn_bytes,
         "dense_vram_bytes": theirs.n_bytes,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tsconv.errors import TsconvError
@@ -40,7 +40,7 @@ NO_GPU = Wanted(n_gpu_layers=0)
 
 def shares(header: Header, n_ctx: int, wanted: Wanted, there: Sequence[Gpu]) -> dict[str, Offload]:
     """What goes to GPUs with each engine: "tsconv", WHOLE_LAYERS and, when all attention fits, CPU_FFN; {} when it is
-    nothing with ours.
+    nothing with ours. What ours leaves of the room is for predictors and hot neurons.
 
     Args:
         n_ctx: tokens of context of each engine.
@@ -66,7 +66,7 @@ def shares(header: Header, n_ctx: int, wanted: Wanted, there: Sequence[Gpu]) -> 
 
     whole, attention = layer_bytes(header, n_ctx, with_ffn=True), layer_bytes(header, n_ctx)
     n_whole = layers_that_fit(whole, room)
-    found = {"tsconv": ours, WHOLE_LAYERS: offload(n_whole, sum(whole[:n_whole]), "")}
+    found = {"tsconv": replace(ours, room=room), WHOLE_LAYERS: offload(n_whole, sum(whole[:n_whole]), "")}
     left = room - sum(attention)
     if left >= 0:
         ffns = [a - b for a, b in zip(whole[1:], attention[1:], strict=True)]
@@ -89,7 +89,7 @@ def described(offload: Offload) -> str:
 
 def as_argument(offload: Offload) -> dict[str, Any]:
     """For a worker, whose process has GPUs of its own."""
-    numbers = {key: getattr(offload, key) for key in ("n_gpu_layers", "n_layers", "n_bytes", "on_host")}
+    numbers = {key: getattr(offload, key) for key in ("n_gpu_layers", "n_layers", "n_bytes", "on_host", "room")}
     return numbers | {"gpus": [gpu.name for gpu in offload.gpus]}
 
 

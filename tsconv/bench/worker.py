@@ -94,6 +94,7 @@ def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity:
         n_threads=n_threads,
         n_gpu_layers=offload.n_gpu_layers,
         device=offload.device,
+        vram_budget=offload.room,
         ram_budget=os.environ.get("TSCONV_RAM_BUDGET", "auto"),
     )
 
@@ -196,7 +197,10 @@ def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> 
     started = time.perf_counter()
     share = NOTHING if offload is None else from_argument(json.loads(offload))
     model = ENGINES[engine](path, n_threads, share)
-    print(json.dumps({"load_seconds": time.perf_counter() - started}), file=answers, flush=True)
+    seconds = time.perf_counter() - started
+    found = getattr(model, "gpu_share", None)
+    ffns = {"ffn_gpu": "" if found is None else str(found), "ffn_bytes": 0 if found is None else found.n_bytes}
+    print(json.dumps({"load_seconds": seconds} | ffns), file=answers, flush=True)
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         command = json.loads(line)

@@ -46,6 +46,7 @@ class Offload:
         n_bytes: of weights, keys and values on all of them together, compute buffers not counted.
         named: whether the user named the GPUs, so that llama.cpp must not take others.
         on_host: weights of these layers that do not go there: an expression for their names, as of llama.cpp's -ot.
+        room: bytes that these and FFNs together may take; None: not said.
     """
 
     n_gpu_layers: int
@@ -54,6 +55,7 @@ class Offload:
     n_bytes: int = 0
     named: bool = False
     on_host: str = FFN_WEIGHTS
+    room: int | None = None
     _kept: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def apply(self, params: Any) -> None:

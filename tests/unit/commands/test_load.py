@@ -30,12 +30,14 @@ def chosen(model: Path, **changes: object) -> Choice:
 
 def test_a_machine_without(model):
     assert chosen(model, machine=machine()).gpu("auto", None, THERE)["n_gpu_layers"] == 0
-    assert chosen(model).gpu("auto", None, [])["n_gpu_layers"] == 0
+    # One that llama.cpp has no backend for may still take FFNs.
+    assert chosen(model).gpu("auto", None, [])["n_gpu_layers"] == "auto"
 
 
 def test_no_more_than_the_machine_has(model):
     choice = chosen(model)
-    assert choice.gpu("auto", None, THERE) == {"n_gpu_layers": "auto", "vram_budget": (4 << 30) - MARGIN_BYTES}
+    expected = {"n_gpu_layers": "auto", "vram_budget": (4 << 30) - MARGIN_BYTES, "gpu_hot": None}
+    assert choice.gpu("auto", None, THERE) == expected
     assert choice.gpu("auto", 1 << 20, THERE)["vram_budget"] == 1 << 20
 
 
@@ -47,7 +49,17 @@ def test_a_placement(model, on_gpu, output, n):
     assert chosen(model, placement=placement).gpu("auto", None, THERE)["n_gpu_layers"] == n
 
 
+def test_neurons_of_a_placement(model):
+    """Its own budget counts, if it is less than what the machine has."""
+    budgets = {"vram": 1 << 30, "ram": 0, "vram_used": 0, "ram_used": 0}
+    placement = placement_for(model, [[64]] * 6, gpu=32, budgets=budgets)
+    for there in (THERE, []):
+        found = chosen(model, placement=placement).gpu("auto", None, there)
+        assert found["vram_budget"] == 1 << 30 and found["gpu_hot"] == [(32,)] * 6
+    assert chosen(model, placement=placement).gpu(0, None, THERE)["gpu_hot"] is None
+
+
 def test_the_user_decides(model):
     for wanted in (0, 3, "all"):
         found = chosen(model, machine=machine()).gpu(wanted, 5, THERE)
-        assert found == {"n_gpu_layers": wanted, "vram_budget": 5}
+        assert found == {"n_gpu_layers": wanted, "vram_budget": 5, "gpu_hot": None}
