@@ -111,6 +111,10 @@ TSFFN_API bool tsffn_gpu(int32_t number, struct tsffn_gpu * gpu, char * error, s
 // (n_hot numbers in all; NULL: of all). Once for each load. False with one line in `error` where it takes nothing.
 TSFFN_API bool tsffn_model_gpu(struct tsffn_model * model, int32_t gpu, uint64_t bytes, const int32_t * hot,
                                size_t n_hot, struct tsffn_gpu_share * share, char * error, size_t error_size);
+// Before llama.cpp makes a context: its ggml device of this name ("CUDA0") is the GPU that will have a share. Where the
+// environment variable TSFFN_CUDA_SHARE is 1, x and y of the FFNs stay in its memory then, as far as llama.cpp computes
+// what is around them there. NULL: they do not. False: the name is too long.
+TSFFN_API bool tsffn_model_gpu_memory(struct tsffn_model * model, const char * device);
 // Copies the share of one more layer there. *copied: bytes that are there now, of *bytes. When all are, the GPU
 // computes with the next call. False with one line in `error`: the GPU takes nothing then.
 TSFFN_API bool tsffn_model_gpu_upload(struct tsffn_model * model, uint64_t * copied, uint64_t * bytes, char * error,

@@ -11,9 +11,13 @@
 //
 //   FAKE_GPU_DEVICES   how many there are: FAKE0, FAKE1, ...; 1 without it
 //   FAKE_GPU_MEMORY    bytes of each; 8 GiB without it
+//
+// Where TSFFN_CUDA_MODULE names the CUDA module that is compiled for the host (cuda/runtime.cpp), that one's device is
+// this GPU too: it can touch the memory, and they wait for each other's events.
 #define _GNU_SOURCE // MAP_ANONYMOUS
 #include "../src/ggml_iface.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -35,6 +39,7 @@ struct fake_gpu_counts {
     int64_t n_device_copy;
     int64_t n_graph, n_node;
     int64_t n_too_early;
+    int64_t n_event_record, n_event_wait;
 };
 
 struct memory {
@@ -409,13 +414,57 @@ static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggm
     return status;
 }
 
+// ---- events, which the CUDA module on the host knows
+
+static struct {
+    void * (*event_new)(void);
+    void (*event_free)(void * event);
+    void (*event_await)(void * event);
+} host;
+
+static bool owns(const void * at, size_t bytes) {
+    pthread_mutex_lock(&mutex);
+    bool found = false;
+    for (const struct memory * m = memories; m != NULL; m = m->next) {
+        const size_t offset = (size_t)((const char *)at - (const char *)m->base);
+        found = found || ((const char *)at >= (const char *)m->base && offset + bytes <= m->size);
+    }
+    pthread_mutex_unlock(&mutex);
+    return found;
+}
+
+// Finds the module, which somebody has opened by now, if there is one.
+static bool join_host(void) {
+    const char * path = getenv("TSFFN_CUDA_MODULE");
+    void * module = host.event_new == NULL && path != NULL ? dlopen(path, RTLD_NOW) : NULL;
+    if (module != NULL) {
+        static const struct {
+            bool (*owns)(const void *, size_t);
+            void (*begin)(void);
+            void (*end)(void);
+        } neighbour = {owns, begin_work, end_work};
+        void (*join)(const void * neighbour);
+        *(void **)&join = dlsym(module, "tsffn_host_join");
+        *(void **)&host.event_new = dlsym(module, "tsffn_host_event_new");
+        *(void **)&host.event_free = dlsym(module, "tsffn_host_event_free");
+        *(void **)&host.event_await = dlsym(module, "tsffn_host_event_await");
+        join(&neighbour);
+    }
+    return host.event_new != NULL;
+}
+
 static void backend_event_record(ggml_backend_t backend, ggml_backend_event_t event) {
-    event->context = backend->context;
+    (void)backend; // computed already
+    (void)event;
+    count(&counts.n_event_record, 1);
 }
 
 static void backend_event_wait(ggml_backend_t backend, ggml_backend_event_t event) {
     (void)backend;
-    (void)event; // computed already
+    count(&counts.n_event_wait, 1);
+    if (event->context != NULL) {
+        host.event_await(event->context);
+    }
 }
 
 static const struct ggml_backend_i backend_interface = {
@@ -509,13 +558,16 @@ static bool device_offload_op(ggml_backend_dev_t dev, const tsffn_tensor * op) {
 static ggml_backend_event_t device_event_new(ggml_backend_dev_t dev) {
     ggml_backend_event_t event = malloc(sizeof(*event));
     if (event != NULL) {
-        *event = (struct ggml_backend_event){.device = dev, .context = NULL};
+        *event = (struct ggml_backend_event){.device = dev, .context = join_host() ? host.event_new() : NULL};
     }
     return event;
 }
 
 static void device_event_free(ggml_backend_dev_t dev, ggml_backend_event_t event) {
     (void)dev;
+    if (event->context != NULL) {
+        host.event_free(event->context);
+    }
     free(event);
 }
 

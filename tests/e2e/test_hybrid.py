@@ -243,6 +243,121 @@ def test_attention_there_too(model):
     assert found["text"] == run(model, "-ngl", 0)["text"]
 
 
+# ---- x and y in the GPU's memory, where llama.cpp computes attention there
+
+RESIDENT = """
+import tsconv.runtime.hybrid
+from support import fake_gpu
+
+tsconv.runtime.hybrid.PREFIX = "FAKE"  # takes the place of CUDA, and CUDA0 is FAKE0
+path, sparsity, *layers = sys.argv[1:]
+reference = logits_of(path, sparsity=sparsity, n_gpu_layers=0)[0]
+rows = []
+for n in map(int, layers):
+    model = load(path, sparsity=sparsity, n_gpu_layers=n, vram_budget=1 << 29)
+    whole = model.gpu_share.n_bytes + model.offload.n_bytes
+    model.close()
+    for budget in (whole, model.offload.n_bytes + model.gpu_share.n_bytes * 3 // 4):
+        model = load(path, sparsity=sparsity, n_gpu_layers=n, vram_budget=budget)
+        first = model.token_logits(tokens, n_batch=1)
+        fake_gpu.take_counts()
+        model.reset_ffn_stats()
+        second = model.token_logits(tokens, n_batch=1)
+        counts = fake_gpu.take_counts()
+        together = model.token_logits(tokens, n_batch=len(tokens))
+        stats = model.ffn_stats()
+        rows.append({
+            "n": n,
+            "neurons": model.gpu_share.neurons / model.gpu_share.n_neurons,
+            "nmse": [float(tiny.nmse(logits, reference)) for logits in (first, second, together)],
+            "same": bool((first == second).all()),
+            "counts": {name: getattr(counts, name) / len(tokens) for name, _ in counts._fields_},
+            "calls": [[layer["calls"], layer["gpu_calls"], layer["n_ff"]] for layer in stats],
+        })
+        model.close()
+        assert gpu.allocations == 0
+print(json.dumps({"rows": rows}))
+"""
+
+
+def resident(model: Path, sparsity: str, *layers: int, **env: str) -> list[dict[str, Any]]:
+    env = {"TSCONV_GPU_BACKEND": str(fake_gpu.library()), "TSFFN_CUDA_SHARE": "1"} | env
+    return python(RESIDENT, model, sparsity, *layers, **env)["rows"]
+
+
+@pytest.mark.parametrize("sparsity", ["predictor", "exact"])
+def test_x_and_y_stay_on_the_gpu(model, sparsity):
+    """Nothing is copied and nobody waits for llama.cpp's backend of that GPU, for one more layer there: two events
+    order the work. (A layer whose attention stays on the CPU costs a copy each way.) The logits are the CPU's."""
+    some, some_partly, more, more_partly = resident(model, sparsity, 2, 3)
+    for row in (some, some_partly, more, more_partly):
+        assert max(row["nmse"]) <= MAX_NMSE and row["same"], row
+        assert all(calls == gpu_calls for calls, gpu_calls, _ in row["calls"])
+        assert {n_ff for *_, n_ff in row["calls"]} == {192 if "mixtral" in model.name else 512}
+    assert more["neurons"] == 1.0 > more_partly["neurons"] > 0
+    for a, b in ((some, more), (some_partly, more_partly)):
+        per_layer = {name: b["counts"][name] - a["counts"][name] for name in a["counts"]}
+        assert per_layer.pop("n_node") > 0 and per_layer.pop("n_graph") == 1
+        assert per_layer.pop("n_event_record") == per_layer.pop("n_event_wait") == 1
+        assert per_layer.pop("n_upload") == per_layer.pop("n_download") == -1
+        assert per_layer.pop("upload_bytes") == per_layer.pop("download_bytes") < 0
+        assert not any(per_layer.values()), per_layer
+
+
+def test_without_sharing_memory(model):
+    """Without the switch x and y go through the host's memory as without a GPU of ours; the same bits come of it."""
+    n = {"n_synchronize": 4, "n_download": 2, "n_upload": 1} if "mixtral" in model.name else {
+        "n_synchronize": 3, "n_download": 1, "n_upload": 1}  # fmt: skip
+    some, _, more, _ = resident(model, "predictor", 2, 3, TSFFN_CUDA_SHARE="0")
+    assert {name: more["counts"][name] - some["counts"][name] for name in n} == n
+    assert max(more["nmse"]) <= MAX_NMSE and more["counts"]["n_event_wait"] == 0
+    shared = resident(model, "predictor", 3)[0]
+    assert shared["nmse"] == more["nmse"]
+
+
+RESIDENT_FAILURES = """
+import tsconv.runtime.hybrid
+from support import fake_gpu
+from tsconv.runtime.layers import LayersContext
+
+tsconv.runtime.hybrid.PREFIX = "FAKE"
+path, = sys.argv[1:]
+reference = logits_of(path, n_gpu_layers=0)[0]
+whole = load(path, n_gpu_layers=3, vram_budget=1 << 29)
+budget = whole.offload.n_bytes + whole.gpu_share.n_bytes * 3 // 4
+whole.close()
+found = []
+for call in (*range(1, 40, 3), 100, 151):
+    model = load(path, n_gpu_layers=3, vram_budget=budget)
+    model.token_logits(tokens[:1], n_batch=1)
+    gpu.fail(call, True)
+    try:
+        nmse = float(tiny.nmse(model.token_logits(tokens, n_batch=1), reference))
+    except tsconv.errors.TsconvError as error:
+        nmse = str(error)
+    found.append([call, nmse])
+    gpu.fail(0)
+    model.close()
+model = load(path, n_gpu_layers="all", vram_budget=1 << 29)
+with model.profiling() as native, LayersContext(model, len(tokens)) as layers:
+    layers.compute(tokens)
+    n_layer, n_ffn, n_ff = native._shape
+    counts = [np.zeros(shape, np.int64) for shape in ((n_ffn,), (6, n_ffn, n_ff), (3, 130))]
+    native.read_profile(0, *counts)
+print(json.dumps({"found": found, "profiled": int(counts[0].sum()), "left": gpu.allocations}))
+"""
+
+
+def test_failures_with_shared_memory(model):
+    """The CPU computes the call that failed, from what is in the GPU's memory; where it failed when the result was
+    already used, the graph fails. Activation statistics are the CPU's, too."""
+    found = python(RESIDENT_FAILURES, model, TSCONV_GPU_BACKEND=str(fake_gpu.library()), TSFFN_CUDA_SHARE="1")
+    for call, nmse in found["found"]:
+        assert nmse <= MAX_NMSE if isinstance(nmse, float) else "from now on the CPU computes all neurons" in nmse, call
+    assert sum(isinstance(nmse, float) for _, nmse in found["found"]) > len(found["found"]) // 2
+    assert found["profiled"] == 6 * (2 if "mixtral" in model.name else 1)
+
+
 def test_server(tmp_path, model):
     """llama-server gives the GPU its share before the first answer."""
     stats = tmp_path / "stats.json"

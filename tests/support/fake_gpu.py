@@ -26,6 +26,8 @@ class Counts(ctypes.Structure):
             "n_graph",
             "n_node",
             "n_too_early",
+            "n_event_record",
+            "n_event_wait",
         )
     )
 

@@ -238,6 +238,7 @@ class Backend:
                 [handle, ctypes.c_int32, ctypes.c_uint64, handle, size, ctypes.POINTER(GpuShare), text, size],
                 ctypes.c_bool,
             ),
+            "tsffn_model_gpu_memory": ([handle, text], ctypes.c_bool),
             "tsffn_model_gpu_upload": ([handle, uint64_out, uint64_out, text, size], ctypes.c_bool),
             "tsffn_measure_rows": (
                 [handle, size, size, size, ctypes.c_uint64, ctypes.c_int, double_out, ctypes.POINTER(ctypes.c_uint64)],

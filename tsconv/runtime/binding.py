@@ -271,6 +271,16 @@ class NativeModel:
                 raise BackendError(message.value.decode(errors="replace"))
         return placed
 
+    def keep_on_gpu(self, device: str) -> None:
+        """Before llama.cpp makes a context, where TSFFN_CUDA_SHARE is 1: what goes in and out of FFNs stays in the
+        memory of its device of this name, as far as that GPU computes them.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        with self._opened() as handle:
+            self._lib.tsffn_model_gpu_memory(handle, device.encode())
+
     def share_with_gpu(
         self,
         gpu: int,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tsconv.errors import TsconvError
 from tsconv.native.ffn_gpus import FfnGpu, ffn_gpus
+from tsconv.native.library import gpu_module
 from tsconv.runtime.offload import MARGIN_BYTES, Offload
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ def which(gpus: Sequence[FfnGpu], offload: Offload, device: str | None, main_gpu
 
 def _names(gpus: Sequence[FfnGpu]) -> str:
     return ", ".join(f"{PREFIX}{i}" for i in range(len(gpus)))
+
+
+def memory_of(offload: Offload) -> str | None:
+    """llama.cpp's device that attention and hot neurons can both be on; None where that is not so."""
+    found = [gpu.name for gpu in offload.gpus[:1] if re.fullmatch(rf"{PREFIX}\d+", gpu.name)]
+    return found[0] if found and gpu_module() is not None else None
 
 
 def share(

@@ -30,7 +30,7 @@ from tsconv.native.threads import check_threads, use_threads
 from tsconv.runtime.binding import NativeModel, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
-from tsconv.runtime.hybrid import Share, share
+from tsconv.runtime.hybrid import Share, memory_of, share
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
 from tsconv.runtime.residency import Residency, place_in_memory
@@ -205,6 +205,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
         self.budget = self._choose_budget(ram_budget, n_ctx)
+        shared = None if lora_path or self.sparsity == "dense" else memory_of(self.offload)
+        if shared is not None:
+            self._native.keep_on_gpu(shared)
         self._load(
             path,
             preload,

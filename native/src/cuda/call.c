@@ -55,6 +55,20 @@ static void make_segments(struct tsffn_cuda_queue * queue) {
     }
 }
 
+// Whether the tokens' x follow each other.
+static bool is_packed(const struct tsffn_call * call, int64_t n_embd) {
+    return call->x_stride == (size_t)n_embd * sizeof(float) || call->n_tokens == 1;
+}
+
+// Whether the rows of y are resident, and follow each other as the kernel writes them.
+static bool is_in_place(const struct tsffn_cuda_queue * queue, int64_t n_embd) {
+    bool in_place = queue->is_resident;
+    for (int64_t r = 0; r < queue->call->n_rows; ++r) {
+        in_place = in_place && queue->y[r] == queue->y[0] + r * n_embd;
+    }
+    return in_place;
+}
+
 static void make_args(struct tsffn_cuda_queue * queue) {
     const struct tsffn_cuda_layer * layer = queue->layer;
     const struct buffers * b = &queue->device;
@@ -73,12 +87,12 @@ static void make_args(struct tsffn_cuda_queue * queue) {
         .threshold = layer->threshold,
         .on_when_equal = layer->on_when_equal,
         .pred_scale = layer->pred_scale,
-        .x = b->x,
+        .x = queue->is_resident && is_packed(queue->call, layer->n_embd) ? queue->resident_x : b->x,
         .hidden = b->hidden,
         .masks = queue->masks != MASKS_ALL_ON ? b->masks : NULL,
         .h = b->h,
         .partial = b->partial,
-        .y = b->y,
+        .y = is_in_place(queue, layer->n_embd) ? queue->y[0] : b->y,
         .counts = b->counts,
     };
     make_segments(queue);
@@ -92,14 +106,34 @@ static size_t row_floats(const struct tsffn_cuda_queue * queue, int64_t n) {
     return (size_t)queue->args.n_rows * (size_t)n * sizeof(float);
 }
 
-static bool enqueue_inputs(struct tsffn_cuda_queue * queue, const uint32_t * masks) {
+// Whether a resident x is copied to the host, for the neurons that it computes.
+static bool x_goes(const struct tsffn_cuda_queue * queue) {
+    return queue->is_resident && !queue->layer->complete;
+}
+
+// A resident x stays where it is, if the kernels can read it there.
+static bool enqueue_x(struct tsffn_cuda_queue * queue) {
     const struct tsffn_call * call = queue->call;
     const size_t bytes = (size_t)queue->layer->n_embd * sizeof(float);
-    for (int64_t t = 0; t < call->n_tokens; ++t) {
-        memcpy((char *)queue->host.x + (size_t)t * bytes, call->x + (size_t)t * call->x_stride, bytes);
-    }
     struct tsffn_gpu * gpu = &queue->gpu;
-    if (!tsffn_gpu_copy(gpu, queue->stream, queue->device.x, queue->host.x, (size_t)call->n_tokens * bytes)) {
+    if (!queue->is_resident) {
+        for (int64_t t = 0; t < call->n_tokens; ++t) {
+            memcpy((char *)queue->host.x + (size_t)t * bytes, call->x + (size_t)t * call->x_stride, bytes);
+        }
+        return tsffn_gpu_copy(gpu, queue->stream, queue->device.x, queue->host.x, (size_t)call->n_tokens * bytes);
+    }
+    bool ok = true;
+    for (int64_t t = 0; ok && queue->args.x == queue->device.x && t < call->n_tokens; ++t) {
+        ok = tsffn_gpu_copy(gpu, queue->stream, (char *)queue->device.x + (size_t)t * bytes,
+                            (const char *)queue->resident_x + (size_t)t * call->x_stride, bytes);
+    }
+    return ok && (!x_goes(queue) ||
+                  tsffn_gpu_copy(gpu, queue->stream, queue->host.x, queue->args.x, (size_t)call->n_tokens * bytes));
+}
+
+static bool enqueue_inputs(struct tsffn_cuda_queue * queue, const uint32_t * masks) {
+    struct tsffn_gpu * gpu = &queue->gpu;
+    if (!enqueue_x(queue)) {
         return false;
     }
     if (queue->masks != MASKS_GIVEN) {
@@ -109,8 +143,12 @@ static bool enqueue_inputs(struct tsffn_cuda_queue * queue, const uint32_t * mas
     return tsffn_gpu_copy(gpu, queue->stream, queue->device.masks, queue->host.masks, mask_bytes(queue));
 }
 
+// Copies the masks, if the device has made any; masks_done comes after them, and after x.
 static bool copy_masks(struct tsffn_cuda_queue * queue) {
     queue->masks_on_host = true;
+    if (queue->masks != MASKS_PREDICTED) {
+        return tsffn_gpu_record(&queue->gpu, queue->masks_done, queue->stream);
+    }
     return tsffn_gpu_copy(&queue->gpu, queue->stream, queue->host.masks, queue->device.masks, mask_bytes(queue)) &&
            tsffn_gpu_record(&queue->gpu, queue->masks_done, queue->stream);
 }
@@ -135,7 +173,8 @@ static bool enqueue_neurons(struct tsffn_cuda_queue * queue) {
 }
 
 bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
-                      const struct tsffn_call * call, const uint32_t * masks, char * error, size_t error_size) {
+                      const struct tsffn_call * call, const uint32_t * masks,
+                      const struct tsffn_cuda_resident * resident, char * error, size_t error_size) {
     if (!fits(queue, layer, call, masks != NULL, error, error_size)) {
         return false;
     }
@@ -144,8 +183,12 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
     queue->masks = masks != NULL ? MASKS_GIVEN : layer->max_rank != 0 ? MASKS_PREDICTED : MASKS_ALL_ON;
     queue->masks_on_host = queue->masks == MASKS_GIVEN;
     queue->wants_h = false;
+    queue->is_resident = resident != NULL;
+    queue->resident_x = resident != NULL ? resident->x : NULL;
+    queue->y_done = resident != NULL ? resident->done : NULL;
     for (int64_t r = 0; r < call->n_rows; ++r) {
-        queue->wants_h = queue->wants_h || call->rows[r].h != NULL;
+        queue->wants_h = queue->wants_h || (resident == NULL && call->rows[r].h != NULL);
+        queue->y[r] = resident != NULL ? resident->y[r] : NULL;
     }
     make_args(queue);
     queue->state = BEGUN;
@@ -153,7 +196,9 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
         return true;
     }
     struct tsffn_gpu * gpu = &queue->gpu;
-    if (!tsffn_gpu_use(gpu) || !enqueue_inputs(queue, masks) || !tsffn_gpu_record(gpu, queue->begins, queue->stream) ||
+    if (!tsffn_gpu_use(gpu) || (resident != NULL && !tsffn_gpu_wait(gpu, queue->stream, resident->ready)) ||
+        !enqueue_inputs(queue, masks) || (queue->masks != MASKS_PREDICTED && x_goes(queue) && !copy_masks(queue)) ||
+        !tsffn_gpu_record(gpu, queue->begins, queue->stream) ||
         (queue->masks == MASKS_PREDICTED && !enqueue_predictor(queue)) || !enqueue_neurons(queue) ||
         !tsffn_gpu_record(gpu, queue->ends, queue->stream)) {
         return abandon(queue, error, error_size);
@@ -168,7 +213,8 @@ static uint32_t all_on(int64_t n_ff, int64_t word) {
     return left >= 32 ? ~(uint32_t)0 : ((uint32_t)1 << left) - 1;
 }
 
-const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, char * error, size_t error_size) {
+const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, const float ** x, char * error,
+                                        size_t error_size) {
     if (queue->state == IDLE) {
         tsffn_fail(error, error_size, "CUDA: masks of no call");
         return NULL;
@@ -178,16 +224,29 @@ const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, char * 
         for (int64_t i = 0; i < queue->args.n_rows * n_words; ++i) {
             queue->host.masks[i] = all_on(queue->args.n_ff, i % n_words);
         }
-    } else if (queue->masks == MASKS_PREDICTED && queue->args.n_rows > 0) {
-        if ((!queue->masks_on_host && !copy_masks(queue)) || !tsffn_gpu_await(&queue->gpu, queue->masks_done)) {
-            abandon(queue, error, error_size);
-            return NULL;
-        }
     }
+    // After the masks, or x without them.
+    const bool copied = queue->masks == MASKS_PREDICTED || x_goes(queue);
+    if (copied && queue->args.n_rows > 0 &&
+        ((!queue->masks_on_host && !copy_masks(queue)) || !tsffn_gpu_await(&queue->gpu, queue->masks_done))) {
+        abandon(queue, error, error_size);
+        return NULL;
+    }
+    *x = queue->host.x;
     return queue->host.masks;
 }
 
 // ---- ending
+
+// A resident y, which may have been written there already.
+static bool enqueue_y(struct tsffn_cuda_queue * queue) {
+    const size_t bytes = (size_t)queue->args.n_embd * sizeof(float);
+    bool ok = true;
+    for (int64_t r = 0; ok && queue->args.y == queue->device.y && r < queue->args.n_rows; ++r) {
+        ok = tsffn_gpu_copy(&queue->gpu, queue->stream, queue->y[r], queue->device.y + r * queue->args.n_embd, bytes);
+    }
+    return ok && tsffn_gpu_record(&queue->gpu, queue->y_done, queue->stream);
+}
 
 static bool enqueue_results(struct tsffn_cuda_queue * queue, const float * others) {
     struct tsffn_gpu * gpu = &queue->gpu;
@@ -201,9 +260,11 @@ static bool enqueue_results(struct tsffn_cuda_queue * queue, const float * other
     }
     const size_t counts = (size_t)queue->args.n_segments * (size_t)tsffn_cuda_neuron_blocks(queue->args.n_ff) *
                           TSFFN_CUDA_COUNTS * sizeof(uint32_t);
+    const bool is_resident = queue->is_resident;
     const bool copies_masks = queue->wants_h && queue->masks == MASKS_PREDICTED && !queue->masks_on_host;
     return tsffn_gpu_launched(gpu, "combine", tsffn_cuda_launch_combine(&queue->args, queue->stream)) &&
-           tsffn_gpu_copy(gpu, queue->stream, queue->host.y, queue->device.y, y_bytes) &&
+           (is_resident || tsffn_gpu_copy(gpu, queue->stream, queue->host.y, queue->device.y, y_bytes)) &&
+           (!is_resident || enqueue_y(queue)) &&
            tsffn_gpu_copy(gpu, queue->stream, queue->host.counts, queue->device.counts, counts) &&
            (!queue->wants_h ||
             tsffn_gpu_copy(gpu, queue->stream, queue->host.h, queue->device.h, row_floats(queue, queue->args.n_ff))) &&
@@ -279,7 +340,7 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
     }
     counts->ns_ffn += ns;
     const struct tsffn_row * rows = queue->call->rows;
-    for (int64_t r = 0; r < queue->args.n_rows; ++r) {
+    for (int64_t r = 0; !queue->is_resident && r < queue->args.n_rows; ++r) {
         memcpy(rows[r].y, queue->host.y + r * queue->args.n_embd, (size_t)queue->args.n_embd * sizeof(float));
         if (rows[r].h != NULL) {
             write_h(queue, r, rows[r].h);
@@ -287,5 +348,21 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
     }
     add_counts(queue, counts);
     queue->state = IDLE;
+    return true;
+}
+
+bool tsffn_cuda_fetch(struct tsffn_cuda_queue * queue, void * ready, const void * from, void * to, size_t bytes,
+                      char * error, size_t error_size) {
+    struct tsffn_gpu * gpu = &queue->gpu;
+    const size_t room = (size_t)queue->sizes.n_tokens * (size_t)queue->sizes.n_embd * sizeof(float);
+    if (queue->state != IDLE || bytes > room) {
+        return tsffn_fail(error, error_size, "CUDA: fetching: expected at most %zu bytes between two calls, found %zu",
+                          room, bytes);
+    }
+    if (!tsffn_gpu_use(gpu) || !tsffn_gpu_wait(gpu, queue->stream, ready) ||
+        !tsffn_gpu_copy(gpu, queue->stream, queue->host.x, from, bytes) || !tsffn_gpu_drain(gpu, queue->stream)) {
+        return abandon(queue, error, error_size);
+    }
+    memcpy(to, queue->host.x, bytes);
     return true;
 }

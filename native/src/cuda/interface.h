@@ -38,6 +38,14 @@ struct tsffn_cuda_sizes {
     int64_t n_tokens, n_rows;       // of a call: up to TSFFN_CUDA_MAX_ROWS rows
 };
 
+// x and y of a call in the device's memory, where another library computes what comes before and after. Its rows have
+// no y then, nor h.
+struct tsffn_cuda_resident {
+    const void * x;     // in place of the call's
+    float * const * y;  // [n_rows] rows of n_embd floats
+    void *ready, *done; // cudaEvent_t: one that x is there after, and one to record when y is
+};
+
 struct tsffn_cuda_module {
     int version; // TSFFN_CUDA_VERSION
     const char * name;
@@ -68,12 +76,14 @@ struct tsffn_cuda_module {
     void (*close_queue)(struct tsffn_cuda_queue * queue);
 
     // Begins call->op FUSED, not dense, without profile. `masks` [n_rows][mask words], or NULL: the predictor decides;
-    // without one every neuron is on. x and masks are copied before it returns. A row's sums do not depend on the other
-    // rows, and are the same on every device.
+    // without one every neuron is on. x and masks are copied before it returns, unless x is resident. A row's sums do
+    // not depend on the other rows, and are the same on every device.
     bool (*begin)(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
-                  const struct tsffn_call * call, const uint32_t * masks, char * error, size_t error_size);
-    // The masks of the call, [n_rows][mask words] for all n_ff neurons, until the next call. NULL: failed.
-    const uint32_t * (*await_masks)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
+                  const struct tsffn_call * call, const uint32_t * masks, const struct tsffn_cuda_resident * resident,
+                  char * error, size_t error_size);
+    // The masks of the call, [n_rows][mask words] for all n_ff neurons, until the next call. NULL: failed. Where x is
+    // resident and some neurons are not the device's, *x [n_tokens][n_embd] is a copy that lives as long.
+    const uint32_t * (*await_masks)(struct tsffn_cuda_queue * queue, const float ** x, char * error, size_t error_size);
     // `others` [n_rows][n_embd]: what the caller adds to y; NULL: nothing. It is copied before this returns.
     bool (*end)(struct tsffn_cuda_queue * queue, const float * others, char * error, size_t error_size);
     // 1: the call is computed; 0: not yet; -1: failed.
@@ -82,6 +92,10 @@ struct tsffn_cuda_module {
     // the device computed: neurons, predicted, gate_positive, active are those of the range, ns_ffn is the device's
     // time for the predictor and them. The call and its rows must still be there.
     bool (*await)(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);
+    // Copies bytes of the device's memory that are there after the event `ready`, between two calls, and waits for
+    // them.
+    bool (*fetch)(struct tsffn_cuda_queue * queue, void * ready, const void * from, void * to, size_t bytes,
+                  char * error, size_t error_size);
 };
 
 // What the library exports under this name.

@@ -101,6 +101,7 @@ const struct tsffn_cuda_module * tsffn_cuda_module(void) {
         .end = tsffn_cuda_end,
         .poll = tsffn_cuda_poll,
         .await = tsffn_cuda_await,
+        .fetch = tsffn_cuda_fetch,
     };
     return &module;
 }

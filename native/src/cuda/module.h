@@ -73,8 +73,12 @@ void tsffn_cuda_close_queue(struct tsffn_cuda_queue * queue);
 
 // call.c
 bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
-                      const struct tsffn_call * call, const uint32_t * masks, char * error, size_t error_size);
-const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
+                      const struct tsffn_call * call, const uint32_t * masks,
+                      const struct tsffn_cuda_resident * resident, char * error, size_t error_size);
+const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, const float ** x, char * error,
+                                        size_t error_size);
+bool tsffn_cuda_fetch(struct tsffn_cuda_queue * queue, void * ready, const void * from, void * to, size_t bytes,
+                      char * error, size_t error_size);
 bool tsffn_cuda_end(struct tsffn_cuda_queue * queue, const float * others, char * error, size_t error_size);
 int tsffn_cuda_poll(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
 bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);

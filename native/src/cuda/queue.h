@@ -37,6 +37,10 @@ struct tsffn_cuda_queue {
     enum masks masks;
     bool masks_on_host; // or on their way, which masks_done ends
     bool wants_h;
+    bool is_resident; // x and y are in memory of the device that is not the queue's
+    const void * resident_x;
+    float * y[TSFFN_CUDA_MAX_ROWS]; // of each row, when it is
+    void * y_done;
     const struct tsffn_cuda_layer * layer;
     const struct tsffn_call * call;
     struct tsffn_cuda_args args;

@@ -139,6 +139,10 @@ bool tsffn_gpu_record(tsffn_gpu * gpu, void * event, void * stream) {
     return check(gpu, "cudaEventRecord", cudaEventRecord(event_of(event), stream_of(stream)));
 }
 
+bool tsffn_gpu_wait(tsffn_gpu * gpu, void * stream, void * event) {
+    return check(gpu, "cudaStreamWaitEvent", cudaStreamWaitEvent(stream_of(stream), event_of(event), 0));
+}
+
 bool tsffn_gpu_launched(tsffn_gpu * gpu, const char * kernel, int error) {
     return check(gpu, kernel, (cudaError_t)error);
 }

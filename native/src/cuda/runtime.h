@@ -47,6 +47,8 @@ void tsffn_gpu_event_free(struct tsffn_gpu * gpu, void * event);
 // Enqueued on a stream. Addresses may be the host's, of tsffn_gpu_allocate_host, or the device's.
 bool tsffn_gpu_copy(struct tsffn_gpu * gpu, void * stream, void * to, const void * from, size_t bytes);
 bool tsffn_gpu_record(struct tsffn_gpu * gpu, void * event, void * stream);
+// What is enqueued from now on waits for the event.
+bool tsffn_gpu_wait(struct tsffn_gpu * gpu, void * stream, void * event);
 // What a launch returned.
 bool tsffn_gpu_launched(struct tsffn_gpu * gpu, const char * kernel, int error);
 

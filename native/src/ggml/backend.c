@@ -20,6 +20,7 @@ static const char * backend_get_name(ggml_backend_t backend) {
 
 static void backend_free(ggml_backend_t backend) {
     struct tsffn_stream * stream = backend->context;
+    tsffn_resident_free(stream->resident);
     if (stream->device != NULL) {
         stream->device->close(stream->scratch);
     }
@@ -41,6 +42,39 @@ static const struct ggml_backend_i backend_interface = {
     .get_tensor_2d_async = NULL,
     .cpy_tensor_async = NULL,
     .synchronize = NULL,
+    .graph_plan_create = NULL,
+    .graph_plan_free = NULL,
+    .graph_plan_update = NULL,
+    .graph_plan_compute = NULL,
+    .graph_compute = backend_graph_compute,
+    .event_record = NULL,
+    .event_wait = NULL,
+    .graph_optimize = NULL,
+};
+
+// Of a backend whose FFNs share a GPU's memory with what is around them: nothing is copied.
+static bool backend_cpy_tensor_async(ggml_backend_t from, ggml_backend_t to, const tsffn_tensor * src,
+                                     tsffn_tensor * dst) {
+    if (to->iface.cpy_tensor_async != backend_cpy_tensor_async) {
+        return false;
+    }
+    struct tsffn_stream * stream = to->context;
+    return tsffn_resident_note(stream->resident, from, src, dst);
+}
+
+static void backend_synchronize(ggml_backend_t backend) {
+    tsffn_finish_graph(backend->context);
+}
+
+static const struct ggml_backend_i resident_interface = {
+    .get_name = backend_get_name,
+    .free = backend_free,
+    .set_tensor_async = NULL,
+    .get_tensor_async = NULL,
+    .set_tensor_2d_async = NULL,
+    .get_tensor_2d_async = NULL,
+    .cpy_tensor_async = backend_cpy_tensor_async,
+    .synchronize = backend_synchronize,
     .graph_plan_create = NULL,
     .graph_plan_free = NULL,
     .graph_plan_update = NULL,
@@ -110,10 +144,13 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * p
     tsffn_residency_loaded();
     tsffn_place_from_environment();
     stream->n_threads = omp_get_max_threads();
+    if (model != NULL && model->resident_on[0] != '\0') {
+        stream->resident = tsffn_resident_new(model->resident_on, dev);
+    }
     *backend = (struct ggml_backend){
         .guid = &guid,
-        .iface = backend_interface,
-        .device = dev,
+        .iface = stream->resident != NULL ? resident_interface : backend_interface,
+        .device = stream->resident != NULL ? tsffn_resident_device(stream->resident) : dev,
         .context = stream,
     };
     return backend;

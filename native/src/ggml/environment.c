@@ -111,7 +111,7 @@ static bool read_bytes(const char * name, uint64_t * bytes, char * error, size_t
 
 // TSFFN_GPU: the number of the GPU that shares the model; TSFFN_VRAM_BUDGET: bytes of its memory at most, what is free
 // but for 1 GiB where it is not set; TSFFN_GPU_HOT: neurons of each FFN at most.
-static bool read_gpu(const struct tsffn_model * model, char * error, size_t error_size) {
+static bool read_gpu(struct tsffn_model * model, char * error, size_t error_size) {
     uint64_t gpu = INT32_MAX;
     asked.vram = UINT64_MAX;
     if (!read_bytes("TSFFN_GPU", &gpu, error, error_size) ||
@@ -121,6 +121,11 @@ static bool read_gpu(const struct tsffn_model * model, char * error, size_t erro
     }
     asked.gpu = (int32_t)gpu;
     atomic_store(&asked.share, gpu < INT32_MAX);
+    if (gpu < INT32_MAX) {
+        char device[32];
+        snprintf(device, sizeof(device), "CUDA%d", asked.gpu);
+        tsffn_model_gpu_memory(model, device);
+    }
     return true;
 }
 

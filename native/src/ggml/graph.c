@@ -181,6 +181,13 @@ static bool end_reading(const struct tsffn_weight * weight) {
     return ok;
 }
 
+static void complain(struct tsffn_hybrid * hybrid) {
+    const char * complaint = tsffn_hybrid_complaint(hybrid);
+    if (complaint != NULL) {
+        tsffn_log_error("%s", complaint);
+    }
+}
+
 // The call on the GPU and the CPU together, as far as the GPU takes part in it. False: out of memory.
 static bool compute_call(struct tsffn_stream * stream, const struct tsffn_weight * weight, const void * prepared,
                          const struct tsffn_call * call, struct tsffn_counts * counts) {
@@ -194,45 +201,62 @@ static bool compute_call(struct tsffn_stream * stream, const struct tsffn_weight
     const struct tsffn_hybrid_host host = {stream->device, stream->scratch, prepared};
     struct tsffn_hybrid_counts of_gpu;
     const bool computed = tsffn_hybrid_compute(hybrid, weight->layer, &host, call, counts, &of_gpu);
-    const char * complaint = tsffn_hybrid_complaint(hybrid);
-    if (complaint != NULL) {
-        tsffn_log_error("%s", complaint);
-    }
+    complain(hybrid);
     if (of_gpu.took_part) {
         tsffn_model_count_gpu(weight->model, weight->layer, &of_gpu);
     }
     return computed;
 }
 
-// Computes the rows of `out`, and of `h` where there is one, from activations `x` with the layer of a weight.
-static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
-                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
-                                const tsffn_tensor * out) {
-    const uint64_t start_ns = now_ns();
-    const void * layer = tsffn_loaded_prepared(weight);
-    if (layer == NULL || !open_device(stream, weight)) {
-        return GGML_STATUS_ALLOC_FAILED;
-    }
-    int64_t n_rows;
-    const enum ggml_status status = list_rows(stream, weight->model, x, ids, h, out, &n_rows);
-    if (status != GGML_STATUS_SUCCESS) {
-        return status;
-    }
+// A call of `op`, without its rows.
+static struct tsffn_call call_of(const struct tsffn_stream * stream, enum tsffn_op op,
+                                 const struct tsffn_weight * weight, const tsffn_tensor * x, const tsffn_tensor * ids) {
     // A token's activations: dense x is [n, n_tokens], MoE x is [n, 1 or n_used, n_tokens].
     const bool row_per_slot = ids == NULL || x->ne[1] != 1;
-    struct tsffn_profile profile;
-    const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
-    const struct tsffn_call call = {
+    return (struct tsffn_call){
         .op = op,
-        .rows = stream->rows,
-        .n_rows = n_rows,
+        .n_rows = ids != NULL ? ids->ne[0] * ids->ne[1] : x->ne[1],
         .x = x->data,
         .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
         .n_tokens = x->ne[1] * x->ne[2],
         .n_threads = stream->n_threads,
         .dense = weight->model->sparsity == TSFFN_SPARSITY_DENSE,
-        .profile = profiling ? &profile : NULL,
     };
+}
+
+static void count_call(struct tsffn_stream * stream, const struct tsffn_weight * weight, const struct tsffn_call * call,
+                       uint64_t start_ns, const struct tsffn_counts * counts) {
+    if (call->op != TSFFN_OP_FUSED) {
+        tsffn_model_count_single(weight->model, weight->layer);
+        stream->next_layer = 0;
+        return;
+    }
+    // Every graph begins at layer 0, so the layer before was computed in the same one.
+    const bool follows = weight->layer > 0 && weight->layer == stream->next_layer;
+    tsffn_model_count(weight->model, weight->layer, call->n_rows, follows ? start_ns - stream->last_end_ns : 0, counts);
+    stream->next_layer = weight->layer + 1;
+    stream->last_end_ns = now_ns();
+}
+
+// Computes the rows of `out`, and of `h` where there is one, from activations `x` with the layer of a weight. All of
+// them are in the host's memory.
+static enum ggml_status compute_here(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
+                                     const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                     const tsffn_tensor * out) {
+    const uint64_t start_ns = now_ns();
+    const void * layer = tsffn_loaded_prepared(weight);
+    if (layer == NULL || !open_device(stream, weight)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    struct tsffn_call call = call_of(stream, op, weight, x, ids);
+    const enum ggml_status status = list_rows(stream, weight->model, x, ids, h, out, &call.n_rows);
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    struct tsffn_profile profile;
+    const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
+    call.rows = stream->rows;
+    call.profile = profiling ? &profile : NULL;
     struct tsffn_counts counts = {0};
     begin_reading(weight, &call);
     const bool computed = compute_call(stream, weight, layer, &call, &counts);
@@ -246,20 +270,95 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
     if (!read) {
         return GGML_STATUS_FAILED;
     }
-    if (op == TSFFN_OP_FUSED) {
-        // Every graph begins at layer 0, so the layer before was computed in the same one.
-        const bool follows = weight->layer > 0 && weight->layer == stream->next_layer;
-        tsffn_model_count(weight->model, weight->layer, n_rows, follows ? start_ns - stream->last_end_ns : 0, &counts);
-        stream->next_layer = weight->layer + 1;
-        stream->last_end_ns = now_ns();
-    } else {
-        tsffn_model_count_single(weight->model, weight->layer);
-        stream->next_layer = 0;
-    }
+    count_call(stream, weight, &call, start_ns, &counts);
     return GGML_STATUS_SUCCESS;
 }
 
-static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn_tensor * op) {
+// The FFN whose x and y are in the GPU's memory, with a hybrid that takes it. False: it is not computed.
+static bool compute_there(struct tsffn_stream * stream, struct tsffn_hybrid * hybrid,
+                          const struct tsffn_weight * weight, const tsffn_tensor * x, const tsffn_tensor * ids,
+                          const tsffn_tensor * out) {
+    const uint64_t start_ns = now_ns();
+    struct tsffn_resident * r = stream->resident;
+    const void * layer = tsffn_loaded_prepared(weight);
+    const tsffn_tensor * real_x = tsffn_resident_real(r, x);
+    struct tsffn_call call = call_of(stream, TSFFN_OP_FUSED, weight, x, ids);
+    call.x = real_x->data;
+    if (layer == NULL || !open_device(stream, weight) || !tsffn_hybrid_takes_resident(hybrid, weight->layer, &call)) {
+        return false;
+    }
+    stream->hybrid = hybrid; // of which something may be on its way from now on
+    void * ready = tsffn_resident_ready(r);
+    tsffn_tensor host_ids;
+    if (ids != NULL) {
+        const tsffn_tensor * real_ids = tsffn_resident_real(r, ids);
+        const bool is_there = tsffn_resident_has(r, real_ids);
+        if (!tsffn_resident_to_host(r, 0, ids, false, &host_ids) ||
+            (is_there && !tsffn_hybrid_fetch(hybrid, ready, real_ids->data, host_ids.data, ggml_nbytes(real_ids)))) {
+            return false;
+        }
+    }
+    if (list_rows(stream, weight->model, x, ids != NULL ? &host_ids : NULL, NULL, out, &call.n_rows) !=
+        GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    float * y[TSFFN_CUDA_MAX_ROWS];
+    for (int64_t i = 0; i < call.n_rows; ++i) {
+        y[i] = stream->rows[i].y;
+    }
+    call.rows = stream->rows;
+    const struct tsffn_cuda_resident resident = {
+        .x = call.x,
+        .y = y,
+        .ready = ready,
+        .done = tsffn_resident_done(r),
+    };
+    const struct tsffn_hybrid_host host = {stream->device, stream->scratch, layer};
+    struct tsffn_counts counts = {0};
+    begin_reading(weight, &call);
+    const bool computed = tsffn_hybrid_compute_resident(hybrid, weight->layer, &host, &call, &resident, &counts);
+    if (!end_reading(weight) || !computed) {
+        complain(hybrid);
+        return false;
+    }
+    tsffn_resident_wait(r);
+    count_call(stream, weight, &call, start_ns, &counts);
+    return true;
+}
+
+// compute_here with tensors that may be in the GPU's memory.
+static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, const struct tsffn_weight * weight,
+                                const tsffn_tensor * x, const tsffn_tensor * ids, const tsffn_tensor * h,
+                                tsffn_tensor * out) {
+    struct tsffn_resident * r = stream->resident;
+    if (r == NULL) {
+        return compute_here(stream, op, weight, x, ids, h, out);
+    }
+    struct tsffn_hybrid * hybrid = tsffn_loaded_hybrid(weight);
+    const bool is_there = tsffn_resident_has(r, tsffn_resident_real(r, x)) && tsffn_resident_has(r, out);
+    if (op == TSFFN_OP_FUSED && hybrid != NULL && is_there && weight->model->profile == NULL &&
+        compute_there(stream, hybrid, weight, x, ids, out)) {
+        return GGML_STATUS_SUCCESS;
+    }
+    tsffn_tensor host_x, host_ids, host_out;
+    if (!tsffn_finish_graph(stream)) {
+        return GGML_STATUS_FAILED;
+    }
+    if (!tsffn_resident_to_host(r, 0, x, true, &host_x) ||
+        (ids != NULL && !tsffn_resident_to_host(r, 1, ids, true, &host_ids)) ||
+        !tsffn_resident_to_host(r, 2, out, false, &host_out)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    // Nobody reads h of an FFN that is computed as a whole.
+    const enum ggml_status status =
+        compute_here(stream, op, weight, &host_x, ids != NULL ? &host_ids : NULL, NULL, &host_out);
+    if (status == GGML_STATUS_SUCCESS) {
+        tsffn_resident_from_host(r, &host_out, out);
+    }
+    return status;
+}
+
+static enum ggml_status compute_matmul(struct tsffn_stream * stream, tsffn_tensor * op) {
     static const enum tsffn_op ops[TSFFN_N_PARTS] = {
         [TSFFN_PART_GATE] = TSFFN_OP_GATE, [TSFFN_PART_UP] = TSFFN_OP_UP, [TSFFN_PART_DOWN] = TSFFN_OP_DOWN};
     const struct tsffn_weight * weight = tsffn_weight_of(op->src[0]);
@@ -277,8 +376,8 @@ static enum ggml_status compute_matmul(struct tsffn_stream * stream, const tsffn
                                       : GGML_STATUS_FAILED;
 }
 
-// h of gate and up; the predictor's mask is already in gate, as zeros.
-static enum ggml_status compute_glu(const tsffn_tensor * op) {
+// h of gate and up, in the host's memory; the predictor's mask is already in gate, as zeros.
+static enum ggml_status compute_glu_here(const tsffn_tensor * op) {
     const tsffn_tensor * gate = op->src[0];
     const tsffn_tensor * up = op->src[1];
     struct tsffn_weight weight;
@@ -315,6 +414,25 @@ static enum ggml_status compute_glu(const tsffn_tensor * op) {
     return GGML_STATUS_SUCCESS;
 }
 
+static enum ggml_status compute_glu(struct tsffn_stream * stream, tsffn_tensor * op) {
+    struct tsffn_resident * r = stream->resident;
+    if (r == NULL) {
+        return compute_glu_here(op);
+    }
+    tsffn_tensor gate, up, host;
+    if (!tsffn_resident_to_host(r, 0, op->src[0], true, &gate) ||
+        !tsffn_resident_to_host(r, 1, op->src[1], true, &up) || !tsffn_resident_to_host(r, 2, op, false, &host)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    host.src[0] = &gate;
+    host.src[1] = &up;
+    const enum ggml_status status = compute_glu_here(&host);
+    if (status == GGML_STATUS_SUCCESS) {
+        tsffn_resident_from_host(r, &host, op);
+    }
+    return status;
+}
+
 static bool is_computed(const tsffn_tensor * node) {
     return node->op != GGML_OP_NONE && node->op != GGML_OP_RESHAPE && node->op != GGML_OP_VIEW &&
            node->op != GGML_OP_PERMUTE && node->op != GGML_OP_TRANSPOSE &&
@@ -346,6 +464,16 @@ static bool is_ffn(tsffn_tensor * const op[4], const struct tsffn_weight ** weig
            ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT) == 0;
 }
 
+bool tsffn_finish_graph(struct tsffn_stream * stream) {
+    struct tsffn_hybrid * hybrid = stream->hybrid;
+    stream->hybrid = NULL;
+    if (hybrid == NULL || tsffn_hybrid_finish(hybrid)) {
+        return true;
+    }
+    complain(hybrid);
+    return false;
+}
+
 enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph) {
     tsffn_share_from_environment(); // by now llama.cpp has taken what it needs of a GPU's memory
     const int n_nodes = ggml_graph_n_nodes(graph);
@@ -375,7 +503,7 @@ enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_c
                          : GGML_STATUS_FAILED;
             i = after[3];
         } else {
-            status = is_matmul(op[0]) ? compute_matmul(stream, op[0]) : compute_glu(op[0]);
+            status = is_matmul(op[0]) ? compute_matmul(stream, op[0]) : compute_glu(stream, op[0]);
             i = after[0];
         }
         if (status != GGML_STATUS_SUCCESS) {

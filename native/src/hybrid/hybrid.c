@@ -29,7 +29,11 @@ struct tsffn_hybrid {
     bool * compared;       // [n_layer]
     uint32_t * masks;      // [MAX_ROWS][mask words] of a predictor that the CPU computes
     struct tsffn_row rows[MAX_ROWS];
-    atomic_bool failed; // from now on the CPU computes everything
+    struct tsffn_hybrid_counter counter;
+    bool is_pending; // the queue computes a resident call of this layer
+    int64_t pending;
+    uint64_t ns_pending; // that was waited for it until now
+    atomic_bool failed;  // from now on the CPU computes everything
     bool complained;
     char complaint[512];
 };
@@ -102,8 +106,8 @@ static void count_share(const struct tsffn_hybrid * h, struct tsffn_gpu_share * 
 }
 
 struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
-                                        const int32_t * hot, struct tsffn_gpu_share * share, char * error,
-                                        size_t error_size) {
+                                        const int32_t * hot, struct tsffn_hybrid_counter counter,
+                                        struct tsffn_gpu_share * share, char * error, size_t error_size) {
     *share = (struct tsffn_gpu_share){0};
     const struct tsffn_cuda_module * module = tsffn_cuda_module_in_use(error, error_size);
     if (module == NULL) {
@@ -116,6 +120,7 @@ struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * l
     }
     h->module = module;
     h->layers = layers;
+    h->counter = counter;
     pthread_mutex_init(&h->mutex, NULL);
     const size_t n_embd = (size_t)layers[0].n_embd, words = (size_t)tsffn_mask_words(layers[0].n_ff);
     h->on_gpu = calloc((size_t)n_layer, sizeof(*h->on_gpu));
@@ -207,6 +212,8 @@ struct sharing {
     const struct tsffn_range * ranges; // [n_ffns]
     const struct tsffn_hybrid_host * host;
     const struct tsffn_call * call;
+    const struct tsffn_cuda_resident * resident; // NULL: x and y are the host's
+    const float * x;                             // the host's copy of a resident x
     struct tsffn_counts * counts;
     char error[512];
 };
@@ -242,6 +249,10 @@ static bool compute_others(struct sharing * s, const uint32_t * masks) {
     struct tsffn_call call = call_into(s, s->h->others);
     call.elsewhere = s->ranges;
     call.masks = masks;
+    if (s->resident != NULL) {
+        call.x = (const char *)s->x;
+        call.x_stride = (size_t)s->layer->n_embd * sizeof(float);
+    }
     return compute_on_host(s, &call);
 }
 
@@ -290,21 +301,22 @@ static enum outcome share_call(struct sharing * s, struct tsffn_counts * of_gpu,
         masks = h->masks;
     }
     uint64_t begin = now_ns();
-    if (!module->begin(h->queue, s->on_gpu, s->call, masks, s->error, sizeof(s->error))) {
+    if (!module->begin(h->queue, s->on_gpu, s->call, masks, s->resident, s->error, sizeof(s->error))) {
         return GPU_FAILED;
     }
     const bool complete = is_complete(s);
-    if (!complete && predicts) {
-        masks = module->await_masks(h->queue, s->error, sizeof(s->error));
-        if (masks == NULL) {
+    if (!complete && (predicts || s->resident != NULL)) {
+        const uint32_t * found = module->await_masks(h->queue, &s->x, s->error, sizeof(s->error));
+        if (found == NULL) {
             return GPU_FAILED;
         }
+        masks = predicts ? found : masks;
     }
     *ns_waiting += now_ns() - begin;
     const bool computed = complete || compute_others(s, masks);
     begin = now_ns();
     if (!module->end(h->queue, computed && !complete ? h->others : NULL, s->error, sizeof(s->error)) ||
-        !module->await(h->queue, of_gpu, s->error, sizeof(s->error))) {
+        (s->resident == NULL && !module->await(h->queue, of_gpu, s->error, sizeof(s->error)))) {
         return GPU_FAILED;
     }
     *ns_waiting += now_ns() - begin;
@@ -333,39 +345,124 @@ static enum outcome compare_and_share(struct sharing * s, struct tsffn_counts * 
     return WRONG;
 }
 
-bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
-                          const struct tsffn_call * call, struct tsffn_counts * counts,
-                          struct tsffn_hybrid_counts * gpu) {
-    struct tsffn_counts of_gpu = {0}, both = {0};
-    struct sharing s = {
+// From now on the CPU computes everything; the first reason is kept.
+static void give_up(struct tsffn_hybrid * h, const char * error) {
+    if (!atomic_load(&h->failed)) {
+        tsffn_fail(h->complaint, sizeof(h->complaint), "%s: from now on the CPU computes all neurons", error);
+        atomic_store(&h->failed, true);
+    }
+}
+
+static struct tsffn_hybrid_counts take_gpu_counts(struct tsffn_counts * of_gpu, uint64_t ns_waiting) {
+    const struct tsffn_hybrid_counts gpu = {
+        .took_part = true,
+        .neurons = of_gpu->neurons,
+        .active = of_gpu->active,
+        .bytes = of_gpu->bytes_predictor + of_gpu->bytes_ffn,
+        .ns_gpu = of_gpu->ns_ffn,
+        .ns_waiting = ns_waiting,
+    };
+    of_gpu->ns_ffn = 0; // the caller's time is counted there
+    return gpu;
+}
+
+// With the mutex: ends the resident call that the queue computes.
+static bool finish(struct tsffn_hybrid * h) {
+    if (!h->is_pending) {
+        return true;
+    }
+    struct tsffn_counts of_gpu = {0};
+    char error[512];
+    h->is_pending = false;
+    const uint64_t begin = now_ns();
+    if (!h->module->await(h->queue, &of_gpu, error, sizeof(error))) {
+        give_up(h, error);
+        return false;
+    }
+    const struct tsffn_hybrid_counts gpu = take_gpu_counts(&of_gpu, h->ns_pending + now_ns() - begin);
+    h->counter.add(h->counter.context, h->pending, &of_gpu, &gpu);
+    return true;
+}
+
+bool tsffn_hybrid_finish(struct tsffn_hybrid * h) {
+    pthread_mutex_lock(&h->mutex);
+    const bool ok = finish(h);
+    pthread_mutex_unlock(&h->mutex);
+    return ok;
+}
+
+static struct sharing sharing_of(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
+                                 const struct tsffn_call * call, struct tsffn_counts * counts) {
+    return (struct sharing){
         .h = h,
         .layer = &h->layers[layer],
         .on_gpu = h->on_gpu[layer],
         .ranges = ranges_of(h, layer),
         .host = host,
         .call = call,
-        .counts = &both,
+        .counts = counts,
     };
-    *gpu = (struct tsffn_hybrid_counts){0};
+}
+
+bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
+                          const struct tsffn_call * call, struct tsffn_counts * counts,
+                          struct tsffn_hybrid_counts * gpu) {
+    struct tsffn_counts of_gpu = {0}, both = {0};
+    uint64_t ns_waiting = 0;
+    struct sharing s = sharing_of(h, layer, host, call, &both);
     pthread_mutex_lock(&h->mutex);
-    const enum outcome outcome =
-        atomic_load(&h->failed) ? GPU_FAILED : compare_and_share(&s, &of_gpu, &gpu->ns_waiting);
-    if ((outcome == GPU_FAILED || outcome == WRONG) && !atomic_load(&h->failed)) {
-        tsffn_fail(h->complaint, sizeof(h->complaint), "%s: from now on the CPU computes all neurons", s.error);
-        atomic_store(&h->failed, true);
+    const bool works = finish(h) && !atomic_load(&h->failed);
+    const enum outcome outcome = works ? compare_and_share(&s, &of_gpu, &ns_waiting) : GPU_FAILED;
+    if (works && (outcome == GPU_FAILED || outcome == WRONG)) {
+        give_up(h, s.error);
     }
     pthread_mutex_unlock(&h->mutex);
+    *gpu = (struct tsffn_hybrid_counts){0};
     if (outcome == GPU_FAILED) {
-        *gpu = (struct tsffn_hybrid_counts){0};
         return host->device->compute(host->scratch, host->prepared, call, counts);
     }
-    gpu->took_part = true;
-    gpu->neurons = of_gpu.neurons;
-    gpu->active = of_gpu.active;
-    gpu->bytes = of_gpu.bytes_predictor + of_gpu.bytes_ffn;
-    gpu->ns_gpu = of_gpu.ns_ffn;
-    of_gpu.ns_ffn = 0; // the caller's time is counted there
+    *gpu = take_gpu_counts(&of_gpu, ns_waiting);
     tsffn_add_counts(counts, &both);
     tsffn_add_counts(counts, &of_gpu);
     return outcome != NO_MEMORY;
+}
+
+// ---- calls in the GPU's memory
+
+bool tsffn_hybrid_takes_resident(const struct tsffn_hybrid * h, int64_t layer, const struct tsffn_call * call) {
+    const bool has_predictor = h->layers[layer].ffns[0].fc1.data != NULL;
+    return tsffn_hybrid_takes(h, layer, call) && h->compared[layer] && (!has_predictor || h->plan.predictor[layer]);
+}
+
+bool tsffn_hybrid_compute_resident(struct tsffn_hybrid * h, int64_t layer, const struct tsffn_hybrid_host * host,
+                                   const struct tsffn_call * call, const struct tsffn_cuda_resident * resident,
+                                   struct tsffn_counts * counts) {
+    struct tsffn_counts of_gpu = {0}, both = {0};
+    uint64_t ns_waiting = 0;
+    struct sharing s = sharing_of(h, layer, host, call, &both);
+    s.resident = resident;
+    pthread_mutex_lock(&h->mutex);
+    const bool works = finish(h) && !atomic_load(&h->failed);
+    const enum outcome outcome = works ? share_call(&s, &of_gpu, &ns_waiting) : GPU_FAILED;
+    if (works && outcome == GPU_FAILED) {
+        give_up(h, s.error);
+    }
+    h->is_pending = outcome != GPU_FAILED;
+    h->pending = layer;
+    h->ns_pending = ns_waiting;
+    pthread_mutex_unlock(&h->mutex);
+    tsffn_add_counts(counts, &both);
+    return outcome == DONE;
+}
+
+bool tsffn_hybrid_fetch(struct tsffn_hybrid * h, void * ready, const void * from, void * to, size_t bytes) {
+    char error[512];
+    pthread_mutex_lock(&h->mutex);
+    bool ok = finish(h) && !atomic_load(&h->failed);
+    if (ok && !h->module->fetch(h->queue, ready, from, to, bytes, error, sizeof(error))) {
+        give_up(h, error);
+        ok = false;
+    }
+    pthread_mutex_unlock(&h->mutex);
+    return ok;
 }

@@ -16,13 +16,21 @@
 #include "tsffn.h"
 
 struct tsffn_hybrid;
+struct tsffn_hybrid_counts;
+
+// Who learns what calls counted that had not ended when tsffn_hybrid_compute_resident returned.
+struct tsffn_hybrid_counter {
+    void (*add)(void * context, int64_t layer, const struct tsffn_counts * counts,
+                const struct tsffn_hybrid_counts * gpu);
+    void * context;
+};
 
 // Opens GPU number `device` for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and
 // plans what of them goes there. `bytes` of its memory are used at most; where it does not have them, less, and `share`
 // says how much. hot: as for tsffn_plan_make. NULL with one line in `error` where it cannot be used.
 struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
-                                        const int32_t * hot, struct tsffn_gpu_share * share, char * error,
-                                        size_t error_size);
+                                        const int32_t * hot, struct tsffn_hybrid_counter counter,
+                                        struct tsffn_gpu_share * share, char * error, size_t error_size);
 void tsffn_hybrid_free(struct tsffn_hybrid * hybrid);
 
 // Copies a layer's share there, if it has one; once for each layer. False with one line in `error`.
@@ -52,6 +60,19 @@ struct tsffn_hybrid_host {
 bool tsffn_hybrid_compute(struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_hybrid_host * host,
                           const struct tsffn_call * call, struct tsffn_counts * counts,
                           struct tsffn_hybrid_counts * gpu);
+
+// Calls whose x and y are in the GPU's memory, because another library computes there what is around them. They are
+// taken where the GPU has the layer's predictor, and has been compared.
+bool tsffn_hybrid_takes_resident(const struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_call * call);
+// Computes one. y is there after resident->done; this returns before. False: the GPU failed, and nothing is written; or
+// out of memory.
+bool tsffn_hybrid_compute_resident(struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_hybrid_host * host,
+                                   const struct tsffn_call * call, const struct tsffn_cuda_resident * resident,
+                                   struct tsffn_counts * counts);
+// Copies what is in the GPU's memory after an event, and waits for it. False: the GPU failed.
+bool tsffn_hybrid_fetch(struct tsffn_hybrid * hybrid, void * ready, const void * from, void * to, size_t bytes);
+// Waits for the last of these calls. False: it failed, and what came of it is worthless.
+bool tsffn_hybrid_finish(struct tsffn_hybrid * hybrid);
 
 // The line that says why the GPU does not compute any more, once; NULL: it does, or that was said.
 const char * tsffn_hybrid_complaint(struct tsffn_hybrid * hybrid);

@@ -4,6 +4,19 @@
 #include "../hybrid/hybrid.h"
 #include "loaded_state.h"
 
+#include <stdlib.h>
+#include <string.h>
+
+bool tsffn_model_gpu_memory(struct tsffn_model * model, const char * device) {
+    const char * share = getenv("TSFFN_CUDA_SHARE");
+    const char * name = device != NULL && share != NULL && strcmp(share, "1") == 0 ? device : "";
+    if (model == NULL || strlen(name) >= sizeof(model->resident_on)) {
+        return false;
+    }
+    memcpy(model->resident_on, name, strlen(name) + 1);
+    return true;
+}
+
 struct tsffn_hybrid * tsffn_loaded_hybrid(const struct tsffn_weight * weight) {
     return atomic_load_explicit(&weight->loaded->hybrid, memory_order_acquire);
 }
@@ -36,7 +49,9 @@ static bool share_with_gpu(struct tsffn_model * model, int32_t gpu, uint64_t byt
     }
     loaded->n_uploaded = 0;
     loaded->copied = loaded->bytes = 0;
-    loaded->uploading = tsffn_hybrid_open(gpu, loaded->layers, model->n_layer, bytes, hot, share, error, error_size);
+    loaded->uploading =
+        tsffn_hybrid_open(gpu, loaded->layers, model->n_layer, bytes, hot,
+                          (struct tsffn_hybrid_counter){tsffn_model_count_late, model}, share, error, error_size);
     for (int64_t i = 0; loaded->uploading != NULL && i < model->n_layer; ++i) {
         loaded->bytes += tsffn_hybrid_layer_bytes(loaded->uploading, i);
     }

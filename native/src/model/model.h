@@ -55,6 +55,7 @@ struct tsffn_model {
     pthread_mutex_t residency_mutex; // held while pages are asked for, and while buffers come and go
     struct tsffn_region * regions;   // those with weights
     struct tsffn_load load;          // the last one; guarded by residency_mutex
+    char resident_on[64];            // the ggml device in whose memory x and y of FFNs stay; empty: in the host's
     bool armed_for_process;          // by TSFFN_MODEL: a load of any file may be going on
     pthread_mutex_t stats_mutex;
     struct tsffn_layer_stats * stats; // [n_layer]
@@ -74,8 +75,11 @@ void tsffn_model_arm_for_process(struct tsffn_model * model);
 // Adds one fused computation of `rows` rows to the counters of `layer`, and the time since that of the layer before.
 void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
                        const struct tsffn_counts * counts);
-// Adds what a GPU did of one computation.
+// Adds what a GPU did of one computation; and that and what it counted, which came later than the rest (a struct
+// tsffn_hybrid_counter, whose context is the model).
 struct tsffn_hybrid_counts;
+void tsffn_model_count_late(void * model, int64_t layer, const struct tsffn_counts * counts,
+                            const struct tsffn_hybrid_counts * gpu);
 void tsffn_model_count_gpu(struct tsffn_model * model, int64_t layer, const struct tsffn_hybrid_counts * counts);
 // Adds one operation that was computed alone.
 void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);

@@ -5,12 +5,8 @@
 
 #include <string.h>
 
-void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
-                       const struct tsffn_counts * counts) {
-    pthread_mutex_lock(&model->stats_mutex);
-    struct tsffn_layer_stats * stats = &model->stats[layer];
-    stats->calls += 1;
-    stats->rows += (uint64_t)rows;
+// With the mutex.
+static void add_counts(struct tsffn_layer_stats * stats, const struct tsffn_counts * counts) {
     stats->neurons += counts->neurons;
     stats->predicted += counts->predicted;
     stats->gate_positive += counts->gate_positive;
@@ -20,6 +16,15 @@ void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, 
     stats->bytes_dense += counts->bytes_dense;
     stats->ns_predictor += counts->ns_predictor;
     stats->ns_ffn += counts->ns_ffn;
+}
+
+void tsffn_model_count(struct tsffn_model * model, int64_t layer, int64_t rows, uint64_t ns_attention,
+                       const struct tsffn_counts * counts) {
+    pthread_mutex_lock(&model->stats_mutex);
+    struct tsffn_layer_stats * stats = &model->stats[layer];
+    stats->calls += 1;
+    stats->rows += (uint64_t)rows;
+    add_counts(stats, counts);
     stats->ns_attention += ns_attention;
     pthread_mutex_unlock(&model->stats_mutex);
 }
@@ -33,6 +38,15 @@ void tsffn_model_count_reads(struct tsffn_model * model, int64_t layer, const st
     stats->bytes_disk += counts->bytes;
     stats->ns_disk += counts->ns;
     pthread_mutex_unlock(&model->stats_mutex);
+}
+
+void tsffn_model_count_late(void * context, int64_t layer, const struct tsffn_counts * counts,
+                            const struct tsffn_hybrid_counts * gpu) {
+    struct tsffn_model * model = context;
+    pthread_mutex_lock(&model->stats_mutex);
+    add_counts(&model->stats[layer], counts);
+    pthread_mutex_unlock(&model->stats_mutex);
+    tsffn_model_count_gpu(model, layer, gpu);
 }
 
 void tsffn_model_count_gpu(struct tsffn_model * model, int64_t layer, const struct tsffn_hybrid_counts * counts) {

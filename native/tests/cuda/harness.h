@@ -149,10 +149,11 @@ static bool compute(const struct device * d, const struct random_layer * made, c
         .n_tokens = n_tokens,
     };
     r->counts = (struct tsffn_counts){0};
-    if (!module->begin(d->queue, d->layer, &call, masks, error, sizeof(error))) {
+    if (!module->begin(d->queue, d->layer, &call, masks, NULL, error, sizeof(error))) {
         return false;
     }
-    const uint32_t * on = module->await_masks(d->queue, error, sizeof(error));
+    const float * copied_x;
+    const uint32_t * on = module->await_masks(d->queue, &copied_x, error, sizeof(error));
     if (on == NULL) {
         return false;
     }

@@ -19,7 +19,17 @@ struct host_event {
     std::chrono::steady_clock::time_point reached;
 };
 
+// Memory of another library that is the device's, too (native/tests/fake_gpu.c): where it is, and what makes it
+// accessible while a step of a stream is computed.
+struct host_neighbour {
+    bool (*owns)(const void * at, size_t bytes);
+    void (*begin)(void);
+    void (*end)(void);
+};
+
 namespace {
+
+host_neighbour neighbour = {[](const void *, size_t) { return false; }, [] {}, [] {}};
 
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 enum { MAX_THREADS = 1024, CAPABILITY_MAJOR = 7, CAPABILITY_MINOR = 5 };
@@ -75,11 +85,19 @@ cudaError_t allocate(void ** at, size_t bytes, bool is_device) {
     return cudaSuccess;
 }
 
+void step(host_stream * stream) {
+    const std::function<void()> first = std::move(stream->steps.front());
+    stream->steps.pop_front();
+    neighbour.begin();
+    first();
+    neighbour.end();
+}
+
 // All work is done before memory goes.
 void finish_all() {
     for (host_stream * stream : streams) {
-        for (; !stream->steps.empty(); stream->steps.pop_front()) {
-            stream->steps.front()();
+        while (!stream->steps.empty()) {
+            step(stream);
         }
     }
 }
@@ -107,8 +125,9 @@ std::map<const char *, allocation>::iterator allocation_of(const void * at) {
 
 bool is_within(const void * at, size_t bytes) {
     const auto found = allocation_of(at);
-    return found != allocations.end() &&
-           (size_t)(static_cast<const char *>(at) - found->first) + bytes <= found->second.bytes;
+    return neighbour.owns(at, bytes) ||
+           (found != allocations.end() &&
+            (size_t)(static_cast<const char *>(at) - found->first) + bytes <= found->second.bytes);
 }
 
 } // namespace
@@ -150,6 +169,27 @@ void tsffn_host_limits(size_t device_bytes, size_t shared_bytes) {
 // That are not freed.
 int tsffn_host_allocations() {
     return (int)allocations.size();
+}
+
+EXPORTED void tsffn_host_join(const struct host_neighbour * other);
+EXPORTED void * tsffn_host_event_new();
+EXPORTED void tsffn_host_event_free(void * event);
+EXPORTED void tsffn_host_event_await(void * event);
+void tsffn_host_join(const struct host_neighbour * other) {
+    neighbour = *other;
+}
+
+// Events of the other library; it waits for those that are recorded here.
+void * tsffn_host_event_new() {
+    return new host_event();
+}
+void tsffn_host_event_free(void * event) {
+    delete static_cast<host_event *>(event);
+}
+void tsffn_host_event_await(void * event) {
+    while (static_cast<host_event *>(event)->pending > 0) {
+        step(static_cast<host_event *>(event)->stream);
+    }
 }
 
 // Bytes of the device's memory.
@@ -260,11 +300,17 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    for (; !stream->steps.empty(); stream->steps.pop_front()) {
-        stream->steps.front()();
+    while (!stream->steps.empty()) {
+        step(stream);
     }
     COUNT_CALL(cudaErrorUnknown);
     return cudaSuccess;
+}
+
+// Events of this library are recorded on one stream, which keeps the order; another library computes at once.
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+    COUNT_CALL(cudaErrorUnknown);
+    return event != nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) {
@@ -289,12 +335,6 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
         event->reached = std::chrono::steady_clock::now();
     });
     return cudaSuccess;
-}
-
-static void step(host_stream * stream) {
-    const std::function<void()> first = std::move(stream->steps.front());
-    stream->steps.pop_front();
-    first();
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
@@ -325,7 +365,8 @@ cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemc
     if (!is_within(to, bytes) || !is_within(from, bytes)) {
         return cudaErrorInvalidValue;
     }
-    const bool is_wrong = goes_wrong && !allocation_of(to)->second.is_device && bytes >= sizeof(float);
+    const bool is_wrong =
+        goes_wrong && !neighbour.owns(to, bytes) && !allocation_of(to)->second.is_device && bytes >= sizeof(float);
     stream->steps.emplace_back([=] {
         memcpy(to, from, bytes);
         if (is_wrong) {

@@ -286,7 +286,8 @@ static void test_given_masks_only(void) {
     CHECK(open_device(made, &range, false, &d), "%s", error);
     CHECK(n_announced == 192 && n_awaited == 192 && n_released == 192, "%d neurons released", (int)n_released);
     const struct tsffn_call call = {.op = TSFFN_OP_FUSED};
-    expect(!module->begin(d.queue, d.layer, &call, NULL, error, sizeof(error)), "not on the device: expected masks");
+    expect(!module->begin(d.queue, d.layer, &call, NULL, NULL, error, sizeof(error)),
+           "not on the device: expected masks");
     close_device(&d);
     free_layer(made);
 }
@@ -307,13 +308,14 @@ static void test_refusals(void) {
     d.layer = module->upload(d.cuda, &made->layer, &range, false, error, sizeof(error));
     CHECK(d.layer != NULL, "%s", error);
     struct tsffn_call call = {.op = TSFFN_OP_GATE};
-    expect(!module->begin(d.queue, d.layer, &call, NULL, error, sizeof(error)), "a fused, sparse call");
+    expect(!module->begin(d.queue, d.layer, &call, NULL, NULL, error, sizeof(error)), "a fused, sparse call");
     expect(!module->end(d.queue, NULL, error, sizeof(error)), "not begun");
     expect(module->poll(d.queue, error, sizeof(error)) == -1, "not ended");
-    expect(module->await_masks(d.queue, error, sizeof(error)) == NULL, "no call");
+    const float * copied_x;
+    expect(module->await_masks(d.queue, &copied_x, error, sizeof(error)) == NULL, "no call");
     call.op = TSFFN_OP_FUSED; // of no rows
     struct tsffn_counts counts = {0};
-    CHECK(module->begin(d.queue, d.layer, &call, NULL, error, sizeof(error)) &&
+    CHECK(module->begin(d.queue, d.layer, &call, NULL, NULL, error, sizeof(error)) &&
               module->end(d.queue, NULL, error, sizeof(error)) &&
               module->await(d.queue, &counts, error, sizeof(error)) && counts.neurons == 0,
           "%s", error);
