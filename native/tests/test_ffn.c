@@ -166,6 +166,19 @@ static void reference(const struct tsffn_cpu_layer * layer, const struct expert 
     }
 }
 
+// The rows of tokens that all go through one FFN, or each through two experts. Returns how many.
+static int64_t route(bool moe, int64_t n_tokens, struct tsffn_row * rows) {
+    int64_t n_rows = 0;
+    for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) {
+                rows[n_rows++] = (struct tsffn_row){.ffn = e, .token = (int32_t)t};
+            }
+        }
+    }
+    return n_rows;
+}
+
 // All four operations for `n_tokens` tokens of `n_used` experts each, on `n_threads` threads.
 static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer, bool moe, int64_t n_tokens,
                       int n_threads) {
@@ -174,14 +187,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
     static float gate[MAX_TOKENS * MAX_USED * N_FF], up[MAX_TOKENS * MAX_USED * N_FF], h[MAX_TOKENS * MAX_USED * N_FF];
     static float fused_h[MAX_TOKENS * MAX_USED * N_FF];
     static double want_gate[N_FF], want_up[N_FF], want_y[N_EMBD];
-    int64_t n_rows = 0;
-    for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) { // top-2
-                rows[n_rows++] = (struct tsffn_row){.ffn = e, .token = (int32_t)t};
-            }
-        }
-    }
+    const int64_t n_rows = route(moe, n_tokens, rows);
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,
         .rows = rows,
@@ -314,19 +320,10 @@ static void test_sharing(struct tsffn_workspace * ws, const struct tsffn_cpu_lay
     static float whole[MAX_TOKENS * MAX_USED * N_EMBD], y[MAX_TOKENS * MAX_USED * N_EMBD];
     static float whole_h[MAX_TOKENS * MAX_USED * N_FF], h[MAX_TOKENS * MAX_USED * N_FF];
     static uint32_t masks[MAX_TOKENS * MAX_USED * WORDS];
-    int64_t n_rows = 0;
-    for (int e = 0; e < (moe ? N_EXPERT : 1); ++e) {
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            if (!moe || t % N_EXPERT == e || (t + 1) % N_EXPERT == e) {
-                rows[n_rows] = (struct tsffn_row){
-                    .ffn = e,
-                    .token = (int32_t)t,
-                    .y = whole + n_rows * N_EMBD,
-                    .h = whole_h + n_rows * N_FF,
-                };
-                ++n_rows;
-            }
-        }
+    const int64_t n_rows = route(moe, n_tokens, rows);
+    for (int64_t r = 0; r < n_rows; ++r) {
+        rows[r].y = whole + r * N_EMBD;
+        rows[r].h = whole_h + r * N_FF;
     }
     struct tsffn_call call = {
         .op = TSFFN_OP_FUSED,

@@ -325,6 +325,43 @@ static void test_bytes(const struct file * file, enum fault fault) {
     }
 }
 
+// What something else computes makes room for the neurons behind it.
+static void test_left_out(const struct file * file) {
+    enum { LEFT_OUT = N_FF / 2 };
+    const uint64_t fewest = fewest_bytes(file);
+    struct tsffn_neuron_cache * cache = open_cache(file, fewest + file->size * 6 / 10);
+    uint64_t filled = 0;
+    char error[256] = "";
+    for (int pass = 0; pass < 2; ++pass) {
+        for (uint64_t before = filled + 1; filled != before;) {
+            before = filled;
+            CHECK(tsffn_neuron_cache_fill(cache, UINT64_MAX, &filled, error, sizeof(error)), "%s", error);
+        }
+        for (int64_t layer = 0; layer < N_LAYER; ++layer) {
+            struct tsffn_cache_counts counts;
+            int32_t list[N_FF - LEFT_OUT];
+            tsffn_neuron_cache_begin(cache, layer, 0);
+            for (int64_t e = 0; e < N_FFNS; ++e) {
+                const struct tsffn_neurons neurons = tsffn_neuron_cache_neurons(cache, layer, e);
+                for (int32_t i = LEFT_OUT; i < N_FF; ++i) {
+                    list[i - LEFT_OUT] = i;
+                }
+                tsffn_neurons_announce(&neurons, list, NULL, N_FF - LEFT_OUT);
+                tsffn_neurons_await(&neurons, list, N_FF - LEFT_OUT);
+                tsffn_neurons_release(&neurons, list, N_FF - LEFT_OUT);
+            }
+            CHECK(tsffn_neuron_cache_end(cache, &counts, error, sizeof(error)), "%s", error);
+            CHECK((counts.missing == 0) == (pass == 1), "pass %d: %d neurons were missing", pass, (int)counts.missing);
+        }
+        for (int64_t layer = 0; pass == 0 && layer < N_LAYER; ++layer) {
+            for (int64_t e = 0; e < N_FFNS; ++e) {
+                tsffn_neuron_cache_leave_out(cache, layer, e, LEFT_OUT);
+            }
+        }
+    }
+    tsffn_neuron_cache_free(cache);
+}
+
 // A failed call has a line, and the next one begins anew.
 static void test_failing(const struct file * file) {
     fault_of_next = FAILING;
@@ -413,6 +450,7 @@ int main(void) {
             for (int fault = NONE; fault < FAILING; ++fault) {
                 test_bytes(&file, (enum fault)fault);
             }
+            test_left_out(&file);
             test_failing(&file);
             test_what_stays(&file);
             remove_file(&file);

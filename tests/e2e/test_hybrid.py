@@ -506,8 +506,8 @@ def test_environment_is_checked():
     """The variables of programs: one line each."""
     model = tiny.converted(MODELS["dense"], "f16")
     for name, value, line in (
-        ("TSFFN_GPU", "x", "TSFFN_GPU: expected a number, found 'x'"),
-        ("TSFFN_VRAM_BUDGET", "-1", "TSFFN_VRAM_BUDGET: expected a number, found '-1'"),
+        ("TSFFN_GPU", "x", "TSFFN_GPU: expected a number of a GPU, found 'x'"),
+        ("TSFFN_VRAM_BUDGET", "-1", "TSFFN_VRAM_BUDGET: expected a number of bytes, found '-1'"),
         ("TSFFN_GPU_HOT", "1,2", "TSFFN_GPU_HOT: expected 6 numbers, one for each FFN, found 2"),
     ):
         load = "from tsconv.native.library import load_backend; load_backend()"

@@ -231,6 +231,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             self._use_adapter(Path(lora_path))
         elif n_gpu_layers != 0 or gpu_hot is not None:
             self._share_ffns(device, main_gpu, vram_budget, gpu_hot, progress)
+        if self.budget is not None:
+            self._fill(progress)
 
     def _load(
         self, path: Path, preload: bool | None, progress: Callable[[int, int], None] | None, /, **arguments: Any
@@ -248,7 +250,6 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                     native.stream(self.budget.neurons)
                     with loading_kept_weights(native, str(path)):
                         super().__init__(FileName(path), **arguments)
-                    native.fill(progress)
                 else:
                     if preload is None:
                         preload = arguments.get("use_mmap", True) and fits_in_memory(native.file_bytes)
@@ -302,6 +303,14 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                 self.gpu_complaint = str(error)
         except BackendError as error:
             self.gpu_complaint = str(error)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self, progress: Callable[[int, int], None] | None) -> None:
+        """Brings neurons into memory that a GPU does not have. Raises ModelFileError where they cannot be read."""
+        try:
+            self._native.fill(progress)
         except BaseException:
             self.close()
             raise

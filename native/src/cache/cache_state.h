@@ -47,6 +47,7 @@ struct slot {
 struct cached_ffn {
     struct tsffn_neuron_cache * cache;
     int64_t layer, ffn, first; // first: of its neurons, among all of the model's
+    int64_t n_left_out;        // so many, the first ones, something else computes
 };
 
 // Neurons are numbered through the model: [n_layer][n_ffns][n_ff].

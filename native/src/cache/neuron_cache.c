@@ -228,6 +228,24 @@ static void read_first(struct cached_ffn * ffn, int64_t begin, int64_t end) {
     }
 }
 
+static const float LEAST = -0.5f; // below the score of any neuron that was never used
+
+void tsffn_neuron_cache_leave_out(struct tsffn_neuron_cache * c, int64_t layer, int64_t ffn, int64_t n) {
+    struct cached_ffn * cached = &c->ffns[layer * c->source.n_ffns + ffn];
+    pthread_mutex_lock(&c->call);
+    pthread_mutex_lock(&c->mutex);
+    cached->n_left_out = n;
+    c->next_to_fill = 0;
+    for (int64_t neuron = cached->first; neuron < cached->first + n; ++neuron) {
+        c->score[neuron] = LEAST;
+        if (state_of(c, neuron) != ABSENT) {
+            c->infos[c->slot_of[neuron]].score = LEAST;
+        }
+    }
+    pthread_mutex_unlock(&c->mutex);
+    pthread_mutex_unlock(&c->call);
+}
+
 bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * c, uint64_t bytes, uint64_t * filled, char * error,
                              size_t error_size) {
     const struct tsffn_neuron_source * s = &c->source;
@@ -235,12 +253,12 @@ bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * c, uint64_t bytes, uint
     struct tsffn_cache_counts counts;
     tsffn_neuron_cache_begin(c, 0, 0);
     for (int64_t done = 0; c->next_to_fill < n_ffns && (uint64_t)done * c->slot_bytes < bytes;) {
-        const int64_t n = of_each < s->n_ff ? of_each : s->n_ff;
         struct cached_ffn * ffn = &c->ffns[c->next_to_fill++];
-        for (int64_t begin = 0; begin < n; begin += FILL_NEURONS) {
-            read_first(ffn, begin, begin + FILL_NEURONS < n ? begin + FILL_NEURONS : n);
+        const int64_t from = ffn->n_left_out, end = from + of_each < s->n_ff ? from + of_each : s->n_ff;
+        for (int64_t begin = from; begin < end; begin += FILL_NEURONS) {
+            read_first(ffn, begin, begin + FILL_NEURONS < end ? begin + FILL_NEURONS : end);
         }
-        done += n;
+        done += end - from;
     }
     *filled = (uint64_t)c->n_used * c->slot_bytes;
     return tsffn_neuron_cache_end(c, &counts, error, error_size);

@@ -52,6 +52,10 @@ void tsffn_neuron_cache_begin(struct tsffn_neuron_cache * cache, int64_t layer, 
 bool tsffn_neuron_cache_end(struct tsffn_neuron_cache * cache, struct tsffn_cache_counts * counts, char * error,
                             size_t error_size);
 
+// The first n neurons of an FFN are computed by something else, as a rule: they are not filled in, and go before
+// others. What was filled before is filled anew.
+void tsffn_neuron_cache_leave_out(struct tsffn_neuron_cache * cache, int64_t layer, int64_t ffn, int64_t n);
+
 // Reads the first neurons of the FFNs, as many of each as there is room for, up to `bytes` more in this call.
 // *filled: what the cache holds now. False, with one line in `error`, where they cannot be read.
 bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * cache, uint64_t bytes, uint64_t * filled, char * error,

@@ -93,19 +93,19 @@ static bool read_counts(const char * name, const struct tsffn_model * model, int
     return true;
 }
 
-// Bytes in a variable, as a number. *bytes stays as it is where it is not set.
-static bool read_bytes(const char * name, uint64_t * bytes, char * error, size_t error_size) {
+// A number in a variable, of `what`. *number stays as it is where it is not set.
+static bool read_number(const char * name, const char * what, uint64_t * number, char * error, size_t error_size) {
     const char * value = variable(name);
     if (value == NULL) {
         return true;
     }
     char * end;
     errno = 0;
-    const unsigned long long number = strtoull(value, &end, 10);
+    const unsigned long long found = strtoull(value, &end, 10);
     if (value[0] < '0' || value[0] > '9' || *end != '\0' || errno != 0) {
-        return tsffn_fail(error, error_size, "%s: expected a number, found '%.20s'", name, value);
+        return tsffn_fail(error, error_size, "%s: expected a number of %s, found '%.20s'", name, what, value);
     }
-    *bytes = number;
+    *number = found;
     return true;
 }
 
@@ -114,8 +114,8 @@ static bool read_bytes(const char * name, uint64_t * bytes, char * error, size_t
 static bool read_gpu(struct tsffn_model * model, char * error, size_t error_size) {
     uint64_t gpu = INT32_MAX;
     asked.vram = UINT64_MAX;
-    if (!read_bytes("TSFFN_GPU", &gpu, error, error_size) ||
-        !read_bytes("TSFFN_VRAM_BUDGET", &asked.vram, error, error_size) ||
+    if (!read_number("TSFFN_GPU", "a GPU", &gpu, error, error_size) ||
+        !read_number("TSFFN_VRAM_BUDGET", "bytes", &asked.vram, error, error_size) ||
         !read_counts("TSFFN_GPU_HOT", model, &asked.gpu_hot, error, error_size)) {
         return false;
     }
@@ -160,7 +160,7 @@ static bool read_residency(char * error, size_t error_size) {
 // TSFFN_NEURON_CACHE: bytes of memory for neurons that are read from disk when they are needed.
 static bool read_cache(struct tsffn_model * model, char * error, size_t error_size) {
     uint64_t bytes = 0;
-    if (!read_bytes("TSFFN_NEURON_CACHE", &bytes, error, error_size)) {
+    if (!read_number("TSFFN_NEURON_CACHE", "bytes", &bytes, error, error_size)) {
         return false;
     }
     if (variable("TSFFN_NEURON_CACHE") == NULL) {
@@ -305,6 +305,10 @@ void tsffn_share_from_environment(void) {
             tsffn_log_error("%s: the CPU computes all neurons", error);
         }
         atomic_store(&asked.share, false);
+        if (asked.fill) {
+            fill();
+            asked.fill = false;
+        }
     }
     pthread_mutex_unlock(&asked_mutex);
 }
@@ -317,7 +321,7 @@ void tsffn_place_from_environment(void) {
         loaded = asked.model->regions != NULL; // a context that only measures has no weights
         pthread_mutex_unlock(&asked.model->residency_mutex);
     }
-    if (loaded && asked.fill) {
+    if (loaded && asked.fill && !atomic_load(&asked.share)) { // else with what the GPU does not take
         fill();
         asked.fill = false;
     }

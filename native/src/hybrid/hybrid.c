@@ -169,6 +169,10 @@ static const struct tsffn_range * ranges_of(const struct tsffn_hybrid * h, int64
     return h->plan.range + layer * h->layers[layer].n_ffns;
 }
 
+int64_t tsffn_hybrid_neurons(const struct tsffn_hybrid * h, int64_t layer, int64_t ffn) {
+    return ranges_of(h, layer)[ffn].end;
+}
+
 size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * h, int64_t layer) {
     char ignored[256];
     return !tsffn_plan_has_layer(&h->plan, h->layers, layer)

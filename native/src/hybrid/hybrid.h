@@ -35,6 +35,8 @@ void tsffn_hybrid_free(struct tsffn_hybrid * hybrid);
 
 // Copies a layer's share there, if it has one; once for each layer. False with one line in `error`.
 bool tsffn_hybrid_upload(struct tsffn_hybrid * hybrid, int64_t layer, char * error, size_t error_size);
+// Neurons of an FFN that the GPU has, at its front.
+int64_t tsffn_hybrid_neurons(const struct tsffn_hybrid * hybrid, int64_t layer, int64_t ffn);
 // Bytes of a layer's share.
 size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * hybrid, int64_t layer);
 

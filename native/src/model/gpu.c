@@ -80,6 +80,15 @@ bool tsffn_model_gpu(struct tsffn_model * model, int32_t gpu, uint64_t bytes, co
     return ok;
 }
 
+// Memory for neurons from disk is for those that the GPU does not have.
+static void leave_out(struct tsffn_model * model, const struct tsffn_hybrid * hybrid) {
+    for (int64_t i = 0; model->cache != NULL && i < model->n_layer; ++i) {
+        for (int64_t e = 0; e < tsffn_model_ffns_per_layer(model); ++e) {
+            tsffn_neuron_cache_leave_out(model->cache, i, e, tsffn_hybrid_neurons(hybrid, i, e));
+        }
+    }
+}
+
 // With the mutex held. The GPU takes nothing any more where it fails.
 static bool upload_layer(struct tsffn_model * model, struct tsffn_loaded * loaded, char * error, size_t error_size) {
     while (tsffn_hybrid_layer_bytes(loaded->uploading, loaded->n_uploaded) == 0 &&
@@ -101,6 +110,7 @@ static bool upload_layer(struct tsffn_model * model, struct tsffn_loaded * loade
         tsffn_hybrid_free(loaded->uploading);
         loaded->uploading = NULL;
     } else if (loaded->copied == loaded->bytes) { // layers that are left have no share
+        leave_out(model, loaded->uploading);
         atomic_store_explicit(&loaded->hybrid, loaded->uploading, memory_order_release);
         loaded->uploading = NULL;
     }
