@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import tsconv
-from support import synthetic, tiny
+from support import ROOT, synthetic, tiny
 from support.memory_map import cached_bytes, drop_cache
 from support.serving import serving
 from tsconv.bench.synthetic import Shape
@@ -218,12 +218,47 @@ def test_run(large):
     assert b"memory" not in mapped.stderr
 
 
+@pytest.fixture
+def small_machine(tmp_path) -> Path:
+    """With 1.16 GB of memory: 1 GiB less than what the large model is left 80 MB of."""
+    text = (ROOT / "profiles" / "cpu-only.toml").read_text()
+    memory = re.search(r"^memory_gib = (.*)$", text, re.MULTILINE)
+    assert memory is not None
+    path = tmp_path / "small.toml"
+    path.write_text(text.replace(memory[0], f"memory_gib = {((1 << 30) + 80_000_000) / (1 << 30)}", 1))
+    return path
+
+
+def test_a_machine_that_is_too_small(large, small_machine):
+    """What a machine's profile leaves for neurons counts as --ram-budget does, which counts if both are given."""
+    arguments = ("run", "-m", large, "-p", "And it came to pass", "-n", 8, "--temp", 0, "-c", 256, "-t", 1, "--json")
+    mapped, streamed, given, off = (
+        tiny.run(*arguments, *options)
+        for options in (
+            (),
+            ("--machine", small_machine),
+            ("--machine", small_machine, "--ram-budget", "70MB"),
+            ("--machine", small_machine, "--ram-budget", "off"),
+        )
+    )
+    for done in (mapped, streamed, given, off):
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["text"] == json.loads(mapped.stdout)["text"]
+    assert [0 < json.loads(done.stdout)["memory_share"] < 1 for done in (streamed, given, off)] == [True, True, False]
+    assert b"memory: 80 MB given; " in streamed.stderr and b"memory: 70 MB given; " in given.stderr
+    assert b"others are read from disk" not in off.stderr and b"FFN: " in off.stderr
+    with serving("--machine", small_machine, "-c", 256, model=large) as server:
+        completions = server.client().completions
+        answer = completions.create(model="m", prompt="And it came to pass", max_tokens=8, temperature=0)
+        assert any("others are read from disk" in line for line in server.log)
+    assert answer.choices[0].text == json.loads(mapped.stdout)["text"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--ram-budget", "20M"), "does not fit in memory, even with its neurons on disk: expected at least"),
         (("--ram-budget", "much"), "RAM budget: expected auto, off, or a number and a unit"),
-        (("--ram-budget", "1G", "--machine", "auto"), "--ram-budget and --machine exclude each other"),
     ],
 )
 def test_budgets_that_are_refused(large, options, message):

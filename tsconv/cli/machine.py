@@ -66,7 +66,7 @@ def load_model(
         the model, and what was chosen for --json; None without a machine.
 
     Raises:
-        click.UsageError: a placement without a machine, or a budget with one.
+        click.UsageError: a placement without a machine.
     """
     if machine is None:
         _refuse_placement(placement)
@@ -89,10 +89,10 @@ def load_model(
             say_budget(llama.budget)
         return llama, None
 
-    refuse_budget(ram_budget)
     from tsconv.commands.load import AUTO, load_on_machine
     from tsconv.machine.this import machine_file
 
+    given: dict[str, Any] = {} if ram_budget == AUTO_BUDGET else {"ram_budget": ram_budget}
     with progress_bar("loading", DELAY) as progress:
         llama, fit, residency = load_on_machine(
             model,
@@ -105,11 +105,14 @@ def load_model(
             verbose=verbose,
             say=say,
             progress=progress,
+            **given,
             **more,
         )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None, llama.gpu_share is not None)
     for line in notes:
         say(line)
+    if llama.budget is not None:
+        say_budget(llama.budget)
     _say_gpus(llama)
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
 
@@ -122,6 +125,7 @@ def choose_for_machine(
     n_threads: int | None,
     sparsity: str | None,
     predictor_path: str | None,
+    ram_budget: str,
 ) -> Choice | None:
     """What to load on a machine, said on stderr; None when none is named. The arguments are those of `load_model`.
 
@@ -134,6 +138,7 @@ def choose_for_machine(
     from tsconv.commands.load import AUTO, choose
     from tsconv.format.summary import ffn_bytes
     from tsconv.machine.this import machine_file
+    from tsconv.runtime.streaming import OFF
 
     choice = choose(
         model,
@@ -146,7 +151,8 @@ def choose_for_machine(
         say=say,
     )
     measured = str(machine_file()) if machine == AUTO else None
-    for line in describe_choice(choice.fit, ffn_bytes(choice.header), measured):
+    lines = describe_choice(choice.fit, ffn_bytes(choice.header), measured)
+    for line in lines if ram_budget == AUTO_BUDGET and choice.ram_budget() == OFF else lines[:1]:
         say(line)
     return choice
 
@@ -159,12 +165,6 @@ def _say_gpus(llama: SparseLlama) -> None:
         say(str(llama.gpu_share))
     elif llama.gpu_complaint is not None:
         say(f"warning: FFNs stay on the CPU: {llama.gpu_complaint}")
-
-
-def refuse_budget(ram_budget: str) -> None:
-    """Raises click.UsageError for a budget that was given beside --machine, which decides about memory."""
-    if ram_budget != AUTO_BUDGET:
-        raise click.UsageError("--ram-budget and --machine exclude each other.")
 
 
 def say_budget(budget: Budget) -> None:
@@ -183,7 +183,7 @@ def _refuse_placement(placement: str | None) -> None:
         raise click.UsageError("--placement needs --machine: auto, or the machine it was made for.")
 
 
-def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
+def as_dict(fit: Fit, residency: Residency | None) -> dict[str, Any]:
     """What was chosen and done, for JSON."""
     chosen = dataclasses.asdict(fit)
     hot = chosen.pop("hot")
@@ -192,13 +192,15 @@ def as_dict(fit: Fit, residency: Residency) -> dict[str, Any]:
         "needed_bytes": fit.needed_bytes,
         "budget_bytes": fit.budget_bytes,
         "hot_neurons": int(hot.sum()),
-        "residency": dataclasses.asdict(residency),
+        "residency": None if residency is None else dataclasses.asdict(residency),
     }
 
 
-def describe(fit: Fit, residency: Residency, measured: str | None = None, on_gpu: bool = False) -> list[str]:
-    """What was chosen and why, in two to five lines; `measured` is the file of a profile of this machine, `on_gpu`:
-    a GPU has a share of the FFNs."""
+def describe(fit: Fit, residency: Residency | None, measured: str | None = None, on_gpu: bool = False) -> list[str]:
+    """What was chosen and why, in one to five lines; `measured` is the file of a profile of this machine, `on_gpu`:
+    a GPU has a share of the FFNs. Without a residency memory is another's to describe."""
+    if residency is None:
+        return [_threads(fit, measured)]
     lines = [*describe_choice(fit, residency.ffn_bytes, measured), _residency(residency)]
     if fit.lock and (locking := _locking(residency)):
         lines.append(locking)

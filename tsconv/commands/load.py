@@ -11,6 +11,7 @@ from typing import Any
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import padded
 from tsconv.format.pair import sidecar_path
+from tsconv.format.summary import ffn_bytes
 from tsconv.machine.profile import Machine, load_machine
 from tsconv.machine.this import this_machine
 from tsconv.native.devices import Gpu, gpus
@@ -20,7 +21,7 @@ from tsconv.runtime.binding import open_model
 from tsconv.runtime.model import SparseLlama, load
 from tsconv.runtime.offload import MARGIN_BYTES
 from tsconv.runtime.residency import Residency
-from tsconv.runtime.streaming import OFF
+from tsconv.runtime.streaming import FEWEST_BYTES, OFF
 
 AUTO = "auto"
 
@@ -54,6 +55,15 @@ class Choice:
             wanted["n_gpu_layers"] = n + 1 if n or self.placement.output == GPU else 0
         hot = [layer.gpu for layer in self.placement.layers]
         return wanted | {"gpu_hot": hot if any(map(any, hot)) else None}
+
+    def ram_budget(self) -> int | str:
+        """For SparseLlama: bytes for weights and context where they do not fit, so that neurons are read from disk when
+        they are needed; "off" where all fit, or where the neurons are too small for that, or the rest too large."""
+        fit, ffn = self.fit, ffn_bytes(self.header)
+        room = fit.budget_bytes - fit.margin_bytes
+        rest = fit.needed_bytes - fit.margin_bytes - ffn
+        streams = fit.strategy != "all" and ffn > FEWEST_BYTES and room >= rest + FEWEST_BYTES
+        return room if streams else OFF
 
 
 def choose(
@@ -105,8 +115,10 @@ def load_on_machine(
     vram_budget: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
-) -> tuple[SparseLlama, Fit, Residency]:
-    """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token.
+) -> tuple[SparseLlama, Fit, Residency | None]:
+    """Loads a model with what `fit` chooses, brings the chosen weights into RAM and computes one token. Where they do
+    not fit, neurons are read from disk when they are needed, and those that are used most often stay: there is no
+    Residency then, but the model's `budget`.
 
     Args:
         machine: a profile, its name or path, or "auto" for this machine (`this_machine`).
@@ -133,7 +145,7 @@ def load_on_machine(
         say=say,
     )
     chosen = choice.fit
-    kwargs = {"ram_budget": OFF} | kwargs
+    kwargs = {"ram_budget": choice.ram_budget()} | kwargs
     if chosen.strategy != "all":
         kwargs = {"preload": False} | kwargs
     llama = load(
@@ -146,8 +158,10 @@ def load_on_machine(
         **choice.gpu(n_gpu_layers, vram_budget, gpus() if n_gpu_layers == AUTO else ()),
         **kwargs,
     )
+    residency = None
     try:
-        residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
+        if llama.budget is None:
+            residency = llama.place_in_memory(chosen.hot, lock=chosen.lock, read_ahead=chosen.read_ahead)
         llama.warm_up()
     except BaseException:
         llama.close()

@@ -20,7 +20,7 @@ from tsconv.runtime.binding import open_model
 from tsconv.runtime.hybrid import which
 from tsconv.runtime.offload import AUTO, Offload, choose
 from tsconv.runtime.programs import Command, command, environment, gpu_environment, model_arguments
-from tsconv.runtime.streaming import Budget, choose_budget
+from tsconv.runtime.streaming import OFF, Budget, choose_budget
 
 ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
 GPU_LAYERS = {"-ngl", "--gpu-layers", "--n-gpu-layers"}
@@ -46,7 +46,8 @@ class Serving:
         n_threads: None for the cores that this process may use, or those of the machine.
         n_gpu_layers, device, main_gpu, vram_budget: as for `tsconv.load`.
         choice: made for a machine by `tsconv.commands.load.choose`; None without one.
-        ram_budget: as for `tsconv.load`; without a choice. Where it makes neurons be read from disk, `say` is told.
+        ram_budget: as for `tsconv.load`; "auto" is what the choice says, if there is one. Where it makes neurons be
+            read from disk, `say` is told.
     """
 
     model: str
@@ -92,7 +93,7 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
         BackendError: llama-server is not installed, or does not load the backend.
     """
     path = Path(serving.model)
-    choice = serving.choice
+    choice, ram_budget = serving.choice, serving.ram_budget
     if choice is None:
         # llama-server would say what is wrong with the files too, but only in its log.
         predictor = None if serving.predictor is None else Path(serving.predictor)
@@ -103,13 +104,11 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
         sidecar_bytes = native.sidecar_bytes
     else:
         header, n_threads, fit = choice.header, choice.fit.n_threads, choice.fit
+        sidecar_bytes = fit.sidecar_bytes
+        ram_budget = choice.ram_budget() if ram_budget == AUTO else ram_budget
+        kept: dict[str, Any] = {"hot": fit.hot, "lock": fit.lock, "read_ahead": fit.read_ahead}
         variables = environment(
-            path,
-            predictor=serving.predictor,
-            sparsity=choice.sparsity,
-            hot=fit.hot,
-            lock=fit.lock,
-            read_ahead=fit.read_ahead,
+            path, predictor=serving.predictor, sparsity=choice.sparsity, **(kept if ram_budget == OFF else {})
         )
     arguments = model_arguments(path)
     if not ALIAS & set(options):
@@ -119,13 +118,12 @@ def prepare(serving: Serving, options: Sequence[str], api_key: str | None = None
     variables |= of_gpu
     if offload is not None:
         arguments += offload.arguments()
-    if choice is None:
-        on_gpus = 0 if offload is None else offload.n_bytes
-        budget = choose_budget(header, sidecar_bytes, serving.n_ctx, serving.ram_budget, on_gpus=on_gpus)
-        if budget is not None:
-            serving.say(budget)
-            variables["TSFFN_NEURON_CACHE"] = str(budget.neurons)
-            arguments += ["--load-mode", "dio"]
+    on_gpus = 0 if offload is None else offload.n_bytes
+    budget = choose_budget(header, sidecar_bytes, serving.n_ctx, ram_budget, on_gpus=on_gpus)
+    if budget is not None:
+        serving.say(budget)
+        variables["TSFFN_NEURON_CACHE"] = str(budget.neurons)
+        arguments += ["--load-mode", "dio"]
     if serving.lora is not None:
         refuse_adapter(header, read_header(Path(serving.lora)))
         arguments += ["--lora", serving.lora, "--load-mode", "none"]
