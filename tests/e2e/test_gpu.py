@@ -16,11 +16,12 @@ import pytest
 from support import ROOT, fake_gpu, tiny
 from support.serving import serving
 from support.synthetic import save_random_adapter
-from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, Wanted, described, shares
+from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, described, shares
 from tsconv.bench.workload import MAX_TOKENS
 from tsconv.format.header import read_header
 from tsconv.native.devices import Gpu
 from tsconv.runtime import offload
+from tsconv.runtime.offload import Wanted
 from tsconv.stats import file as stats_file
 
 MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, Wanted, shares
+from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, gpus_for, shares
 from tsconv.commands.serve import Serving, prepare
 from tsconv.errors import BackendError
 from tsconv.format.header import read_header
 from tsconv.machine.limits import usable_cores
 from tsconv.native.devices import may_have_gpus
-from tsconv.runtime.offload import NOTHING, Offload
+from tsconv.runtime.offload import NOTHING, Offload, Wanted
 from tsconv.runtime.programs import AS_LLAMA, OURS, Command, program_path
 from tsconv.runtime.server import answers, check_address
 
@@ -78,7 +78,7 @@ def measure_clients(
         BackendError: llama-server is not installed, or does not answer.
     """
     threads = n_threads or usable_cores()
-    header, there = read_header(path), gpu.there()
+    header, there = read_header(path), gpus_for(gpu)
     return [
         _measure(path, n, repetitions, threads, shares(header, _context(n), gpu, there), progress) for n in n_clients
     ]
@@ -106,9 +106,7 @@ def _measure(
             os.fspath(path),
             n_ctx=n_ctx,
             n_threads=n_threads,
-            n_gpu_layers=ours_there.n_gpu_layers,
-            device=ours_there.device,
-            vram_budget=ours_there.room,
+            on_gpus=Wanted(ours_there.n_gpu_layers, ours_there.device, vram_budget=ours_there.room),
         )
         sparse = prepare(serving, options)
         sparse.environment["TSFFN_STATS"] = os.fspath(stats)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tsconv
-from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, Wanted, as_argument, described, shares
+from tsconv.bench.gpu import CPU_FFN, NO_GPU, WHOLE_LAYERS, as_argument, described, gpus_for, shares
 from tsconv.bench.workload import MAX_TOKENS, Workload
 from tsconv.errors import BackendError
 from tsconv.format.header import Header
@@ -30,7 +30,7 @@ from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
 from tsconv.machine.measure import measure_memory
 from tsconv.native.library import load_backend
-from tsconv.runtime.offload import NOTHING, Offload
+from tsconv.runtime.offload import NOTHING, Offload, Wanted
 from tsconv.transform.quantize import type_name
 
 STOCK, DENSE_DRELU, NOREPACK = "llama.cpp", "dense-drelu", "llama.cpp-norepack"
@@ -203,7 +203,7 @@ def compare(
     counts = tuple(n_threads or (usable_cores(),))
     headers = open_pair(path).headers
     backend = load_backend()
-    offloads = shares(headers[0], MAX_TOKENS, gpu, gpu.there())
+    offloads = shares(headers[0], MAX_TOKENS, gpu, gpus_for(gpu))
     if offloads:
         baselines = [name for name in offloads if name in GPU_BASELINES]
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)

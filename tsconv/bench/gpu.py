@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tsconv.errors import TsconvError
 from tsconv.format.header import Header
 from tsconv.native.devices import Gpu, gpus, gpus_elsewhere
-from tsconv.runtime.offload import AUTO, Offload, choose, layer_bytes, layers_that_fit, room_on
+from tsconv.runtime.offload import Offload, Wanted, choose, layer_bytes, layers_that_fit, room_on
 from tsconv.runtime.programs import FFN_WEIGHTS
 
 WHOLE_LAYERS, CPU_FFN = "llama.cpp-ngl", "llama.cpp-n-cpu-ffn"  # engines
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The user's options, as for `tsconv.load`."""
-
-    n_gpu_layers: int | str = AUTO
-    device: str | None = None
-    main_gpu: int | None = None
-    vram_budget: int | None = None
-
-    def there(self) -> list[Gpu]:
-        """The GPUs to choose from; drivers are asked only when they may be wanted."""
-        return [] if self.n_gpu_layers == 0 else gpus_elsewhere()
+def gpus_for(wanted: Wanted) -> list[Gpu]:
+    """The GPUs to choose from; drivers are asked only when they may be wanted."""
+    return [] if wanted.n_gpu_layers == 0 else gpus_elsewhere()
 
 
 NO_GPU = Wanted(n_gpu_layers=0)
@@ -49,7 +40,7 @@ def shares(header: Header, n_ctx: int, wanted: Wanted, there: Sequence[Gpu]) -> 
         TsconvError: no such GPU, or more layers than the budget holds.
         ModelFileError: the header lacks a dimension.
     """
-    ours = choose(header, there, n_ctx=n_ctx, **asdict(wanted))
+    ours = choose(header, there, wanted, n_ctx=n_ctx)
     if not ours.n_gpu_layers:
         return {}
     room = room_on(ours.gpus, wanted.vram_budget)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from tsconv.bench.compare import Row, compare
 from tsconv.bench.generate import PRESETS, drop_from_page_cache, generated
-from tsconv.bench.gpu import NO_GPU, Wanted
+from tsconv.bench.gpu import NO_GPU
 from tsconv.bench.sizes import Bytes
 from tsconv.bench.workload import Workload, parse_workload
 from tsconv.machine.limits import available_memory
+from tsconv.runtime.offload import Wanted
 
 # KV cache and compute buffers of an engine; this process while it measures memory takes less.
 SPARE_BYTES = 1 << 30

@@ -102,10 +102,11 @@ def command(
     from tsconv.bench.compare import DENSE_DRELU, STOCK
     from tsconv.bench.compare import compare as measure
     from tsconv.bench.generate import PRESETS, generated
-    from tsconv.bench.gpu import NO_GPU, Wanted
+    from tsconv.bench.gpu import NO_GPU
     from tsconv.bench.suite import run_suite
     from tsconv.bench.workload import parse_counts, parse_workload
     from tsconv.cli.bench_table import changes, formatted, read_results
+    from tsconv.runtime.offload import Wanted
     from tsconv.runtime.streaming import parse_budget
     from tsconv.write.writer import check_output, write_file
 

@@ -55,12 +55,13 @@ def load_model(
     predictor_path: str | None,
     verbose: bool,
     ram_budget: str,
+    gpu: Mapping[str, Any],
     more: Mapping[str, Any],
 ) -> tuple[SparseLlama, dict[str, Any] | None]:
     """Loads a model, on a machine when one is named; says on stderr what was chosen.
 
-    The arguments are the options of `model_options` and `machine_options`; `more`, those of `gpu_options` and others,
-    is for SparseLlama.
+    The arguments are the options of `model_options` and `machine_options`; `gpu`: those of `gpu_options`; `more` is for
+    SparseLlama.
 
     Returns:
         the model, and what was chosen for --json; None without a machine.
@@ -82,6 +83,7 @@ def load_model(
                 verbose=verbose,
                 ram_budget=ram_budget,
                 progress=progress,
+                **gpu,
                 **more,
             )
         _say_gpus(llama)
@@ -91,6 +93,7 @@ def load_model(
 
     from tsconv.commands.load import AUTO, load_on_machine
     from tsconv.machine.this import machine_file
+    from tsconv.runtime.offload import Wanted
 
     given: dict[str, Any] = {} if ram_budget == AUTO_BUDGET else {"ram_budget": ram_budget}
     with progress_bar("loading", DELAY) as progress:
@@ -105,6 +108,7 @@ def load_model(
             verbose=verbose,
             say=say,
             progress=progress,
+            on_gpus=Wanted(**gpu),
             **given,
             **more,
         )

@@ -102,8 +102,8 @@ def command(
     from tsconv.runtime.generate import Sampling
 
     more = {"lora_path": lora_path, "draft_model": _draft_model(draft)}
-    more |= {"n_gpu_layers": n_gpu_layers, "device": device, "main_gpu": main_gpu, "vram_budget": vram_budget}
-    llama, chosen = load_model(model=model.find(), **loading, more=more)
+    gpu = {"n_gpu_layers": n_gpu_layers, "device": device, "main_gpu": main_gpu, "vram_budget": vram_budget}
+    llama, chosen = load_model(model=model.find(), **loading, gpu=gpu, more=more)
     options = Sampling(**sampling)
     if options.grammar is not None:
         from tsconv.runtime.grammar import check

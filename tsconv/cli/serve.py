@@ -69,6 +69,7 @@ def command(
     tsconv serve NAME.gguf -- --metrics --embeddings
     """
     from tsconv.commands.serve import Serving, prepare
+    from tsconv.runtime.offload import Wanted
     from tsconv.runtime.server import check_address, serve
 
     hosts = [name.strip() for name in host.split(",")]
@@ -88,7 +89,7 @@ def command(
         choice=choice,
         ram_budget=ram_budget,
         say=say_budget,
-        **gpu,
+        on_gpus=Wanted(**gpu),
     )
     options = ["--host", host, "--port", str(port), *([] if verbose else QUIET)]
     if parallel is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tsconv.placement.file import GPU, Placement
 from tsconv.placement.fit import Fit, fit
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.model import SparseLlama, load
-from tsconv.runtime.offload import MARGIN_BYTES
+from tsconv.runtime.offload import MARGIN_BYTES, WHAT_FITS, Wanted
 from tsconv.runtime.residency import Residency
 from tsconv.runtime.streaming import FEWEST_BYTES, OFF
 
@@ -36,25 +36,25 @@ class Choice:
     machine: Machine
     placement: Placement | None
 
-    def gpu(self, n_gpu_layers: int | str, vram_budget: int | None, there: Sequence[Gpu]) -> dict[str, Any]:
-        """n_gpu_layers, vram_budget and gpu_hot for SparseLlama: what the user wants, else what the placement says,
-        else as much as the machine's GPU holds; nothing where the machine has none. `there`: llama.cpp's GPUs."""
-        wanted: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "vram_budget": vram_budget, "gpu_hot": None}
-        if n_gpu_layers != AUTO:
+    def gpu(self, wanted: Wanted, there: Sequence[Gpu]) -> Wanted:
+        """What goes to GPUs: what the user wants, else what the placement says, else as much as the machine's GPU
+        holds; nothing where the machine has none. `there`: llama.cpp's GPUs."""
+        if wanted.n_gpu_layers != AUTO:
             return wanted
         if self.machine.gpu is None:
-            return wanted | {"n_gpu_layers": 0}
+            return replace(wanted, n_gpu_layers=0)
         most = max(0, self.machine.gpu.memory_bytes - MARGIN_BYTES)
         if self.placement is not None:
             most = min(most, self.placement.budgets.get("vram", most))
-        wanted["vram_budget"] = most if vram_budget is None else min(most, vram_budget)
+        budget = most if wanted.vram_budget is None else min(most, wanted.vram_budget)
+        wanted = replace(wanted, vram_budget=budget)
         if self.placement is None:
             return wanted
         n = sum(layer.attention == GPU for layer in self.placement.layers)
-        if there:
-            wanted["n_gpu_layers"] = n + 1 if n or self.placement.output == GPU else 0
         hot = [layer.gpu for layer in self.placement.layers]
-        return wanted | {"gpu_hot": hot if any(map(any, hot)) else None}
+        if there:
+            wanted = replace(wanted, n_gpu_layers=n + 1 if n or self.placement.output == GPU else 0)
+        return replace(wanted, gpu_hot=hot if any(map(any, hot)) else None)
 
     def ram_budget(self) -> int | str:
         """For SparseLlama: bytes for weights and context where they do not fit, so that neurons are read from disk when
@@ -111,8 +111,7 @@ def load_on_machine(
     n_ctx: int = 512,
     n_threads: int | None = None,
     available_bytes: int | None = None,
-    n_gpu_layers: int | str = AUTO,
-    vram_budget: int | None = None,
+    on_gpus: Wanted = WHAT_FITS,
     say: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
 ) -> tuple[SparseLlama, Fit, Residency | None]:
@@ -125,7 +124,7 @@ def load_on_machine(
         placement_path: made by `tsconv place` for this model.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         available_bytes: as for `fit`.
-        n_gpu_layers, vram_budget: as `SparseLlama`; "auto" heeds the machine and the placement.
+        on_gpus: what the user wants there; "auto" heeds the machine and the placement.
         say: called with one line when something takes a while.
         **kwargs: as `SparseLlama`.
 
@@ -155,7 +154,7 @@ def load_on_machine(
         n_ctx=n_ctx,
         n_threads=chosen.n_threads,
         header=choice.header,
-        **choice.gpu(n_gpu_layers, vram_budget, gpus() if n_gpu_layers == AUTO else ()),
+        **vars(choice.gpu(on_gpus, gpus() if on_gpus.n_gpu_layers == AUTO else ())),
         **kwargs,
     )
     residency = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from tsconv.native.devices import gpus_elsewhere, may_have_gpus
 from tsconv.native.ffn_gpus import ffn_gpus_elsewhere
 from tsconv.runtime.binding import open_model
 from tsconv.runtime.hybrid import which
-from tsconv.runtime.offload import AUTO, Offload, choose
+from tsconv.runtime.offload import WHAT_FITS, Offload, Wanted, choose
 from tsconv.runtime.programs import Command, command, environment, gpu_environment, model_arguments
-from tsconv.runtime.streaming import OFF, Budget, choose_budget
+from tsconv.runtime.streaming import AUTO, OFF, Budget, choose_budget
 
 ALIAS = {"-a", "--alias"}  # llama-server adds names to those before; the model shall have the user's alone
 GPU_LAYERS = {"-ngl", "--gpu-layers", "--n-gpu-layers"}
@@ -44,7 +44,7 @@ class Serving:
         model, predictor, sparsity, lora: as for `tsconv.load`.
         n_ctx: tokens that all requests at once have room for; each may use all of it.
         n_threads: None for the cores that this process may use, or those of the machine.
-        n_gpu_layers, device, main_gpu, vram_budget: as for `tsconv.load`.
+        on_gpus: what is to go to GPUs.
         choice: made for a machine by `tsconv.commands.load.choose`; None without one.
         ram_budget: as for `tsconv.load`; "auto" is what the choice says, if there is one. Where it makes neurons be
             read from disk, `say` is told.
@@ -56,10 +56,7 @@ class Serving:
     lora: str | None = None
     n_ctx: int = 4096
     n_threads: int | None = None
-    n_gpu_layers: int | str = AUTO
-    device: str | None = None
-    main_gpu: int | None = None
-    vram_budget: int | None = None
+    on_gpus: Wanted = WHAT_FITS
     choice: Choice | None = None
     ram_budget: int | str = AUTO
     say: Callable[[Budget], None] = lambda budget: None
@@ -67,21 +64,17 @@ class Serving:
     def gpus(self, header: Header) -> tuple[Offload | None, dict[str, str]]:
         """What goes to which GPUs of llama-server; None where it has no backend for any. And the variables that give
         one a share of the FFNs; {} where none can have it."""
-        there = [] if self.n_gpu_layers == 0 else gpus_elsewhere()
-        wanted: dict[str, Any] = {"n_gpu_layers": self.n_gpu_layers, "vram_budget": self.vram_budget, "gpu_hot": None}
-        if self.choice is not None:
-            wanted = self.choice.gpu(self.n_gpu_layers, self.vram_budget, there)
-        hot = wanted.pop("gpu_hot")
-        shares = self.lora is None and (wanted["n_gpu_layers"] != 0 or hot is not None)
-        devices = ffn_gpus_elsewhere() if shares else []
-        named = (self.device, self.main_gpu) if there or not devices else (None, None)
-        offload = choose(header, there, device=named[0], main_gpu=named[1], n_ctx=self.n_ctx, **wanted)
+        there = [] if self.on_gpus.n_gpu_layers == 0 else gpus_elsewhere()
+        wanted = self.on_gpus if self.choice is None else self.choice.gpu(self.on_gpus, there)
+        devices = ffn_gpus_elsewhere() if self.lora is None and wanted.ffns else []
+        # Without a GPU of llama.cpp's those that are named are for FFNs.
+        of_layers = replace(wanted, device=None, main_gpu=None) if devices and not there else wanted
+        offload = choose(header, there, of_layers, n_ctx=self.n_ctx)
         variables = {}
         if devices:
-            budget = wanted["vram_budget"]
-            left = None if budget is None else max(0, budget - offload.n_bytes)
-            number = which(devices, offload, self.device, self.main_gpu)
-            variables = gpu_environment(number, left, None if hot is None else np.array(hot, dtype=np.int32))
+            left = None if wanted.vram_budget is None else max(0, wanted.vram_budget - offload.n_bytes)
+            hot = None if wanted.gpu_hot is None else np.array(wanted.gpu_hot, dtype=np.int32)
+            variables = gpu_environment(which(devices, offload, wanted), left, hot)
         return offload if may_have_gpus() else None, variables
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from tsconv.errors import TsconvError
 from tsconv.native.ffn_gpus import FfnGpu, ffn_gpus
 from tsconv.native.library import gpu_module
-from tsconv.runtime.offload import MARGIN_BYTES, Offload
+from tsconv.runtime.offload import MARGIN_BYTES, Offload, Wanted
 
 if TYPE_CHECKING:
     from tsconv.runtime.binding import NativeModel
@@ -53,16 +52,16 @@ class Share:
         return f"GPU: {predictors}{share:.1f} % of the neurons on {self.gpu}, {self.n_bytes / 1e9:.2f} GB{others}"
 
 
-def which(gpus: Sequence[FfnGpu], offload: Offload, device: str | None, main_gpu: int | None) -> int:
+def which(gpus: Sequence[FfnGpu], offload: Offload, wanted: Wanted) -> int:
     """The number of the GPU that FFNs go to: the first of those that attention is on, or that the user named.
 
     Raises:
         TsconvError: no such GPU.
     """
-    names = [gpu.name for gpu in offload.gpus] or ([] if device is None else device.split(","))
+    names = [gpu.name for gpu in offload.gpus] or ([] if wanted.device is None else wanted.device.split(","))
     numbers = [int(found[1]) for name in names if (found := re.fullmatch(rf"{PREFIX}(\d+)", name.strip(), re.I))]
-    if not offload.gpus and main_gpu is not None:
-        numbers = [*(numbers or range(len(gpus)))][main_gpu : main_gpu + 1] or [main_gpu]
+    if not offload.gpus and wanted.main_gpu is not None:
+        numbers = [*(numbers or range(len(gpus)))][wanted.main_gpu :] or [wanted.main_gpu]
     elif not offload.gpus and names and not numbers:
         raise TsconvError("no such GPU", expected=f"some of {_names(gpus)}", found=names[0])
     number = numbers[0] if numbers else 0
@@ -82,22 +81,13 @@ def memory_of(offload: Offload) -> str | None:
 
 
 def share(
-    native: NativeModel,
-    offload: Offload,
-    *,
-    device: str | None = None,
-    main_gpu: int | None = None,
-    vram_budget: int | None = None,
-    hot: npt.ArrayLike | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    native: NativeModel, offload: Offload, wanted: Wanted, progress: Callable[[int, int], None] | None = None
 ) -> Share:
     """Gives a GPU its share of a model that llama.cpp has loaded.
 
     Args:
         offload: what llama.cpp has put on GPUs.
-        device, main_gpu: as `SparseLlama`.
-        vram_budget: bytes that this and what llama.cpp put there may take; None: what is free now, but for 1 GiB.
-        hot: [n_layer, n_ffn] neurons at the front of each FFN that it may have; None: all.
+        wanted: its budget is for that too; without one, what is free now, but for 1 GiB, is taken.
         progress: called with (bytes copied, bytes in all).
 
     Raises:
@@ -106,11 +96,11 @@ def share(
         TsconvError: no such GPU.
     """
     gpus = ffn_gpus(native.backend)
-    number = which(gpus, offload, device, main_gpu)
+    number = which(gpus, offload, wanted)
     free = max(0, gpus[number].free_bytes - MARGIN_BYTES)
-    n_bytes = free if vram_budget is None else max(0, vram_budget - offload.n_bytes)
-    counts: Any = None if hot is None else np.asarray(hot, dtype=np.int32)
-    found = native.share_with_gpu(number, n_bytes, counts, progress)
+    n_bytes = free if wanted.vram_budget is None else max(0, wanted.vram_budget - offload.n_bytes)
+    hot = None if wanted.gpu_hot is None else np.asarray(wanted.gpu_hot, dtype=np.int32)
+    found = native.share_with_gpu(number, n_bytes, hot, progress)
     return Share(
         gpu=found.name.decode(errors="replace"),
         number=number,

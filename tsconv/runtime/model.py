@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.hybrid import Share, memory_of, share
 from tsconv.runtime.load_error import load_error
-from tsconv.runtime.offload import AUTO, Offload, Offloading, choose
+from tsconv.runtime.offload import AUTO, Offload, Offloading, Wanted, choose
 from tsconv.runtime.residency import Residency, place_in_memory
 from tsconv.runtime.streaming import Budget, choose_budget, loading_kept_weights
 
@@ -171,10 +172,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         _prepare_openmp(max(threads))
         self._native = open_model(path, None if predictor_path is None else Path(predictor_path), sparsity, header)
         self.sparsity: str = self._native.sparsity
+        on_gpus = Wanted(n_gpu_layers, device, main_gpu, vram_budget, gpu_hot)
         try:
-            self.offload = self._choose_offload(
-                n_gpu_layers, n_ctx, device=device, main_gpu=main_gpu, vram_budget=vram_budget
-            )
+            self.offload = self._choose_offload(on_gpus, n_ctx)
         except BaseException:
             self._native.close()
             raise
@@ -229,8 +229,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             self.chat_format = DEFAULT_TEMPLATE  # not one of llama_cpp's own that it takes to be the same
         if lora_path:
             self._use_adapter(Path(lora_path))
-        elif n_gpu_layers != 0 or gpu_hot is not None:
-            self._share_ffns(device, main_gpu, vram_budget, gpu_hot, progress)
+        elif on_gpus.ffns and self.sparsity != "dense":
+            self._share_ffns(on_gpus, progress)
         if self.budget is not None:
             self._fill(progress)
 
@@ -263,7 +263,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         self._model._exit_stack.callback(native.close)  # runs after llama.cpp has freed context and weights
         _models.add(self)
 
-    def _choose_offload(self, n_gpu_layers: int | str, n_ctx: int, **wanted: Any) -> Offload:
+    def _choose_offload(self, wanted: Wanted, n_ctx: int) -> Offload:
         """What goes to which GPUs of this process. Drivers are asked only when they may be wanted.
 
         Raises:
@@ -271,35 +271,18 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         """
         header = self._native.header
         n_ctx = n_ctx or header.keys.get("llama.context_length", 0)
-        there = gpus() if n_gpu_layers != 0 else []
-        if not there and n_gpu_layers == AUTO and gpu_module() is not None:
-            wanted |= {"device": None, "main_gpu": None}  # meant for FFNs
-        return choose(header, there, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, **wanted)
+        there = gpus() if wanted.n_gpu_layers != 0 else []
+        if not there and wanted.n_gpu_layers == AUTO and gpu_module() is not None:
+            wanted = replace(wanted, device=None, main_gpu=None)  # meant for FFNs
+        return choose(header, there, wanted, n_ctx=n_ctx)
 
-    def _share_ffns(
-        self,
-        device: str | None,
-        main_gpu: int | None,
-        vram_budget: int | None,
-        gpu_hot: npt.ArrayLike | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def _share_ffns(self, wanted: Wanted, progress: Callable[[int, int], None] | None) -> None:
         """Gives a GPU its share of the FFNs, if there is one that can have it. Raises TsconvError for no such GPU."""
-        if self.sparsity == "dense":
-            return
         try:
-            self.gpu_share = share(
-                self._native,
-                self.offload,
-                device=device,
-                main_gpu=main_gpu,
-                vram_budget=vram_budget,
-                hot=gpu_hot,
-                progress=progress,
-            )
+            self.gpu_share = share(self._native, self.offload, wanted, progress)
         except NoGpuError as error:
-            wanted = any(x is not None for x in (gpu_hot, device, main_gpu, vram_budget))
-            if wanted and not self.offload.gpus:
+            asked = wanted.has_names or wanted.vram_budget is not None or wanted.gpu_hot is not None
+            if asked and not self.offload.gpus:
                 self.gpu_complaint = str(error)
         except BackendError as error:
             self.gpu_complaint = str(error)

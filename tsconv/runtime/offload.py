@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy.typing as npt
+
 from tsconv.errors import TsconvError
 from tsconv.format.header import Header
 from tsconv.format.kv_cache import kv_bytes_per_token, padded
@@ -33,6 +35,30 @@ class _Override(ctypes.Structure):
     """struct llama_model_tensor_buft_override (llama.h)."""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to go to GPUs: the arguments of `SparseLlama` of these names."""
+
+    n_gpu_layers: int | str = AUTO
+    device: str | None = None
+    main_gpu: int | None = None
+    vram_budget: int | None = None
+    gpu_hot: npt.ArrayLike | None = None
+
+    @property
+    def has_names(self) -> bool:
+        """Whether some GPUs are named."""
+        return self.device is not None or self.main_gpu is not None
+
+    @property
+    def ffns(self) -> bool:
+        """Whether FFNs may go there."""
+        return self.n_gpu_layers != 0 or self.gpu_hot is not None
+
+
+WHAT_FITS = Wanted()
 
 
 @dataclass(frozen=True)
@@ -109,27 +135,15 @@ class Offloading:
         self._model_params = params
 
 
-def choose(
-    header: Header,
-    there: Sequence[Gpu],
-    *,
-    n_gpu_layers: int | str = AUTO,
-    device: str | None = None,
-    main_gpu: int | None = None,
-    vram_budget: int | None = None,
-    n_ctx: int,
-) -> Offload:
+def choose(header: Header, there: Sequence[Gpu], wanted: Wanted = WHAT_FITS, *, n_ctx: int) -> Offload:
     """How many layers go to which GPUs.
 
     Args:
         header: of the model file.
         there: the GPUs of the process or program that will compute.
-        n_gpu_layers: "auto" for as many as fit into the memory that is free, on GPUs that have memory of their own;
-            "all" or -1; or a number.
-        device: names of GPUs, joined by commas; None for all that llama.cpp would take.
-        main_gpu: the position among them of one that is used alone.
-        vram_budget: for "auto", bytes of weights, keys and values to put there at most. None: what is free but for
-            MARGIN_BYTES of each.
+        wanted: "auto" takes as many layers as fit into the memory that is free but for MARGIN_BYTES of each GPU, and
+            into the budget, on GPUs that have memory of their own. Without names, GPUs are those that llama.cpp would
+            take.
         n_ctx: tokens of context.
 
     Raises:
@@ -137,19 +151,18 @@ def choose(
         ModelFileError: the header lacks a dimension.
     """
     n_layer = shape_of(header)[0]
-    wanted = _number(n_gpu_layers)
-    if wanted == 0:
+    number = _number(wanted.n_gpu_layers)
+    if number == 0:
         return Offload(0, n_layer + 1)
-    gpus = _named(there, device, main_gpu)
-    named = device is not None or main_gpu is not None
+    gpus, named = _named(there, wanted.device, wanted.main_gpu), wanted.has_names
     discrete = [gpu for gpu in gpus if not gpu.is_integrated]
-    if not named and (wanted is None or discrete):  # llama.cpp too takes integrated ones only where there is no other
+    if not named and (number is None or discrete):  # llama.cpp too takes integrated ones only where there is no other
         gpus = discrete
     costs = layer_bytes(header, n_ctx)
-    if wanted is None:
-        n = layers_that_fit(costs, room_on(gpus, vram_budget))
+    if number is None:
+        n = layers_that_fit(costs, room_on(gpus, wanted.vram_budget))
     else:
-        n = n_layer + 1 if wanted < 0 else min(wanted, n_layer + 1)
+        n = n_layer + 1 if number < 0 else min(number, n_layer + 1)
         if not gpus:
             raise TsconvError(
                 "layers for a GPU",

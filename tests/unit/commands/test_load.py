@@ -13,7 +13,7 @@ from tsconv.commands.load import Choice, choose
 from tsconv.machine.profile import Gpu as MachineGpu
 from tsconv.native.devices import Gpu
 from tsconv.placement.file import LayerPlacement
-from tsconv.runtime.offload import MARGIN_BYTES
+from tsconv.runtime.offload import MARGIN_BYTES, Wanted
 
 THERE = [Gpu("G0", "", 8 << 30, 8 << 30, False)]
 WITH_GPU = dataclasses.replace(machine(), gpu=MachineGpu("a GPU", 4 << 30, 400.0, 12.0, 10.0))
@@ -29,16 +29,15 @@ def chosen(model: Path, **changes: object) -> Choice:
 
 
 def test_a_machine_without(model):
-    assert chosen(model, machine=machine()).gpu("auto", None, THERE)["n_gpu_layers"] == 0
+    assert chosen(model, machine=machine()).gpu(Wanted(), THERE).n_gpu_layers == 0
     # One that llama.cpp has no backend for may still take FFNs.
-    assert chosen(model).gpu("auto", None, [])["n_gpu_layers"] == "auto"
+    assert chosen(model).gpu(Wanted(), []).n_gpu_layers == "auto"
 
 
 def test_no_more_than_the_machine_has(model):
     choice = chosen(model)
-    expected = {"n_gpu_layers": "auto", "vram_budget": (4 << 30) - MARGIN_BYTES, "gpu_hot": None}
-    assert choice.gpu("auto", None, THERE) == expected
-    assert choice.gpu("auto", 1 << 20, THERE)["vram_budget"] == 1 << 20
+    assert choice.gpu(Wanted(), THERE) == Wanted(vram_budget=(4 << 30) - MARGIN_BYTES)
+    assert choice.gpu(Wanted(vram_budget=1 << 20), THERE).vram_budget == 1 << 20
 
 
 @pytest.mark.parametrize(("on_gpu", "output", "n"), [(0, "cpu", 0), (0, "gpu", 1), (2, "gpu", 3)])
@@ -46,7 +45,7 @@ def test_a_placement(model, on_gpu, output, n):
     """llama.cpp counts the output as a layer, the first one that goes."""
     layers = tuple(LayerPlacement("gpu" if i < on_gpu else "cpu", "cpu", (0,), (10,)) for i in range(6))
     placement = placement_for(model, [[10]] * 6, layers=layers, output=output)
-    assert chosen(model, placement=placement).gpu("auto", None, THERE)["n_gpu_layers"] == n
+    assert chosen(model, placement=placement).gpu(Wanted(), THERE).n_gpu_layers == n
 
 
 def test_neurons_of_a_placement(model):
@@ -54,12 +53,12 @@ def test_neurons_of_a_placement(model):
     budgets = {"vram": 1 << 30, "ram": 0, "vram_used": 0, "ram_used": 0}
     placement = placement_for(model, [[64]] * 6, gpu=32, budgets=budgets)
     for there in (THERE, []):
-        found = chosen(model, placement=placement).gpu("auto", None, there)
-        assert found["vram_budget"] == 1 << 30 and found["gpu_hot"] == [(32,)] * 6
-    assert chosen(model, placement=placement).gpu(0, None, THERE)["gpu_hot"] is None
+        found = chosen(model, placement=placement).gpu(Wanted(), there)
+        assert found.vram_budget == 1 << 30 and found.gpu_hot == [(32,)] * 6
+    assert chosen(model, placement=placement).gpu(Wanted(0), THERE).gpu_hot is None
 
 
 def test_the_user_decides(model):
     for wanted in (0, 3, "all"):
-        found = chosen(model, machine=machine()).gpu(wanted, 5, THERE)
-        assert found == {"n_gpu_layers": wanted, "vram_budget": 5, "gpu_hot": None}
+        asked = Wanted(wanted, vram_budget=5)
+        assert chosen(model, machine=machine()).gpu(asked, THERE) == asked

@@ -12,7 +12,7 @@ from tsconv.errors import TsconvError
 from tsconv.format.header import Header, read_header
 from tsconv.format.kv_cache import kv_bytes_per_token
 from tsconv.native.devices import Gpu
-from tsconv.runtime.offload import MARGIN_BYTES, choose, layer_bytes
+from tsconv.runtime.offload import MARGIN_BYTES, Wanted, choose, layer_bytes
 from tsconv.runtime.programs import FFN_WEIGHTS
 
 BIG = Gpu("BIG0", "", 1 << 40, 1 << 40, False)
@@ -63,10 +63,10 @@ def test_auto(header):
 )
 def test_integrated_gpus(header, there, wanted, names):
     """They are taken when they are named, or when layers are asked for and there is no other."""
-    found = choose(header, there, n_gpu_layers=wanted, n_ctx=512)
+    found = choose(header, there, Wanted(wanted), n_ctx=512)
     assert [gpu.name for gpu in found.gpus] == names
     assert (found.n_gpu_layers > 0) == bool(names)
-    named = choose(header, there, device="small0", n_ctx=512)
+    named = choose(header, there, Wanted(device="small0"), n_ctx=512)
     assert [gpu.name for gpu in named.gpus] == ["SMALL0"] and named.n_gpu_layers == named.n_layers
     assert named.arguments() == ["--n-gpu-layers", str(named.n_layers), "--device", "SMALL0"]
 
@@ -74,4 +74,4 @@ def test_integrated_gpus(header, there, wanted, names):
 @pytest.mark.parametrize("wanted", ["some", -2, 1.5])
 def test_wrong_numbers(header, wanted):
     with pytest.raises(TsconvError, match="layers for a GPU: expected auto, all or a number, found"):
-        choose(header, [BIG], n_gpu_layers=wanted, n_ctx=512)
+        choose(header, [BIG], Wanted(wanted), n_ctx=512)
