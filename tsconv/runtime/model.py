@@ -94,8 +94,11 @@ class SparseLlama(Offloading, llama_cpp.Llama):
     Args:
         model_path: `NAME.gguf` written by `tsconv convert`.
         sparsity: "predictor" (the checkpoint's own mask), "exact" (no predictor, unmasked dReLU), "dense" (what exact
-            computes, every weight read and multiplied: a baseline to measure against), or None: predictor when the
-            model has one.
+            computes, every weight read and multiplied: a baseline to measure against), "topk:S" (of each token's
+            neurons, those of each expert apart, the share S with the smallest |gate * up| is dropped; gate and up are
+            computed of all, so that it measures what sparsity costs in quality and is no faster than exact),
+            "predictor:D" (D added to the threshold that the predictor's logits must pass), or None: predictor when
+            the model has one.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         n_threads: None for the physical cores this process may use, and no more than control groups grant it.
         n_ctx: tokens of context, 0 for the model's own; rounded up to a multiple of 256 as llama.cpp does, so that the
@@ -285,7 +288,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         progress: Callable[[int, int], None] | None,
     ) -> None:
         """Gives a GPU its share of the FFNs, if there is one that can have it. Raises TsconvError for no such GPU."""
-        if self.sparsity == "dense":
+        if self._native.kind in ("dense", "topk"):  # computed by the CPU alone
             return
         try:
             self.gpu_share = share(
