@@ -64,7 +64,7 @@ def sweep(
     for sparsity in others:
         with _loaded(model, sparsity, loading) as llama:
             found = windows_of(llama, text, kept)
-            point = _measure_point(llama, found, BaseFile(kept.base_path), kept.identity["n_batch"], progress)
+            point = _measure_point(llama, found, kept, progress)
         kept.add(point)
         say(_line(point))
     kept.drop_base()
@@ -125,15 +125,17 @@ def _measure_base(llama: SparseLlama, found: Windows, kept: SweepFile, progress:
     )
 
 
-def _measure_point(llama: SparseLlama, found: Windows, base: BaseFile, n_batch: int, progress: Progress) -> Point:
+def _measure_point(llama: SparseLlama, found: Windows, kept: SweepFile, progress: Progress) -> Point:
+    base, exact = BaseFile(kept.base_path), kept.points[EXACT]
     decode = _decoding_speed(llama, found)
     sums, clock = Divergence(), _Clock()
     llama.reset_ffn_stats()
-    computed = clock.timed(scored_logits(llama, found, n_batch))
+    computed = clock.timed(scored_logits(llama, found, kept.identity["n_batch"]))
     for i, (log_p, logits) in enumerate(zip(base.log_probabilities(), computed, strict=True)):
         sums.add(log_p, logits, found.targets(i))
         progress(llama.sparsity, i + 1, len(found))
-    (value, error), (ratio, ratio_error) = sums.perplexity, sums.ratio
+    value, error = sums.perplexity
+    ratio = value / exact.perplexity  # the base's own, from its file, lacks what is very unlikely
     kl, kl_error = sums.divergence
     same_top, same_top_error = sums.same_top
     return Point(
@@ -141,7 +143,7 @@ def _measure_point(llama: SparseLlama, found: Windows, base: BaseFile, n_batch: 
         perplexity=value,
         error=error,
         ratio=ratio,
-        ratio_error=ratio_error,
+        ratio_error=ratio * sums.log_ratio[1],
         kl=kl,
         kl_error=kl_error,
         same_top=same_top,
