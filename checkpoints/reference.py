@@ -6,6 +6,8 @@
 
     h = relu(W_gate x) * relu(W_up x) * mask        y = W_down h        mask = [fc2 relu(fc1 p) > 0]
 
+With `keep` the mask is top-k instead (arXiv:2406.05955, equations 3 and 4): the `keep` neurons of the largest |h|.
+
 Parameters carry the checkpoints' tensor names, so a state dict is a checkpoint (but for the experts' w1, w3, w2, see
 EXPERT_NAMES). Shapes: B sequences, T positions, S = rows handed to one FFN, E = n_embd, F = n_ff, V = n_vocab.
 
@@ -141,6 +143,7 @@ class FFN(nn.Module):
         self.down_proj = linear(c.n_ff, c.n_embd)
         self.predictor: Predictor | None = None
         self.threshold, self.inclusive = 0.0, False
+        self.keep: int | None = None
 
     def predicted(self, logit: Tensor) -> Tensor:
         """round(sigmoid(z)) rounds 0.5 down: on iff z > 0 (TurboSparse). Bamboo's engine: on iff z >= threshold."""
@@ -160,6 +163,8 @@ class FFN(nn.Module):
             if logit is None:
                 raise ValueError(f"layer {self.layer} has no predictor: pass predictor_dir, or sparsity='exact'")
             h = h * self.predicted(logit)
+        if self.keep is not None:
+            h = h * torch.zeros_like(h).scatter(-1, h.abs().topk(self.keep, dim=-1).indices, 1.0)
         return self.down_proj(h)
 
 
@@ -275,6 +280,12 @@ class Reference(nn.Module):
             block.mlp.threshold, block.mlp.inclusive = float(threshold), True
 
     # ---- what the tests compare with ----
+
+    def keep_largest(self, keep: int | None) -> None:
+        """From now on every FFN keeps so many neurons of each row; None: no top-k."""
+        for block in self.model.layers:
+            for ffn in block.ffns:
+                ffn.keep = keep
 
     @torch.no_grad()
     def logits(self, tokens, sparsity: str = "predictor") -> Tensor:

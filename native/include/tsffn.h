@@ -3,13 +3,13 @@
 // It is loaded with ggml_backend_load() (or GGML_BACKEND_PATH) and takes the FFN weights of a model that was opened
 // here and armed while llama.cpp loads the file:
 //
-//     struct tsffn_model * model = tsffn_model_open(path, sidecar, TSFFN_SPARSITY_PREDICTOR, error, sizeof(error));
+//     struct tsffn_model * model = tsffn_model_open(path, sidecar, "predictor", error, sizeof(error));
 //     tsffn_model_arm(model);
 //     ... llama_model_load_from_file(path) with general.architecture overridden to "llama" ...
 //     tsffn_model_arm(NULL);
 //
 // A program that cannot call these functions (llama-server, llama-bench) names the model in the environment instead:
-// TSFFN_MODEL=path, and optionally TSFFN_PREDICTOR=path and TSFFN_SPARSITY=predictor|exact|dense.
+// TSFFN_MODEL=path, and optionally TSFFN_PREDICTOR=path and TSFFN_SPARSITY, as tsffn_model_open takes it.
 #ifndef TSFFN_H
 #define TSFFN_H
 
@@ -32,15 +32,8 @@ extern "C" {
 #define TSFFN_MAX_DIM (1 << 20)
 #define TSFFN_MAX_CONTEXT (1 << 24)
 
-enum tsffn_sparsity {
-    TSFFN_SPARSITY_DEFAULT = 0,   // predictor when the model names one, else exact
-    TSFFN_SPARSITY_PREDICTOR = 1, // the checkpoint's own mask
-    TSFFN_SPARSITY_EXACT = 2,     // no predictor: unmasked dReLU, lossless
-    TSFFN_SPARSITY_DENSE = 3,     // what EXACT computes, every weight read and multiplied: a baseline
-};
-
-// Functions that take a model accept NULL: they do nothing then, and return false, 0 or TSFFN_SPARSITY_DEFAULT. So they
-// do for NULL instead of an array or struct that they fill.
+// Functions that take a model accept NULL: they do nothing then, and return false, 0 or NULL. So they do for NULL
+// instead of an array or struct that they fill.
 struct tsffn_model;
 
 // Checks that the running ggml is the one this library was built for: version, tensor size, operation numbers.
@@ -48,10 +41,20 @@ struct tsffn_model;
 TSFFN_API bool tsffn_check_abi(char * error, size_t error_size);
 
 // Opens a model file and, in predictor mode, its sidecar (sidecar_path NULL: NAME.predictor.gguf beside NAME.gguf), and
-// checks both completely: keys, shapes, sizes, that they are a pair. Only headers are read.
+// checks both completely: keys, shapes, sizes, that they are a pair. Only headers are read. `sparsity` says which
+// neurons a token computes:
+//
+//     predictor    those of the checkpoint's own mask
+//     predictor:D  those, with D added to the threshold that the predictor's logits must pass
+//     exact        all; what is not zero adds to the output
+//     dense        all, and every weight is read and multiplied: a baseline
+//     topk:S       gate and up of all; of each token and expert the share S with the smallest |f(gate) * g(up)| is
+//                  dropped, 0 <= S < 1 (src/ffn/topk.h)
+//     NULL         predictor where the model names one, else exact
+//
 // Returns NULL and writes one line to `error` that names file, tensor, expected and found, and the remedy.
 TSFFN_API struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path,
-                                                enum tsffn_sparsity sparsity, char * error, size_t error_size);
+                                                const char * sparsity, char * error, size_t error_size);
 
 // Drops the caller's reference. Weight buffers hold their own: the memory goes when the last of them is freed.
 TSFFN_API void tsffn_model_close(struct tsffn_model * model);
@@ -120,8 +123,8 @@ TSFFN_API bool tsffn_model_gpu_memory(struct tsffn_model * model, const char * d
 TSFFN_API bool tsffn_model_gpu_upload(struct tsffn_model * model, uint64_t * copied, uint64_t * bytes, char * error,
                                       size_t error_size);
 
-// What the model was opened with; TSFFN_SPARSITY_DEFAULT and 0 for NULL.
-TSFFN_API enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model);
+// What the model was opened with: never NULL for a model.
+TSFFN_API const char * tsffn_model_sparsity(const struct tsffn_model * model);
 TSFFN_API int32_t tsffn_model_n_layer(const struct tsffn_model * model);
 
 // Counters of one layer since the model was opened or tsffn_model_reset_stats was called. Neurons are counted per token
@@ -130,9 +133,9 @@ struct tsffn_layer_stats {
     uint64_t calls;           // times the FFN was computed, fused
     uint64_t rows;            // tokens, times the routed experts of each
     uint64_t neurons;         // n_ff per row
-    uint64_t predicted;       // neurons the predictor let through (all in exact mode)
+    uint64_t predicted;       // neurons the predictor let through (all without one)
     uint64_t gate_positive;   // of these, gate > 0
-    uint64_t active;          // of these, up > 0
+    uint64_t active;          // of these, up > 0 (and kept, with topk)
     uint64_t bytes_predictor; // read by the predictor
     uint64_t bytes_ffn;       // read of gate, up and down
     uint64_t bytes_dense;     // what a dense FFN would have read
@@ -164,7 +167,7 @@ TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);
 #define TSFFN_N_HISTOGRAMS 3 // |gate . x|, |up . x|, relu(gate . x) * relu(up . x), over all neurons
 #define TSFFN_N_BINS 130     // below 2^-20 (and 0); four to an octave up to 2^12, linear within it; the rest
 // Begins counting from 0, or stops and drops the counts. Call it while nothing computes. False: out of memory, no
-// model.
+// model, or one that was opened with topk.
 TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
 // Copies the counts of one layer: tokens [n_ffn] that each FFN (expert) saw, neurons [TSFFN_N_COUNTS][n_ffn][n_ff],
 // histograms [TSFFN_N_HISTOGRAMS][TSFFN_N_BINS]. False when counting is off or there is no such layer.

@@ -4,6 +4,7 @@
 //     h_i = f(gate_i . x) * g(up_i . x) * m_i,  y = sum_i h_i down_i
 //     f, g: the factors of the layer's activation; of dReLU both are relu
 //     m_i = [fc2_i . relu(fc1 . (x * scale)) > threshold], 1 without a predictor
+//     top-k: h_i = 0 unless fewer than `keep` neurons have a larger |h|, of equal ones those before i
 //
 // A module that TSFFN_DEVICE names.
 #include "ffn/device.h"
@@ -131,6 +132,40 @@ static void predict(const struct scratch * s, const struct tsffn_layer * layer, 
     }
 }
 
+// Top-k: clears `stays` where a neuron is not among the `keep` largest.
+static void choose(int64_t n, int64_t keep, const double * h, bool * stays) {
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t before = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            const double mine = h[i] < 0.0 ? -h[i] : h[i], other = h[j] < 0.0 ? -h[j] : h[j];
+            before += other > mine || (other == mine && j < i);
+        }
+        stays[i] = before < keep;
+    }
+}
+
+// h [n_ff] of a row.
+static void compute_h(const struct tsffn_layer * layer, const struct tsffn_call * call,
+                      const struct tsffn_ffn_weights * ffn, const double * x, double * h, const struct scratch * s,
+                      bool * mask, struct tsffn_counts * counts) {
+    for (int64_t i = 0; i < layer->n_ff; ++i) {
+        const double gate = mask[i] ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_GATE, i, x) : 0.0;
+        const double f = factor(layer->activation.gate, gate);
+        const double up = f != 0.0 ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_UP, i, x) : 0.0;
+        h[i] = f * factor(layer->activation.up, up);
+        counts->neurons += 1;
+        counts->predicted += mask[i];
+        counts->gate_positive += f != 0.0;
+    }
+    if (call->keep > 0) {
+        choose(layer->n_ff, call->keep, h, mask);
+    }
+    for (int64_t i = 0; i < layer->n_ff; ++i) {
+        h[i] = mask[i] ? h[i] : 0.0;
+        counts->active += h[i] != 0.0;
+    }
+}
+
 // What `call` computes of one row, of activations x: out [n_embd or n_ff], and h [n_ff].
 static void compute_row(const struct tsffn_layer * layer, const struct tsffn_call * call,
                         const struct tsffn_ffn_weights * ffn, const double * x, double * out, double * h,
@@ -139,6 +174,9 @@ static void compute_row(const struct tsffn_layer * layer, const struct tsffn_cal
     const bool fused = call->op == TSFFN_OP_FUSED;
     if (fused || call->op == TSFFN_OP_GATE) {
         predict(s, layer, ffn, x, p, hidden, mask);
+    }
+    if (fused) {
+        compute_h(layer, call, ffn, x, h, s, mask, counts);
     }
     if (fused || call->op == TSFFN_OP_DOWN) {
         memset(out, 0, (size_t)layer->n_embd * sizeof(*out));
@@ -149,16 +187,6 @@ static void compute_row(const struct tsffn_layer * layer, const struct tsffn_cal
             const enum tsffn_part part = is_gate ? TSFFN_PART_GATE : TSFFN_PART_UP;
             out[i] = is_gate && !mask[i] ? 0.0 : dot_part(s, layer, &ffn->neurons, part, i, x);
             continue;
-        }
-        if (fused) {
-            const double gate = mask[i] ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_GATE, i, x) : 0.0;
-            const double f = factor(layer->activation.gate, gate);
-            const double up = f != 0.0 ? dot_part(s, layer, &ffn->neurons, TSFFN_PART_UP, i, x) : 0.0;
-            h[i] = f * factor(layer->activation.up, up);
-            counts->neurons += 1;
-            counts->predicted += mask[i];
-            counts->gate_positive += f != 0.0;
-            counts->active += h[i] != 0.0;
         }
         const double a = fused ? h[i] : x[i];
         if (a != 0.0) {

@@ -237,8 +237,10 @@ static void test_call(struct tsffn_workspace * ws, struct tsffn_cpu_layer layer,
     }
     CHECK(moving[0].n_awaited > 0, "nothing was asked for");
     const bool one_row = call.op == TSFFN_OP_FUSED && !profile && !moe && n_tokens == 1;
-    CHECK(!one_row || moving[0].n_announced == found.counts.predicted, "announced %d neurons, not the %d that are on",
-          (int)moving[0].n_announced, (int)found.counts.predicted);
+    // Top-k reads gate and up of all, and then down of those that it keeps.
+    const uint64_t needed = found.counts.predicted + (call.keep > 0 ? found.counts.active : 0);
+    CHECK(!one_row || moving[0].n_announced == needed, "announced %d neurons, not the %d that are on",
+          (int)moving[0].n_announced, (int)needed);
 }
 
 static void test_layer(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * layer,
@@ -258,6 +260,9 @@ static void test_layer(struct tsffn_workspace * ws, const struct tsffn_cpu_layer
         call.op = TSFFN_OP_FUSED;
         test_call(ws, *layer, home, call, n_tokens, moe, true);
         call.dense = home[0].fc1.data == NULL;
+        test_call(ws, *layer, home, call, n_tokens, moe, false);
+        call.dense = false;
+        call.keep = 20;
         test_call(ws, *layer, home, call, n_tokens, moe, false);
     }
 }

@@ -314,7 +314,7 @@ print(llama.scores[:4].tobytes().hex())
 
 
 @pytest.mark.parametrize("name", FFN)
-@pytest.mark.parametrize("sparsity", ["predictor", "exact", "dense", None])
+@pytest.mark.parametrize("sparsity", ["predictor", "exact", "dense", "topk:0.9", "predictor:-0.5", None])
 def test_model_named_in_the_environment(name, sparsity):
     model = tiny.converted(name)
     env = {"TSFFN_MODEL": str(model), "TSFFN_SPARSITY": sparsity or "", "TSFFN_PREDICTOR": ""}  # empty: as not set
@@ -342,7 +342,14 @@ def test_sidecar_named_in_the_environment(tmp_path):
     ("env", "message"),
     [
         ({"TSFFN_MODEL": "/nonexistent/m.gguf"}, "/nonexistent/m.gguf: cannot be opened: No such file or directory"),
-        ({"TSFFN_SPARSITY": "none"}, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found 'none'"),
+        *(
+            (
+                {"TSFFN_SPARSITY": value},
+                "TSFFN_SPARSITY: expected 'predictor', 'exact', 'dense', 'topk:S' with S from 0 to below 1, or "
+                f"'predictor:D' with a number D, found '{value}'",
+            )
+            for value in ("none", "topk:1.5", "topk:x")
+        ),
     ],
 )
 def test_mistakes_in_the_environment(env, message):

@@ -49,7 +49,13 @@ def computed(out: Path, model: Path, sparsity: str, n_batch: int, **env: str) ->
 @pytest.mark.parametrize("name", ["tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"])
 @pytest.mark.parametrize(
     ("outtype", "predictor", "sparsity"),
-    [("f32", None, "predictor"), ("f32", None, "exact"), ("f16", "q8_0", "predictor"), ("q4_0", "q3_nl", "predictor")],
+    [
+        ("f32", None, "predictor"),
+        ("f32", None, "exact"),
+        ("f32", None, "topk:0.95"),
+        ("f16", "q8_0", "predictor"),
+        ("q4_0", "q3_nl", "predictor"),
+    ],
 )
 @pytest.mark.parametrize("n_batch", [1, 7])
 def test_reference_device(reference, tmp_path, name, outtype, predictor, sparsity, n_batch):

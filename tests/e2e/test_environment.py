@@ -39,7 +39,7 @@ def shape(model: Path) -> tuple[int, int, int]:
         ("TSFFN_HOT", "99999999999999999999", "TSFFN_HOT: number 1: expected 0 to {n_ff}"),
         ("TSFFN_HOT", "1;1", "TSFFN_HOT: number 1: expected 0 to {n_ff}, found '1;1'"),
         ("TSFFN_RESIDENCY", "lock,often", "TSFFN_RESIDENCY: expected prefault, lock or random, found 'often'"),
-        ("TSFFN_SPARSITY", "some", "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found 'some'"),
+        ("TSFFN_SPARSITY", "some", "TSFFN_SPARSITY: expected 'predictor', 'exact', 'dense', 'topk:S' with S from 0 to"),
         ("TSFFN_MODEL", "/none.gguf", "/none.gguf"),
     ],
 )

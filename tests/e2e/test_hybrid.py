@@ -97,7 +97,7 @@ print(json.dumps({"rows": rows, "whole": whole.neurons == whole.n_neurons}))
 """
 
 
-@pytest.mark.parametrize("sparsity", ["predictor", "exact"])
+@pytest.mark.parametrize("sparsity", ["predictor", "exact", "predictor:0.5"])
 def test_budgets(model, sparsity):
     """Logits are the CPU's, whatever the GPU has of the model; it has as much as the bytes hold, to the byte."""
     found = python(BUDGETS, model, sparsity)
@@ -116,6 +116,26 @@ def test_budgets(model, sparsity):
         assert (row["on_gpu"] > 0) == (row["neurons"] > 0)
     assert found["rows"][-1]["neurons"] == 1.0
     assert any(0 < row["neurons"] < 1 for row in found["rows"] if row["neurons"])
+
+
+TOPK = """
+path, = sys.argv[1:]
+reference = logits_of(path, sparsity="topk:0.9", n_gpu_layers=0)[0]
+logits, stats, share, complaint, used = logits_of(path, sparsity="topk:0.9", vram_budget=1 << 29)
+model = load(path, sparsity="topk:0.9", n_gpu_layers=0)
+try:
+    model._native.share_with_gpu(0, 1 << 29, None, None)
+except tsconv.errors.BackendError as error:
+    refused = str(error)
+print(json.dumps({"same": bool((logits == reference).all()), "share": share, "used": used, "refused": refused}))
+"""
+
+
+def test_topk_is_the_cpus_alone(model):
+    """Which neurons stay is decided among all of an FFN's."""
+    found = python(TOPK, model)
+    assert found["same"] and found["share"] is None and found["used"] == 0
+    assert "sparsity topk:0.9 is computed by the CPU alone" in found["refused"]
 
 
 TOGETHER = """

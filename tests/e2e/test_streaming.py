@@ -7,9 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import llama_cpp
@@ -20,38 +19,20 @@ import tsconv
 from support import ROOT, synthetic, tiny
 from support.memory_map import cached_bytes, drop_cache
 from support.serving import serving
+from support.streamed import fewest_bytes, streaming
 from tsconv.bench.synthetic import Shape
 from tsconv.bench.worker import Sequences
 from tsconv.errors import BackendError, TsconvError
 from tsconv.format.header import read_header
 from tsconv.format.pair import sidecar_path
 from tsconv.format.summary import ffn_bytes
-from tsconv.runtime import model as runtime_model
-from tsconv.runtime.binding import open_model
 from tsconv.runtime.model import SparseLlama
 from tsconv.runtime.programs import check_devices, command, environment, model_arguments
-from tsconv.runtime.streaming import Budget, choose_budget, parse_budget
+from tsconv.runtime.streaming import choose_budget, parse_budget
 
 pytestmark = pytest.mark.sanitized
 NAMES = ("tiny-turbosparse-mistral", "tiny-turbosparse-mixtral")
 TEXT = b"And it came to pass in those days that there was a man of the house of Israel"
-
-
-def fewest_bytes(path: Path) -> int:
-    """What a cache for the model needs at least, as its refusal says."""
-    native = open_model(path, None, None)
-    with pytest.raises(BackendError) as refused:
-        native.stream(1000)
-    native.close()
-    return int(re.search(r"expected at least (\d+) bytes, found 1000", str(refused.value))[1])
-
-
-@contextmanager
-def streaming(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> Iterator[None]:
-    """While this holds, models are loaded with `n_bytes` of memory for neurons, whatever fits."""
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime_model, "choose_budget", lambda *_, **__: Budget(n_bytes, True, 0, 0, 0, 1 << 40))
-        yield
 
 
 def logits(model: SparseLlama) -> list[np.ndarray]:

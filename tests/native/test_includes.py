@@ -11,7 +11,7 @@ SOURCES = ROOT / "native" / "src"
 BASE = "."  # error.h, ggml_iface.h
 # folder -> the folders that it knows beside itself
 KNOWS = {
-    "ggml": {"memory", "model", "cache", "hybrid", "cpu/kernels", BASE},  # what ggml sees
+    "ggml": {"memory", "model", "cache", "hybrid", "ffn", "cpu/kernels", BASE},  # what ggml sees
     "memory": {"model", "cache", BASE},  # where the bytes of a model are
     "model": {"cache", "hybrid", "ffn", BASE},  # files, and the layers that they make
     "cache": {"ffn", BASE},  # neurons that are read from disk

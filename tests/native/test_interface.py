@@ -27,7 +27,7 @@ NOTHING = """
 import ctypes, errno, sys
 from tsconv.native.library import LayerStats, Placed, load_backend
 lib = load_backend().lib
-model = lib.tsffn_model_open(sys.argv[1].encode(), None, 2, ctypes.create_string_buffer(100), 100)
+model = lib.tsffn_model_open(sys.argv[1].encode(), None, b"exact", ctypes.create_string_buffer(100), 100)
 assert model and lib.tsffn_model_profile(model, True)
 full = [ctypes.create_string_buffer(1 << 20) for _ in range(3)]
 assert lib.tsffn_model_read_profile(model, 0, *full) and lib.tsffn_model_stats(model, 0, LayerStats())

@@ -21,7 +21,7 @@ def native_tests() -> Path:
     return build(BUILD, "-DTSFFN_TESTS=ON") / "tests"
 
 
-PROGRAMS = ["test_kernels", "test_panels", "test_ffn", "test_neurons", "test_activation", "test_profile"]
+PROGRAMS = ["test_kernels", "test_panels", "test_ffn", "test_topk", "test_neurons", "test_activation", "test_profile"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -69,6 +69,7 @@ def load_model(
     Raises:
         click.UsageError: a placement without a machine.
     """
+    say_cost(sparsity)
     if machine is None:
         _refuse_placement(placement)
         from tsconv.runtime.model import load
@@ -119,6 +120,15 @@ def load_model(
         say_budget(llama.budget)
     _say_gpus(llama)
     return llama, as_dict(fit, residency) | {"placement": placement, "notes": notes}
+
+
+def say_cost(sparsity: str | None) -> None:
+    """Says on stderr what topk costs."""
+    if sparsity is not None and sparsity.startswith("topk"):
+        say(
+            f"note: {sparsity} computes gate and up of every neuron to choose among them: it measures what sparsity "
+            "costs in quality, and is no faster than --sparsity exact"
+        )
 
 
 def choose_for_machine(

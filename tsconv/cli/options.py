@@ -35,6 +35,22 @@ class Size(click.ParamType):
         return n_bytes
 
 
+class SparsityText(click.ParamType):
+    """'exact', 'topk:0.9', ...: as `tsconv.load` takes it."""
+
+    name = "sparsity"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from tsconv.errors import TsconvError
+        from tsconv.runtime.sparsity import parse_sparsity
+
+        try:
+            parse_sparsity(value)
+        except TsconvError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 class GpuLayers(click.ParamType):
     """'auto', 'all', or a number: as `tsconv.load` takes it."""
 
@@ -73,8 +89,11 @@ profile_option = click.option(
 )
 sparsity_option = click.option(
     "--sparsity",
-    type=click.Choice(["predictor", "exact"]),
-    help="The checkpoint's own mask, or every neuron that is not zero.  [default: what the model has]",
+    type=SparsityText(),
+    metavar="predictor|exact|topk:S|predictor:D",
+    help="predictor: the checkpoint's own mask. exact: every neuron that is not zero. topk:S: of each token's neurons "
+    "the share S with the smallest |gate * up| is dropped; to measure what that costs, since gate and up of all are "
+    "computed. predictor:D: the mask with D added to its threshold.  [default: what the model has]",
 )
 ram_budget_option = click.option(
     "--ram-budget",

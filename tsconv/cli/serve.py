@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tsconv.cli.machine import choose_for_machine, machine_options, say_budget
+from tsconv.cli.machine import choose_for_machine, machine_options, say_budget, say_cost
 from tsconv.cli.models import ModelName, model_name
 from tsconv.cli.options import gpu_options, model_options
 from tsconv.cli.output import say
@@ -78,6 +78,7 @@ def command(
     if api_key is None and not all(map(_is_loopback, hosts)):
         say(f"warning: everyone who can reach {host} can use this server; --api-key asks for a key")
     path = str(model.find())
+    say_cost(sparsity)
     choice = choose_for_machine(path, machine, placement, n_ctx, n_threads, sparsity, predictor_path, ram_budget)
     serving = Serving(
         path,

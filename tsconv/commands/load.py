@@ -91,8 +91,8 @@ def choose(
     chosen = fit(
         header,
         profile,
-        sidecar_bytes=sidecar.stat().st_size if native.sparsity == "predictor" else 0,
-        sparsity=native.sparsity,
+        sidecar_bytes=sidecar.stat().st_size if native.kind == "predictor" else 0,
+        sparsity=native.kind,
         n_ctx=padded(n_ctx),
         n_threads=n_threads,
         placement=placement,

@@ -212,10 +212,10 @@ class Backend:
         double_out, uint64_out = ctypes.POINTER(ctypes.c_double), ctypes.POINTER(ctypes.c_uint64)
         prototypes = {
             "tsffn_check_abi": ([text, size], ctypes.c_bool),
-            "tsffn_model_open": ([text, text, ctypes.c_int, text, size], handle),
+            "tsffn_model_open": ([text, text, text, text, size], handle),
             "tsffn_model_close": ([handle], None),
             "tsffn_model_arm": ([handle], None),
-            "tsffn_model_sparsity": ([handle], ctypes.c_int),
+            "tsffn_model_sparsity": ([handle], text),
             "tsffn_model_n_layer": ([handle], ctypes.c_int32),
             "tsffn_model_file_bytes": ([handle], ctypes.c_uint64),
             "tsffn_model_cache": ([handle, ctypes.c_uint64, ctypes.c_uint64], ctypes.c_int),

@@ -93,7 +93,7 @@ def fit(
     Args:
         header: of the model file.
         sidecar_bytes: size of the predictor sidecar; 0 when it is not used.
-        sparsity: "predictor" or "exact".
+        sparsity: "predictor", "exact" or another that needs no predictor.
         n_ctx: tokens of context.
         n_threads: None for the machine's cores.
         cores, available_bytes: what this process may use; None to ask the system.

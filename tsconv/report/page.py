@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from tsconv import __version__
+from tsconv.report.html import environment, shown
 from tsconv.report.style import Plot
 from tsconv.report.summary import StatsSummary
-from tsconv.report.tables import percent, printable, tables
+from tsconv.report.tables import tables
 
 TEMPLATE = "page.html.jinja"
 GENERATOR = "tsconv profile"  # in the page's <meta name="generator">: how a page of ours is known again
@@ -32,7 +29,7 @@ def page(summary: StatsSummary, plots: Sequence[Plot], title: str | None = None)
     """
     subject = summary.subject
     texts, *others = tables(summary)
-    template = _environment().get_template(TEMPLATE)
+    template = environment().get_template(TEMPLATE)
     return template.render(
         heading=title or f"Activations of {subject.name or 'a model without a name'}",
         subject=subject,
@@ -40,26 +37,11 @@ def page(summary: StatsSummary, plots: Sequence[Plot], title: str | None = None)
         n_tokens=summary.n_tokens,
         tiles=_tiles(summary),
         texts=texts,
-        plots=[{"title": plot.title, "caption": plot.caption, "svg": _inline(plot)} for plot in plots],
+        plots=[shown(plot) for plot in plots],
         tables=others,
         generator=GENERATOR,
         version=__version__,
     )
-
-
-def _environment() -> Environment:
-    """Texts are printed as HTML shows them, whatever they hold: escaped, and without characters that it forbids."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": percent, "thousands": "{:,}".format}
-    return environment
 
 
 def _tiles(summary: StatsSummary) -> list[tuple[float | None, str]]:
@@ -73,9 +55,3 @@ def _tiles(summary: StatsSummary) -> list[tuple[float | None, str]]:
         tiles.append((overall.recall, "of the active are predicted (recall)"))
         tiles.append((overall.precision, "of the predicted are active (precision)"))
     return [*tiles, (never / neurons, "were never active")]
-
-
-def _inline(plot: Plot) -> Markup:
-    """The figure as an element of the page; matplotlib has escaped its texts."""
-    svg = plot.svg[plot.svg.index("<svg") :].strip()
-    return Markup('<svg role="img" aria-label="{}"').format(plot.title) + Markup(svg.removeprefix("<svg"))

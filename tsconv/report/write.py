@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tsconv.errors import OutputError
 from tsconv.extras import require
@@ -14,6 +16,9 @@ from tsconv.report.summary import summarise_stats
 from tsconv.signals import sigterm_exits
 from tsconv.stats.counts import Stats
 from tsconv.write.writer import lock, write_synced
+
+if TYPE_CHECKING:
+    from tsconv.report.style import Plot
 
 PAGE = "index.html"
 
@@ -34,68 +39,100 @@ def write_report(stats: Stats, directory: Path, title: str | None = None) -> lis
         OutputError: the directory cannot be made or written, or has other files by these names; nothing is left behind.
         TsconvError: matplotlib is not installed.
     """
-    require("matplotlib", "a report")
+    kind = profile_report()
     from tsconv.report.figures import draw
     from tsconv.report.page import page
 
-    check_writable(directory)
+    check_writable(directory, kind)
     summary = summarise_stats(stats)
     plots = draw(stats, summary)
+    return write_page(directory, kind, plots, page(summary, plots, title))
+
+
+@dataclass(frozen=True)
+class ReportKind:
+    """Reports of one command.
+
+    Attributes:
+        generator: in the page's <meta name="generator">: how a page is known again.
+        figures: names of all figures that there can be.
+    """
+
+    generator: str
+    figures: tuple[str, ...]
+
+
+def profile_report() -> ReportKind:
+    """Of activation statistics. Raises TsconvError: matplotlib is not installed."""
+    require("matplotlib", "a report")
+    from tsconv.report.figures import NAMES
+    from tsconv.report.page import GENERATOR
+
+    return ReportKind(GENERATOR, NAMES)
+
+
+def write_page(directory: Path, kind: ReportKind, plots: Sequence[Plot], page: str) -> list[Path]:
+    """Writes a page, and its figures as SVG and PNG, in place of the report that is there. Returns what was written,
+    the page first.
+
+    Raises:
+        OutputError: the directory cannot be made or written; nothing is left behind.
+    """
     contents = {f"{plot.name}.svg": plot.svg.encode() for plot in plots}
     contents |= {f"{plot.name}.png": plot.png for plot in plots}
-    contents[PAGE] = page(summary, plots, title).encode()  # last to be renamed: it is what people open
-    _write(directory, contents)
+    contents[PAGE] = page.encode()  # last to be renamed: it is what people open
+    _write(directory, contents, _names(kind))
     return [directory / name for name in reversed(contents)]
 
 
-def check_writable(directory: Path) -> None:
+def check_writable(directory: Path, kind: ReportKind | None = None) -> None:
     """Makes sure that a report can be written to `directory`, and leaves nothing there: call it before hours of
     counting.
+
+    Args:
+        kind: None: `profile_report`.
 
     Raises:
         OutputError: it cannot be made or written, or has files by a report's names that are not a report's.
         TsconvError: matplotlib is not installed.
     """
-    require("matplotlib", "a report")
+    kind = kind or profile_report()
     with _reported(directory), _made(directory) as made:
         with tempfile.TemporaryFile(dir=directory):
             pass
-        others = [directory / name for name in _names() if os.path.lexists(directory / name)]
+        others = [directory / name for name in _names(kind) if os.path.lexists(directory / name)]
         for path in reversed(made):
             path.rmdir()
-    others = [path for path in others if path.is_dir() or not _is_report(directory / PAGE)]
+    others = [path for path in others if path.is_dir() or not _is_report(directory / PAGE, kind)]
     if others:
         raise OutputError(
             "not a file of a report, and a report would replace it", where=others[0], fix="choose another --report"
         )
 
 
-def _names() -> list[str]:
-    from tsconv.report.figures import NAMES
-
-    return [PAGE, *(f"{name}.{kind}" for name in NAMES for kind in ("svg", "png"))]
+def _names(kind: ReportKind) -> list[str]:
+    return [PAGE, *(f"{name}.{suffix}" for name in kind.figures for suffix in ("svg", "png"))]
 
 
-def _is_report(path: Path) -> bool:
-    """Whether a page of ours is at `path`."""
-    from tsconv.report.page import GENERATOR
-
+def _is_report(path: Path, kind: ReportKind) -> bool:
+    """Whether a page of this kind is at `path`."""
     try:
         with open(path, "rb") as file:
-            return f'<meta name="generator" content="{GENERATOR} '.encode() in file.read(1024)
+            return f'<meta name="generator" content="{kind.generator} '.encode() in file.read(1024)
     except OSError:
         return False
 
 
-def _write(directory: Path, contents: dict[str, bytes]) -> None:
-    """Writes all of `contents` beside their names, then renames them in order: the page, whose lock is held, last."""
+def _write(directory: Path, contents: dict[str, bytes], names: Iterable[str]) -> None:
+    """Writes all of `contents` beside their names, then renames them in order: the page, whose lock is held, last.
+    Others of `names` go."""
     parts = {name: directory / f"{name}.part" for name in contents}
     with sigterm_exits(), _reported(directory), _made(directory) as made:
         fd = lock(parts[PAGE])
         try:
             for name, data in contents.items():
                 write_synced(parts[name], data)
-            for name in set(_names()) - set(contents):
+            for name in set(names) - set(contents):
                 (directory / name).unlink(missing_ok=True)
             for name, part in parts.items():
                 os.replace(part, directory / name)

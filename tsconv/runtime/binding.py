@@ -13,21 +13,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import BackendError, ModelFileError, TsconvError
+from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import Header, read_header
 from tsconv.format.order import shape_of
 from tsconv.format.pair import sidecar_path
 from tsconv.native.library import ERROR_SIZE, Backend, GpuShare, LayerStats, Placed, check_array, load_backend
 from tsconv.native.log import quiet_unless
 from tsconv.runtime.guard import CLOSED, FORKED
+from tsconv.runtime.sparsity import parse_sparsity
 
 Ints = npt.NDArray[np.int64]
 
 CACHE_PIECE = 64 << 20  # bytes of a file that are read before Ctrl-C is looked for
-
-# enum tsffn_sparsity (native/include/tsffn.h)
-SPARSITY_VALUES = {None: 0, "predictor": 1, "exact": 2, "dense": 3}
-SPARSITY_NAMES = {1: "predictor", 2: "exact", 3: "dense"}
 
 # enum tsffn_place_flags (native/include/tsffn.h)
 PLACE_PREFAULT, PLACE_LOCK, PLACE_RANDOM_REST = 1, 2, 4
@@ -43,21 +40,22 @@ def open_model(path: Path, sidecar: Path | None, sparsity: str | None, header: H
     Args:
         path: the model, `NAME.gguf`.
         sidecar: None looks for `NAME.predictor.gguf` beside it.
-        sparsity: "predictor", "exact", "dense", or None for the model's own.
+        sparsity: "predictor", "predictor:D", "exact", "dense", "topk:S", or None for the model's own.
         header: of the model file, where it has been read already.
 
     Raises:
         ModelFileError: a file that is missing, damaged, or not its partner's.
+        TsconvError: another sparsity.
     """
     backend = load_backend()
-    if sparsity not in SPARSITY_VALUES:
-        raise TsconvError("sparsity", expected="'predictor', 'exact' or 'dense'", found=repr(sparsity))
+    if sparsity is not None:
+        parse_sparsity(sparsity)
     message = ctypes.create_string_buffer(ERROR_SIZE)
     with quiet_unless(False) as errors:
         handle = backend.lib.tsffn_model_open(
             os.fsencode(path),
             None if sidecar is None else os.fsencode(sidecar),
-            SPARSITY_VALUES[sparsity],
+            None if sparsity is None else sparsity.encode(),
             message,
             ERROR_SIZE,
         )
@@ -85,7 +83,8 @@ class NativeModel:
         self._gone = CLOSED
         self.reads: str | None = None  # how neurons are read from disk: "io_uring" or "threads"; None: they are not
         self.lock = threading.RLock()  # held while C works with the handle, so that nobody closes it meanwhile
-        self.sparsity = SPARSITY_NAMES[lib.tsffn_model_sparsity(handle)]
+        self.sparsity: str = lib.tsffn_model_sparsity(handle).decode()
+        self.kind = parse_sparsity(self.sparsity).kind
         self.n_layer = lib.tsffn_model_n_layer(handle)
         self.file_bytes = lib.tsffn_model_file_bytes(handle)
         self._sidecar = sidecar
@@ -215,8 +214,10 @@ class NativeModel:
         """Begins counting activations from 0, or stops and drops the counts. Not while the model computes.
 
         Raises:
-            BackendError: no memory for the counters, or the model is closed.
+            BackendError: no memory for the counters, or the model was opened with topk, or is closed.
         """
+        if on and self.kind == "topk":
+            raise BackendError("activations are not counted with topk", found=self.sparsity, fix="count with exact")
         with self._opened() as handle:
             if not self._lib.tsffn_model_profile(handle, on):
                 raise BackendError("no memory for the activation counters")
@@ -245,7 +246,7 @@ class NativeModel:
     @property
     def sidecar_bytes(self) -> int:
         """Of the predictors, 0 where they are not used."""
-        return (self._sidecar or sidecar_path(self.path)).stat().st_size if self.sparsity == "predictor" else 0
+        return (self._sidecar or sidecar_path(self.path)).stat().st_size if self.kind == "predictor" else 0
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:

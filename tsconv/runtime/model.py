@@ -43,6 +43,7 @@ DEFAULT_TEMPLATE = "chat_template.default"  # what llama_cpp.Llama calls the cha
 WINDOW_KEY = "turbosparse.source.sliding_window"
 AMX = b"AMX_INT8 = 1"
 MAX_THREADS = 512  # GGML_MAX_N_THREADS (ggml.h)
+CPU_ALONE = ("dense", "topk")  # kinds of sparsity that no GPU computes
 
 PARTS = ("_model", "_ctx", "_batch")  # of a llama_cpp.Llama
 POINTERS = ("model", "vocab", "ctx", "memory", "batch")  # of them, into llama.cpp
@@ -95,8 +96,11 @@ class SparseLlama(Offloading, llama_cpp.Llama):
     Args:
         model_path: `NAME.gguf` written by `tsconv convert`.
         sparsity: "predictor" (the checkpoint's own mask), "exact" (no predictor, unmasked dReLU), "dense" (what exact
-            computes, every weight read and multiplied: a baseline to measure against), or None: predictor when the
-            model has one.
+            computes, every weight read and multiplied: a baseline to measure against), "topk:S" (of each token's
+            neurons, those of each expert apart, the share S with the smallest |gate * up| is dropped; gate and up are
+            computed of all, so that it measures what sparsity costs in quality and is no faster than exact),
+            "predictor:D" (D added to the threshold that the predictor's logits must pass), or None: predictor when
+            the model has one.
         predictor_path: the sidecar, when it is not `NAME.predictor.gguf` beside the model.
         n_threads: None for the physical cores this process may use, and no more than control groups grant it.
         n_ctx: tokens of context, 0 for the model's own; rounded up to a multiple of 256 as llama.cpp does, so that the
@@ -205,7 +209,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
         self.budget = self._choose_budget(ram_budget, n_ctx)
-        shared = None if lora_path or self.sparsity == "dense" else memory_of(self.offload)
+        shared = None if lora_path or self._native.kind in CPU_ALONE else memory_of(self.offload)
         if shared is not None:
             self._native.keep_on_gpu(shared)
         self._load(
@@ -229,7 +233,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             self.chat_format = DEFAULT_TEMPLATE  # not one of llama_cpp's own that it takes to be the same
         if lora_path:
             self._use_adapter(Path(lora_path))
-        elif on_gpus.ffns and self.sparsity != "dense":
+        elif on_gpus.ffns and self._native.kind not in CPU_ALONE:
             self._share_ffns(on_gpus, progress)
         if self.budget is not None:
             self._fill(progress)

@@ -32,7 +32,12 @@ def subject_of(header: Header, sparsity: str) -> Subject:
 
     Raises:
         ModelFileError: not a converted model, or one without a fingerprint.
+        TsconvError: a sparsity that is not the model's own function.
     """
+    if sparsity not in ("predictor", "exact", "dense"):
+        raise TsconvError(
+            "statistics are of a function that the model has", expected="--sparsity predictor or exact", found=sparsity
+        )
     check_keys(header)
     keys = header.keys
     return Subject(

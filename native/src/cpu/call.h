@@ -73,6 +73,7 @@ struct shared {
     size_t copy_bytes; // between the threads' copies of `x` and `hidden.converted`; 0: they share one
     struct needed needed;
     struct dense_products products;
+    float * h;               // [TILE_ROWS][n_ff] of top-k
     struct own_memory * own; // [n_threads]
     struct tsffn_barrier * barrier;
 };
@@ -178,6 +179,14 @@ static inline int64_t n_blocks_of(int64_t n_ff) {
 // The first neuron of thread ith's part of fc2: whole blocks.
 static inline int64_t first_neuron(int64_t n_ff, int ith, int nth) {
     return ith == nth ? n_ff : n_ff * ith / nth / BLOCK_NEURONS * BLOCK_NEURONS;
+}
+
+// [i0, i1): the k-th chunk of the thread, of modes in which threads take chunks in turn.
+static inline bool own_chunk(const struct segment * g, int64_t k, int64_t * i0, int64_t * i1) {
+    const int64_t n_ff = g->s->layer->n_ff;
+    *i0 = min_i64((k * g->nth + g->ith) * CHUNK_NEURONS, n_ff);
+    *i1 = min_i64(*i0 + CHUNK_NEURONS, n_ff);
+    return *i0 < *i1;
 }
 
 // How many rows a mask has. Compilers call a function for that where the instruction is not sure to be there; most

@@ -10,8 +10,8 @@
 // goes into depends on the row's own mask and the thread count only: its result does not depend on the rest of its
 // batch.
 //
-// What a call computes is one of six modes, each a function of a tile: the sparse FFN, activation statistics, and the
-// single operations of a graph that was cut, and the predictor alone.
+// What a call computes is one of seven modes, each a function of a tile: the sparse FFN, that of top-k, activation
+// statistics, the single operations of a graph that was cut, and the predictor alone.
 #include "phases.h"
 
 #include <omp.h>
@@ -42,7 +42,11 @@ static const struct mode * mode_of(const struct tsffn_call * call) {
         [TSFFN_OP_DOWN] = {.tile = tsffn_down_tile},
         [TSFFN_OP_MASK] = {.predictor = true, .tile = tsffn_mask_tile},
     };
-    return call->profile != NULL ? &profile : &modes[call->op];
+    static const struct mode topk = {.gate = true, .up = true, .tile = tsffn_topk_tile};
+    if (call->profile != NULL) {
+        return &profile;
+    }
+    return call->op == TSFFN_OP_FUSED && call->keep > 0 ? &topk : &modes[call->op];
 }
 
 // ---- memory
@@ -153,6 +157,9 @@ static size_t lay_out(struct shared * s, const struct mode * mode, char * base) 
     s->needed.rows = (uint64_t *)carve(base, &used, n_needed * sizeof(*s->needed.rows));
     s->needed.n = (int32_t *)carve(base, &used, (size_t)(n_segments * s->call->n_threads) * sizeof(*s->needed.n));
     s->needed.counts = (uint8_t *)carve(base, &used, n_blocks * TILE_ROWS);
+    if (mode->tile == tsffn_topk_tile) {
+        s->h = (float *)carve(base, &used, TILE_ROWS * (size_t)layer->n_ff * sizeof(*s->h));
+    }
     lay_out_own_memory(s, base, &used);
     s->barrier = (struct tsffn_barrier *)carve(base, &used, sizeof(*s->barrier));
     struct dense_products * products = &s->products;

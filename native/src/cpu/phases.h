@@ -71,6 +71,7 @@ void tsffn_each_segment(const struct shared * s, const struct tile * tile,
 // One function for each mode: what a thread does of a tile.
 typedef void (*tsffn_tile_fn)(const struct shared * s, const struct tile * tile);
 void tsffn_sparse_tile(const struct shared * s, const struct tile * tile);  // sparse.c
+void tsffn_topk_tile(const struct shared * s, const struct tile * tile);    // topk.c
 void tsffn_profile_tile(const struct shared * s, const struct tile * tile); // profile.c
 void tsffn_gate_tile(const struct shared * s, const struct tile * tile);    // single.c
 void tsffn_up_tile(const struct shared * s, const struct tile * tile);      // single.c

@@ -2,14 +2,6 @@
 // between them. Threads take chunks of neurons in turn.
 #include "phases.h"
 
-// [i0, i1): thread ith's k-th chunk.
-static bool own_chunk(const struct segment * g, int64_t k, int64_t * i0, int64_t * i1) {
-    const int64_t n_ff = g->s->layer->n_ff;
-    *i0 = min_i64((k * g->nth + g->ith) * CHUNK_NEURONS, n_ff);
-    *i1 = min_i64(*i0 + CHUNK_NEURONS, n_ff);
-    return *i0 < *i1;
-}
-
 // Row r's y[i] = row i of `part` . x
 static void dot(const struct segment * g, enum tsffn_part part, struct activations x, int64_t i, int64_t r) {
     const struct tsffn_cpu_layer * layer = g->s->layer;

@@ -21,7 +21,7 @@ static bool fits(const struct tsffn_cuda_queue * queue, const struct tsffn_cuda_
     if (queue->state != IDLE) {
         return tsffn_fail(error, error_size, "CUDA: a call is begun while the queue computes another");
     }
-    if (call->op != TSFFN_OP_FUSED || call->dense || call->profile != NULL) {
+    if (call->op != TSFFN_OP_FUSED || call->dense || call->keep > 0 || call->profile != NULL) {
         return tsffn_fail(error, error_size, "CUDA: expected a fused, sparse call");
     }
     if (call->n_rows > s->n_rows || call->n_tokens > s->n_tokens || layer->n_embd > s->n_embd ||

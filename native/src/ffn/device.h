@@ -44,11 +44,14 @@ struct tsffn_call {
     bool dense; // FUSED: read and multiply every row of gate, up and down, as a dense FFN does; without predictor
     // FUSED, for a call that two devices share: the neurons elsewhere[e] of FFN e are the other one's. No weights of
     // theirs are read, they are not counted, their h is 0, and y is the sum without them. Bounds are multiples of 32,
-    // or n_ff. NULL: no neurons. Neither this nor `masks` goes together with `dense` or `profile`.
+    // or n_ff. NULL: no neurons. Neither this nor `masks` goes together with `dense`, `keep` or `profile`.
     const struct tsffn_range * elsewhere; // [n_ffns]
     // FUSED: which neurons are on, [n_rows][mask words]; NULL: the predictor decides.
     const uint32_t * masks;
     uint32_t * predicted; // MASK: receives the same
+    // FUSED: of each row's neurons only so many add to the output, as tsffn_keep_largest (topk.h) chooses them; without
+    // predictor. 0: all.
+    int64_t keep;
     // FUSED: add statistics here, and compute gate and up of every neuron; or NULL.
     const struct tsffn_profile * profile;
 };
@@ -58,7 +61,7 @@ struct tsffn_counts {
     uint64_t neurons;       // all, n_ff per row
     uint64_t predicted;     // the predictor said yes (all of them in exact mode)
     uint64_t gate_positive; // and gate > 0
-    uint64_t active;        // and up > 0
+    uint64_t active;        // and up > 0, and it was kept
     uint64_t bytes_predictor;
     uint64_t bytes_ffn;
     uint64_t bytes_dense; // gate, up and down of every FFN with at least one row, once per tile of rows
@@ -97,7 +100,7 @@ struct tsffn_device {
     bool (*compute)(void * scratch, const void * prepared, const struct tsffn_call * call,
                     struct tsffn_counts * counts);
 };
-enum { TSFFN_DEVICE_VERSION = 4 };
+enum { TSFFN_DEVICE_VERSION = 5 };
 
 // cpu/device.c
 extern const struct tsffn_device tsffn_cpu_device;

@@ -32,29 +32,6 @@ static const char * variable(const char * name) {
     return value != NULL && value[0] != '\0' ? value : NULL;
 }
 
-static bool read_sparsity(enum tsffn_sparsity * mode, char * error, size_t error_size) {
-    static const struct {
-        const char * name;
-        enum tsffn_sparsity mode;
-    } modes[] = {
-        {"predictor", TSFFN_SPARSITY_PREDICTOR},
-        {"exact", TSFFN_SPARSITY_EXACT},
-        {"dense", TSFFN_SPARSITY_DENSE},
-    };
-    const char * value = variable("TSFFN_SPARSITY");
-    *mode = TSFFN_SPARSITY_DEFAULT;
-    if (value == NULL) {
-        return true;
-    }
-    for (size_t i = 0; i < sizeof(modes) / sizeof(*modes); ++i) {
-        if (strcmp(value, modes[i].name) == 0) {
-            *mode = modes[i].mode;
-            return true;
-        }
-    }
-    return tsffn_fail(error, error_size, "TSFFN_SPARSITY: expected 'predictor', 'exact' or 'dense', found '%s'", value);
-}
-
 // A variable that says how many neurons at the front of each FFN are meant, layer after layer, with commas in between.
 // *counts stays NULL where it is not set.
 static bool read_counts(const char * name, const struct tsffn_model * model, int32_t ** counts, char * error,
@@ -235,11 +212,12 @@ bool tsffn_open_from_environment(char * error, size_t error_size) {
     if (path == NULL) {
         return true;
     }
-    enum tsffn_sparsity mode;
-    if (!read_sparsity(&mode, error, error_size)) {
+    const char * sparsity = variable("TSFFN_SPARSITY");
+    struct tsffn_sparsity asked_sparsity;
+    if (!tsffn_parse_sparsity("TSFFN_SPARSITY", sparsity, &asked_sparsity, error, error_size)) {
         return false;
     }
-    struct tsffn_model * model = tsffn_model_open(path, variable("TSFFN_PREDICTOR"), mode, error, error_size);
+    struct tsffn_model * model = tsffn_model_open(path, variable("TSFFN_PREDICTOR"), sparsity, error, error_size);
     if (model == NULL) {
         return false;
     }

@@ -5,6 +5,7 @@
 #include "graph.h"
 
 #include "../cache/neuron_cache.h"
+#include "../ffn/topk.h"
 #include "../hybrid/hybrid.h"
 #include "environment.h"
 #include "load.h"
@@ -161,8 +162,9 @@ static bool open_device(struct tsffn_stream * stream, const struct tsffn_weight 
 // A call of a model whose neurons are read from disk has what is kept of them for itself.
 static void begin_reading(const struct tsffn_weight * weight, const struct tsffn_call * call) {
     if (weight->model->cache != NULL) {
-        // What was computed of a graph that was cut, or is counted, tells nothing about what text needs.
-        const bool tells = call->op == TSFFN_OP_FUSED && call->profile == NULL;
+        // What was computed of a graph that was cut, or is counted, or chosen when it is computed, tells nothing about
+        // what text needs.
+        const bool tells = call->op == TSFFN_OP_FUSED && call->profile == NULL && call->keep == 0;
         tsffn_neuron_cache_begin(weight->model->cache, weight->layer, tells ? call->n_tokens : 0);
     }
 }
@@ -220,7 +222,8 @@ static struct tsffn_call call_of(const struct tsffn_stream * stream, enum tsffn_
         .x_stride = row_per_slot ? x->nb[1] : x->nb[2],
         .n_tokens = x->ne[1] * x->ne[2],
         .n_threads = stream->n_threads,
-        .dense = weight->model->sparsity == TSFFN_SPARSITY_DENSE,
+        .dense = weight->model->sparsity.kind == TSFFN_SPARSITY_DENSE,
+        .keep = weight->model->keep,
     };
 }
 
@@ -384,7 +387,7 @@ static enum ggml_status compute_glu_here(const tsffn_tensor * op) {
     if (!comes_from_gate(gate, &weight)) {
         return GGML_STATUS_FAILED;
     }
-    if (!is_matmul(gate) && weight.model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
+    if (!is_matmul(gate) && weight.model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR) {
         tsffn_log_error("%s: an adapter changes the gate of layer %lld, which the predictor's mask does not cover; run "
                         "with exact sparsity",
                         op->name, (long long)weight.layer);
@@ -407,6 +410,9 @@ static enum ggml_status compute_glu_here(const tsffn_tensor * op) {
                 const float by_gate = tsffn_factor_of(activation.gate, g[i]);
                 const float by_up = tsffn_factor_of(activation.up, u[i]);
                 h[i] = by_gate != 0.0f && by_up != 0.0f ? by_gate * by_up : 0.0f;
+            }
+            if (weight.model->keep > 0) {
+                tsffn_keep_largest(h, op->ne[0], weight.model->keep);
             }
         }
     }

@@ -193,8 +193,9 @@ bool tsffn_hybrid_upload(struct tsffn_hybrid * h, int64_t layer, char * error, s
 // ---- calls
 
 bool tsffn_hybrid_takes(const struct tsffn_hybrid * h, int64_t layer, const struct tsffn_call * call) {
-    return h->on_gpu[layer] != NULL && call->op == TSFFN_OP_FUSED && !call->dense && call->profile == NULL &&
-           call->n_rows > 0 && call->n_rows <= MAX_ROWS && call->n_tokens <= MAX_ROWS && !atomic_load(&h->failed);
+    return h->on_gpu[layer] != NULL && call->op == TSFFN_OP_FUSED && !call->dense && call->keep == 0 &&
+           call->profile == NULL && call->n_rows > 0 && call->n_rows <= MAX_ROWS && call->n_tokens <= MAX_ROWS &&
+           !atomic_load(&h->failed);
 }
 
 const char * tsffn_hybrid_complaint(struct tsffn_hybrid * h) {

@@ -47,6 +47,9 @@ static bool share_with_gpu(struct tsffn_model * model, int32_t gpu, uint64_t byt
     if (model->computes != &tsffn_cpu_device) {
         return tsffn_fail(error, error_size, "TSFFN_DEVICE names a device that shares its work with no GPU");
     }
+    if (model->keep > 0) {
+        return tsffn_fail(error, error_size, "sparsity %s is computed by the CPU alone", model->sparsity.text);
+    }
     loaded->n_uploaded = 0;
     loaded->copied = loaded->bytes = 0;
     loaded->uploading =

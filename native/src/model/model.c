@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "../cache/neuron_cache.h"
+#include "../ffn/topk.h"
 #include "sidecar.h"
 
 #include <stdlib.h>
@@ -13,16 +14,20 @@
 static _Thread_local struct tsffn_model * armed_by_thread;
 static _Atomic(struct tsffn_model *) armed_for_process;
 
-static bool resolve_sparsity(enum tsffn_sparsity asked, const struct tsffn_identity * id, const char * model_path,
-                             struct tsffn_model * model, char * error, size_t error_size) {
+static bool resolve_sparsity(const struct tsffn_identity * id, const char * model_path, struct tsffn_model * model,
+                             char * error, size_t error_size) {
     const bool has_predictor = strcmp(id->predictor_kind, "none") != 0;
-    if (asked == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
+    if (model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
         return tsffn_fail(error, error_size,
                           "%s: the model has no predictor; run with exact sparsity, or convert with --predictor",
                           model_path);
     }
-    const enum tsffn_sparsity own = has_predictor ? TSFFN_SPARSITY_PREDICTOR : TSFFN_SPARSITY_EXACT;
-    model->sparsity = asked == TSFFN_SPARSITY_DEFAULT ? own : asked;
+    if (model->sparsity.kind == TSFFN_SPARSITY_DEFAULT) {
+        tsffn_parse_sparsity("", has_predictor ? "predictor" : "exact", &model->sparsity, error, error_size);
+    }
+    if (model->sparsity.kind == TSFFN_SPARSITY_TOPK) {
+        model->keep = tsffn_topk_kept(model->sparsity.value, model->n_ff);
+    }
     return true;
 }
 
@@ -40,9 +45,10 @@ static bool allocate(struct tsffn_model * model, char * error, size_t error_size
     return true;
 }
 
-struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path, enum tsffn_sparsity sparsity,
+struct tsffn_model * tsffn_model_open(const char * model_path, const char * sidecar_path, const char * sparsity,
                                       char * error, size_t error_size) {
-    if (!tsffn_check_abi(error, error_size)) {
+    struct tsffn_sparsity asked;
+    if (!tsffn_check_abi(error, error_size) || !tsffn_parse_sparsity("sparsity", sparsity, &asked, error, error_size)) {
         return NULL;
     }
     const struct tsffn_device * device = tsffn_device(error, error_size);
@@ -56,6 +62,7 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
     }
     model->fd = model->sidecar_fd = -1;
     model->computes = device;
+    model->sparsity = asked;
     model->activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f);
     model->load.is_ours = true;
     atomic_init(&model->references, 1);
@@ -73,12 +80,15 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
         model->path = strdup(model_path);
         ok = model->path != NULL || tsffn_fail(error, error_size, "out of memory");
         ok = ok && tsffn_read_model_file(&file, model, &id) && allocate(model, error, error_size) &&
-             resolve_sparsity(sparsity, &id, model_path, model, error, error_size);
+             resolve_sparsity(&id, model_path, model, error, error_size);
         model->fd = tsffn_gguf_take_fd(&file);
         tsffn_gguf_close(&file);
     }
-    if (ok && model->sparsity == TSFFN_SPARSITY_PREDICTOR) {
+    if (ok && model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR) {
         ok = tsffn_load_sidecar(model, model_path, sidecar_path, &id, error, error_size);
+        for (int64_t layer = 0; ok && layer < model->n_layer; ++layer) {
+            model->threshold[layer] += (float)model->sparsity.value;
+        }
     }
     if (!ok) {
         tsffn_model_close(model);
@@ -142,8 +152,8 @@ uint64_t tsffn_model_file_bytes(const struct tsffn_model * model) {
     return model != NULL ? model->file_bytes : 0;
 }
 
-enum tsffn_sparsity tsffn_model_sparsity(const struct tsffn_model * model) {
-    return model != NULL ? model->sparsity : TSFFN_SPARSITY_DEFAULT;
+const char * tsffn_model_sparsity(const struct tsffn_model * model) {
+    return model != NULL ? model->sparsity.text : NULL;
 }
 
 int32_t tsffn_model_n_layer(const struct tsffn_model * model) {

@@ -3,6 +3,7 @@
 #define TSFFN_MODEL_H
 
 #include "../ffn/device.h"
+#include "sparsity.h"
 #include "tsffn.h"
 
 #include <pthread.h>
@@ -32,7 +33,8 @@ struct tsffn_load {
 struct tsffn_model {
     atomic_int references;
     const struct tsffn_device * computes;
-    enum tsffn_sparsity sparsity;
+    struct tsffn_sparsity sparsity;
+    int64_t keep; // neurons of a row that add to its output: of top-k, else 0
     struct tsffn_activation activation;
     int64_t n_layer, n_embd, n_ff;
     int64_t n_expert;                  // 0 for a dense model

@@ -15,7 +15,7 @@ static size_t neuron_values(const struct tsffn_model * model) {
 }
 
 bool tsffn_model_profile(struct tsffn_model * model, bool on) {
-    if (model == NULL) {
+    if (model == NULL || (on && model->sparsity.kind == TSFFN_SPARSITY_TOPK)) {
         return false;
     }
     const size_t n_ffns = (size_t)tsffn_model_ffns_per_layer(model);
