@@ -113,10 +113,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def surroundings(tmp_path_factory) -> Iterator[None]:
-    """No network, data sets kept in a folder of the tests, one thread for PyTorch."""
+    """No network, caches in folders of the tests, one thread for PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQDM_DISABLE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -365,8 +366,8 @@ def test_a_killed_run_continues(tmp_path, manager):
     done = tiny.run(*arguments, env={"XDG_CACHE_HOME": str(cache)})
     assert done.returncode == 0, done.stderr
     (task,) = json.loads(done.stdout)["tasks"]
-    assert task["n_known"] == n
-    assert f"note: choice: {n} answers are from a run that was interrupted" in done.stderr.decode()
+    assert n <= task["n_known"] < 1200  # equal requests have one answer
+    assert f"note: choice: {task['n_known']} answers are from a run that was interrupted" in done.stderr.decode()
     assert list((cache / "tsconv" / "tasks").iterdir()) == []
     lm = TsconvLM(model, n_ctx=128, n_threads=1)
     whole = run_task(lm, Wanted("choice"), task_manager(tmp_path, ["choice"]))
@@ -419,6 +420,7 @@ def test_data_that_is_not_there(tmp_path, llama):
     (tmp_path / "choice.jsonl").unlink()
     line = tiny.error_line(tiny.run(*command(tmp_path, tiny.converted(), "choice", "--json")))
     assert "choice" in line and "choice.jsonl" in line and "\n" not in line.split("(token 1)\n")[1]
+    assert list(Path(os.environ["XDG_CACHE_HOME"], "tsconv", "tasks").iterdir()) == []  # no answers, no file
 
 
 def test_no_network(tmp_path):

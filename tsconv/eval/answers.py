@@ -56,8 +56,10 @@ class Answers:
                 self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", values)
 
     def close(self, remove: bool = False) -> None:
-        """`remove`: nobody needs them any more."""
+        """`remove`: nobody needs them any more. A file without answers goes too."""
         if self._database is not None and self.path is not None:
+            with self._errors():
+                remove = remove or self._database.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
             self._database.close()
             self._database = None
             if remove:
