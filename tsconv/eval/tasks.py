@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib.metadata
@@ -9,7 +10,7 @@ import json
 import logging
 import os
 import random
-import time
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,8 @@ def run_task(
     lm.llama.reset_ffn_stats()
     n_tokens, seconds, n_known = lm.n_tokens, lm.seconds, known()
     try:
-        with np.errstate(divide="ignore", invalid="ignore"):  # lm_eval divides by the lengths of answers
+        # lm_eval divides by the lengths of answers, and prints when it estimates an error by bootstrapping.
+        with np.errstate(divide="ignore", invalid="ignore"), contextlib.redirect_stdout(sys.stderr):
             results = evaluate(lm, loaded, limit=limit, log_samples=samples)
     except TsconvError as error:
         raise type(error)(f"{task.name}: {error}") from None
@@ -201,17 +203,15 @@ def run_task(
 
 def _load(task: Wanted, manager: TaskManager) -> dict[str, Any]:
     """lm_eval's TaskDict. Raises HubError or TsconvError."""
-    started = time.perf_counter()
     try:
-        return dict(manager.load([task.name]))
+        with contextlib.redirect_stdout(sys.stderr):
+            return dict(manager.load([task.name]))
     except Exception as error:  # the Hub's, of the network below it, or of a task's YAML
         network = isinstance(error, OSError) or "hub" in f"{type(error).__module__} {error}".lower()
         if network:
             what = f"the task's data cannot be had ({_reason(error)})"
             raise HubError(what, where=task.name, fix=OFFLINE) from None
         raise TsconvError(f"the task cannot be loaded ({_reason(error)})", where=task.name) from None
-    finally:
-        logging.getLogger(__name__).debug("%s loaded in %.1f s", task.name, time.perf_counter() - started)
 
 
 def _scores(name: str, results: Any) -> Iterable[Score]:
