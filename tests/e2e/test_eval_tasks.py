@@ -424,17 +424,24 @@ def test_what_the_context_has_no_room_for(llama):
 def test_data_that_is_not_there(tmp_path, llama):
     write_task(tmp_path, "choice")
     (tmp_path / "choice.jsonl").unlink()
-    line = tiny.error_line(tiny.run(*command(tmp_path, tiny.converted(), "choice", "--json")))
-    assert "choice" in line and "choice.jsonl" in line and "\n" not in line.split("(token 1)\n")[1]
+    done = tiny.run(*command(tmp_path, tiny.converted(), "choice", "--json"))
+    line = tiny.error_line(done)
+    assert (
+        done.returncode == 1
+        and "choice" in line
+        and "choice.jsonl" in line
+        and "\n" not in line.split("(token 1)\n")[1]
+    )
     assert list(Path(os.environ["XDG_CACHE_HOME"], "tsconv", "tasks").iterdir()) == []  # no answers, no file
 
 
-def test_no_network(tmp_path):
-    """A task whose data is on the Hub."""
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0"}])
+def test_no_network(environment, tmp_path, silent):
+    """A task whose data is on the Hub: the network is not to be used, or nobody answers."""
     task = TASKS["choice"] | {"task": "remote", "dataset_path": "nobody/nothing", "test_split": "test"}
     (tmp_path / "remote.yaml").write_text(yaml.safe_dump(task))
-    done = tiny.run(*command(tmp_path, tiny.converted(), "remote"), env={"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 7
+    done = tiny.run(*command(tmp_path, tiny.converted(), "remote"), env=environment | {"HF_ENDPOINT": silent})
+    assert done.returncode == 7 and done.stdout == b""
     line = done.stderr.decode().split("(token 1)\n")[1]
     assert line.startswith("error: remote: the task's data cannot be had (") and line.count("\n") == 1
     assert "without a network use local tasks and data (--include-path)" in line

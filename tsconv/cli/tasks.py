@@ -149,8 +149,6 @@ def _run(
         )
         warn_of_long_context(llama, lm.max_length)
         say(f"every text begins with {lm.bos_text} (token {lm.prefix_token_id})")
-        if shows:
-            echo(_line(HEAD))
         for task in tasks:
             result = run_task(lm, task, manager, limit=limit, known=lambda: answers.n_found)
             results.append(result)
@@ -158,13 +156,15 @@ def _run(
                 rest = "active and tokens/s are of the others"
                 say(f"note: {task.name}: {result.n_known} answers are from a run that was interrupted; {rest}")
             if shows:
-                _show(result)
+                _show(result, first=len(results) == 1)
         answers.close(remove=True)
     return results
 
 
-def _show(result: TaskResult) -> None:
-    """The lines of a task, or of a group without its members."""
+def _show(result: TaskResult, first: bool) -> None:
+    """The lines of a task, or of a group without its members; `first`: below the names of the columns."""
+    if first:
+        echo(_line(HEAD))
     mine = [score for score in result.scores if score.task == result.name] or list(result.scores)
     active = "-" if result.active is None else f"{result.active:.1%}"
     speed = "-" if result.tokens_per_s is None else f"{result.tokens_per_s:.1f}"

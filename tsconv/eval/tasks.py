@@ -167,7 +167,8 @@ def run_task(
     """
     from lm_eval.evaluator import evaluate
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for library in ("lm_eval", "huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     loaded = _load(task, manager)
     random.seed(RANDOM_SEED)
     np.random.seed(NUMPY_SEED)
@@ -207,8 +208,8 @@ def _load(task: Wanted, manager: TaskManager) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):
             return dict(manager.load([task.name]))
     except Exception as error:  # the Hub's, of the network below it, or of a task's YAML
-        network = isinstance(error, OSError) or "hub" in f"{type(error).__module__} {error}".lower()
-        if network:
+        is_of_hub = isinstance(error, OSError) or "huggingface_hub" in type(error).__module__
+        if is_of_hub and type(error) is not FileNotFoundError:  # which is of a local file
             what = f"the task's data cannot be had ({_reason(error)})"
             raise HubError(what, where=task.name, fix=OFFLINE) from None
         raise TsconvError(f"the task cannot be loaded ({_reason(error)})", where=task.name) from None
