@@ -40,7 +40,7 @@ class TsconvLM(TemplateLM):
     """
     Args:
         model: a converted model, `NAME.gguf`, or one that is loaded.
-        n_ctx: the longest text in tokens; at most what the checkpoint was trained with.
+        n_ctx: the longest text in tokens. None: 4096, or what the checkpoint was trained with where that is less.
         n_batch: tokens computed together.
         n_seq: texts computed together.
         answers: those of an earlier run.
