@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -338,6 +339,25 @@ def test_on_the_command_line(folder, manager, llama):
     acc = task["scores"][0]
     shown = ["choice", "1", "acc", "none", f"{acc['value']:.4f}", "±", f"{acc['error']:.4f}", f"{task['active']:.1%}"]
     assert lines[0].split()[:-1] == shown and float(lines[0].split()[-1]) > 0
+
+
+def test_groups_and_tags(folder, tmp_path, llama):
+    """A group's own figure comes first; a tag is its tasks. What was answered in this run is not of another one."""
+    for name in ("choice", "letters"):
+        write_task(tmp_path, name, tag="tagged")
+    means = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    group = {"group": "both", "task": ["choice", "letters"], "aggregate_metric_list": means}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    manager = task_manager(tmp_path, ["both", "tagged"])
+    with contextlib.closing(Answers(tmp_path / "answers.db")) as answers:
+        lm = TsconvLM(llama, n_ctx=128, answers=answers)
+        both, tagged = (run_task(lm, Wanted(n), manager, known=lambda: answers.n_found) for n in ("both", "tagged"))
+        lm.close()
+    (mine,) = (score for score in both.scores if score.task == "both")
+    assert both.scores[0] == mine and set(both.scores[1:]) == set(tagged.scores)
+    accuracies = [score.value for score in tagged.scores if score.metric == "acc"]
+    assert mine.value == pytest.approx(sum(accuracies) / 2) and len(accuracies) == 2
+    assert (both.n_known, tagged.n_known, tagged.n_tokens, tagged.active) == (0, 0, 0, None)
 
 
 # ---- answers that are kept

@@ -20,7 +20,7 @@ class Answers:
         path: None keeps nothing.
 
     Attributes:
-        n_found: answers that were there when they were asked for.
+        n_found: answers of an earlier run that were asked for.
 
     Raises:
         OutputError: the file cannot be written, or is damaged.
@@ -28,6 +28,7 @@ class Answers:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.n_found = path, 0
+        self._mine: set[str] = set()  # the keys of this run's
         self._database: sqlite3.Connection | None = None
         if path is not None:
             with self._errors():
@@ -42,18 +43,19 @@ class Answers:
         if self._database is None:
             return None
         with self._errors():
-            query = "SELECT answer FROM answers WHERE request = ?"
-            row = self._database.execute(query, (_key(kind, request),)).fetchone()
+            key = _key(kind, request)
+            row = self._database.execute("SELECT answer FROM answers WHERE request = ?", (key,)).fetchone()
             if row is None:
                 return None
-            self.n_found += 1
+            self.n_found += key not in self._mine
             return json.loads(row[0])
 
     def keep(self, kind: str, request: tuple[Any, ...], answer: Any) -> None:
         if self._database is not None:
             with self._errors():
-                values = (_key(kind, request), json.dumps(answer))
-                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", values)
+                key = _key(kind, request)
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+                self._mine.add(key)
 
     def close(self, remove: bool = False) -> None:
         """`remove`: nobody needs them any more. A file without answers goes too."""
