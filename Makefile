@@ -150,7 +150,6 @@ bench-stream: setup
 	mkdir -p build
 	$(BIN)/python -m tsconv.bench.stream --save build/bench-stream.json $(BENCH)
 
-# What conversion and profiling cost.
 # Hot neurons on a GPU: correctness, then decoding at several shares, beside the CPU alone. Skipped without a GPU.
 bench-gpu: setup
 	mkdir -p build
@@ -158,9 +157,11 @@ bench-gpu: setup
 	$(BIN)/python -m tsconv.bench.hybrid --outtype q4_0 --save build/bench-gpu-q4_0.json $(BENCH)
 	$(BIN)/python -m tsconv.bench.hybrid --shape turbosparse-mixtral-47b --layers 8 --save build/bench-gpu-moe.json $(BENCH)
 
+# What conversion, profiling and perplexity cost.
 bench-tools: setup
 	$(BIN)/python -m tsconv.bench.convert
 	$(BIN)/python -m tsconv.bench.profile
+	$(BIN)/python -m tsconv.bench.evaluate
 
 # Row kernels alone, on every ISA tier of this machine. BENCH_KERNELS="--threads 1 --isa avx2" and such: see --help.
 bench-kernels: setup

@@ -7,7 +7,7 @@ import importlib
 from tsconv.errors import TsconvError
 
 # library -> the extra in pyproject.toml that installs it
-EXTRAS = {"matplotlib": "report", "pyarrow": "parquet", "torch": "separate-predictors"}
+EXTRAS = {"lm_eval": "eval", "matplotlib": "report", "pyarrow": "parquet", "torch": "separate-predictors"}
 
 
 def require(library: str, what: str) -> None:

@@ -166,6 +166,7 @@ TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);
 #define TSFFN_N_COUNTS 6     // gate > 0, up > 0, both (active), predicted, predicted and gate > 0, predicted and active
 #define TSFFN_N_HISTOGRAMS 3 // |gate . x|, |up . x|, relu(gate . x) * relu(up . x), over all neurons
 #define TSFFN_N_BINS 130     // below 2^-20 (and 0); four to an octave up to 2^12, linear within it; the rest
+#define TSFFN_N_SQUARES 2    // sums of (relu(gate . x) * relu(up . x))^2: of all tokens, of those not predicted
 // Begins counting from 0, or stops and drops the counts. Call it while nothing computes. False: out of memory, no
 // model, or one that was opened with topk.
 TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
@@ -173,6 +174,8 @@ TSFFN_API bool tsffn_model_profile(struct tsffn_model * model, bool on);
 // histograms [TSFFN_N_HISTOGRAMS][TSFFN_N_BINS]. False when counting is off or there is no such layer.
 TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, uint64_t * tokens,
                                         uint64_t * neurons, uint64_t * histograms);
+// The same for squares [TSFFN_N_SQUARES][n_ffn][n_ff].
+TSFFN_API bool tsffn_model_read_squares(const struct tsffn_model * model, int32_t layer, double * squares);
 
 // Bytes that this process can come to use without swapping: MemAvailable, and what is left in each of its control
 // groups (v1 and v2). Page cache counts as free. proc: where the proc file system is, NULL for /proc. 0: not known.

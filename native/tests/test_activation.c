@@ -78,8 +78,10 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
     static float y[N_TOKENS * N_EMBD], h[N_TOKENS * N_FF];
     static uint64_t tokens, neurons[TSFFN_PROFILE_COUNTS][N_FF];
     static uint64_t histograms[TSFFN_PROFILE_HISTOGRAMS * TSFFN_PROFILE_BINS];
-    const struct tsffn_profile into = {&tokens, &neurons[0][0], histograms};
+    static double squares[TSFFN_PROFILE_SQUARES][N_FF];
+    const struct tsffn_profile into = {&tokens, &neurons[0][0], histograms, &squares[0][0]};
     memset(neurons, 0, sizeof(neurons));
+    memset(squares, 0, sizeof(squares));
     for (int64_t t = 0; t < n_tokens; ++t) {
         rows[t] = (struct tsffn_row){.token = (int32_t)t, .y = y + t * N_EMBD, .h = h + t * N_FF};
     }
@@ -97,22 +99,27 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
     struct tsffn_counts counts = {0};
     CHECK(tsffn_compute(ws, layer, &call, &counts), "out of memory");
     uint64_t want_counts[2] = {0}, active = 0;
+    double on_squares = 0.0, want_squares = 0.0; // of neurons that are on
     for (int64_t t = 0; t < n_tokens; ++t) {
         double want_h[N_FF], want_y[N_EMBD];
         reference(variant, layer->ffns[0].fc1.data != NULL, x + t * N_EMBD, want_h, want_y, want_counts);
         for (int i = 0; i < N_FF; ++i) {
             CHECK((double)h[t * N_FF + i] == want_h[i], "variant %d, h of neuron %d: %g instead of %g", variant, i,
                   (double)h[t * N_FF + i], want_h[i]);
+            want_squares += want_h[i] * want_h[i];
         }
         CHECK(nmse(y + t * N_EMBD, want_y, N_EMBD) < 1e-12, "variant %d, token %d", variant, (int)t);
     }
     for (int i = 0; i < N_FF; ++i) {
         active += neurons[TSFFN_PROFILE_COUNTS - 1][i]; // on, and not 0
+        on_squares += squares[0][i] - squares[1][i];
     }
     CHECK(counts.gate_positive == want_counts[0] && counts.active == want_counts[1],
           "variant %d counts %d %d, not %d %d", variant, (int)counts.gate_positive, (int)counts.active,
           (int)want_counts[0], (int)want_counts[1]);
     CHECK(!profile || active == want_counts[1], "variant %d: the profile has %d", variant, (int)active);
+    CHECK(!profile || fabs(on_squares - want_squares) <= 1e-9 * want_squares, "variant %d: squares of %g, not %g",
+          variant, on_squares, want_squares);
 }
 
 static void fill(float * w, int n, int most) {

@@ -184,6 +184,7 @@ struct result {
     float y[MAX_ROWS * N_FF], h[MAX_ROWS * N_FF];
     uint64_t tokens[N_EXPERT], neurons[TSFFN_PROFILE_COUNTS][N_EXPERT][N_FF];
     uint64_t histograms[TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS];
+    double squares[TSFFN_PROFILE_SQUARES][N_EXPERT][N_FF];
     struct tsffn_counts counts;
 };
 
@@ -205,7 +206,8 @@ static void compute(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * 
             }
         }
     }
-    const struct tsffn_profile into = {result->tokens, &result->neurons[0][0][0], &result->histograms[0][0]};
+    const struct tsffn_profile into = {result->tokens, &result->neurons[0][0][0], &result->histograms[0][0],
+                                       &result->squares[0][0][0]};
     call.rows = call_rows;
     call.n_rows = n_rows;
     call.x = (const char *)x;

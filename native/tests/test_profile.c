@@ -71,6 +71,10 @@ static void add(struct bounds * bounds, double smallest) {
 
 static struct bounds want[TSFFN_PROFILE_COUNTS][N_EXPERT][N_FF];
 static uint64_t want_tokens[N_EXPERT];
+// Sums of squares, and how far off they may be.
+static struct {
+    double sum, slack;
+} want_squares[TSFFN_PROFILE_SQUARES][N_EXPERT][N_FF];
 static double * values[TSFFN_PROFILE_HISTOGRAMS];
 static int64_t n_values;
 
@@ -95,7 +99,13 @@ static void count_row(int e, const float * row, bool predictor) {
         add(&want[5][e][i], fmin(logit, fmin(gate, up)));
         values[0][n_values] = fabs(gate);
         values[1][n_values] = fabs(up);
-        values[2][n_values] = fmax(gate, 0.0) * fmax(up, 0.0);
+        const double h = fmax(gate, 0.0) * fmax(up, 0.0);
+        const double off = EPSILON * (fabs(gate) + fabs(up) + EPSILON);
+        want_squares[0][e][i].sum += h * h;
+        want_squares[1][e][i].sum += logit > 0.0 ? 0.0 : h * h;
+        want_squares[0][e][i].slack += off * (2.0 * h + off);
+        want_squares[1][e][i].slack += fabs(logit) < EPSILON ? (h + off) * (h + off) : off * (2.0 * h + off);
+        values[2][n_values] = h;
         ++n_values;
     }
 }
@@ -111,8 +121,11 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
     static float plain[MAX_TOKENS * 2 * N_EMBD], counted[MAX_TOKENS * 2 * N_EMBD];
     static uint64_t tokens[N_EXPERT], neurons[TSFFN_PROFILE_COUNTS][N_EXPERT][N_FF];
     static uint64_t histograms[TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS];
+    static double squares[TSFFN_PROFILE_SQUARES][N_EXPERT][N_FF];
     int64_t n_rows = 0;
     memset(want, 0, sizeof(want));
+    memset(want_squares, 0, sizeof(want_squares));
+    memset(squares, 0, sizeof(squares));
     memset(want_tokens, 0, sizeof(want_tokens));
     memset(tokens, 0, sizeof(tokens));
     memset(neurons, 0, sizeof(neurons));
@@ -142,6 +155,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
         .tokens = tokens,
         .neurons = &neurons[0][0][0],
         .histograms = &histograms[0][0],
+        .squares = &squares[0][0][0],
     };
     call.profile = &profile;
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -166,6 +180,10 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
                 const struct bounds b = want[c][e][i];
                 CHECK(b.least <= neurons[c][e][i] && neurons[c][e][i] <= b.most,
                       "count %d of neuron %d: %d, not %d..%d", c, i, (int)neurons[c][e][i], (int)b.least, (int)b.most);
+            }
+            for (int k = 0; k < TSFFN_PROFILE_SQUARES; ++k) {
+                CHECK(fabs(squares[k][e][i] - want_squares[k][e][i].sum) <= want_squares[k][e][i].slack,
+                      "squares %d of neuron %d: %g, not %g", k, i, squares[k][e][i], want_squares[k][e][i].sum);
             }
         }
     }
@@ -211,7 +229,8 @@ static void test_bins(struct tsffn_workspace * ws, const struct tsffn_kernels * 
         for (int v = 0; v < 3; ++v) {
             uint64_t tokens = 0, neurons[TSFFN_PROFILE_COUNTS] = {0};
             uint64_t histograms[TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS] = {{0}};
-            const struct tsffn_profile profile = {&tokens, neurons, &histograms[0][0]};
+            double squares[TSFFN_PROFILE_SQUARES] = {0.0};
+            const struct tsffn_profile profile = {&tokens, neurons, &histograms[0][0], squares};
             float y;
             const struct tsffn_row row = {.y = &y};
             const struct tsffn_call call = {.op = TSFFN_OP_FUSED,

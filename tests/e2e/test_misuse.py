@@ -96,6 +96,7 @@ USES = {
     "native armed": "native.armed().__enter__()",
     "native profile": "native.profile(True)",
     "native read_profile": "native.read_profile(0, *arrays)",
+    "native read_squares": "native.read_squares(0)",
     "layers": "layers.compute([1])",
     "generation": "next(iter(Generation(m, [1])))",
     "begun generation": "next(begun)",

@@ -24,7 +24,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda library: monkeypatch.setitem(sys.modules, library, None)
 
 
-@pytest.fixture(params=["--predictor", "--calib", "--report"])
+@pytest.fixture(params=["--predictor", "--calib", "--report", "tasks"])
 def needing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, list[object]]:
     """What needs a library, the library, and the arguments of a command that does it, with outputs in tmp_path/out."""
     out = tmp_path / "out"
@@ -38,6 +38,8 @@ def needing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, l
         (tmp_path / "t.parquet").write_bytes(b"PAR1")
         arguments = ["profile", tiny.converted(), "--calib", tmp_path / "t.parquet", "--outfile", out / "s.gguf"]
         return "reading Parquet", "pyarrow", arguments
+    if request.param == "tasks":
+        return "tsconv eval tasks", "lm_eval", ["eval", "tasks", "-m", tiny.converted(), "gsm8k"]
     stats_file.save(sampled()[0], tmp_path / "s.gguf")
     merge = ["profile", "--merge", tmp_path / "s.gguf", "--outfile", out / "sum.gguf"]
     return "a report", "matplotlib", [*merge, "--report", out / "report"]

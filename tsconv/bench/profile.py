@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: st
                 with llama.profiling():
                     context.compute(tokens)
 
-            seconds = _in_turn({"plain": plain, "counting": counting}, rounds)
+            seconds = in_turn({"plain": plain, "counting": counting}, rounds)
         llama.reset_ffn_stats()
         plain()
         predicted = statistics.fmean(layer["predicted"] / layer["n_ff"] for layer in llama.ffn_stats())
@@ -75,7 +75,7 @@ def measure(layers: int, outtype: str, n_tokens: int, rounds: int, directory: st
     return result
 
 
-def _in_turn(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each function, called in turn `rounds` times after one call that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):

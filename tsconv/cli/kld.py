@@ -15,7 +15,9 @@ from tsconv.cli.options import (
     gpu_options,
     model_option,
     predictor_option,
+    read_text,
     sparsity_option,
+    text_option,
     threads_option,
 )
 from tsconv.cli.output import echo, json_text, say
@@ -42,14 +44,7 @@ FIELDS = (
     help="Log probabilities of the base, of tsconv eval ppl --save-base or llama-perplexity --kl-divergence-base.",
 )
 @click.option("--baseline", metavar="FILE", help="Instead: the base itself, of the same checkpoint, and -f.")
-@click.option(
-    "-f",
-    "--file",
-    "text",
-    metavar="TEXT",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to predict, with --baseline.",
-)
+@text_option("Text to predict, with --baseline", required=False)
 @eval_options
 @threads_option
 @sparsity_option
@@ -61,7 +56,7 @@ def command(
     model: str,
     base: Path | None,
     baseline: str | None,
-    text: Path | None,
+    text: str | None,
     n_ctx: int | None,
     chunks: int | None,
     n_batch: int,
@@ -98,10 +93,11 @@ def command(
             assert baseline is not None and text is not None
             mine, theirs = read_model(Path(model)), read_model(Path(baseline))
             check_baseline(mine, theirs)
+            data = read_text(text)
             llama = load(model, predictor_path=predictor_path, header=mine, n_ctx=256, **options)
             found = stack.enter_context(contextlib.closing(llama))
             other = stack.enter_context(contextlib.closing(load(baseline, header=theirs, n_ctx=256, **options)))
-            texts = windows(found, text.read_bytes(), n_ctx or DEFAULT_WINDOW, chunks)
+            texts = windows(found, data, n_ctx or DEFAULT_WINDOW, chunks)
             result = measure_kld(found, texts, of_model(other, texts, n_batch), n_batch=n_batch, progress=progress)
     if as_json:
         echo(json_text({"model": model, "base": str(base or baseline), "n_ctx": texts.n_ctx} | _as_dict(result)))

@@ -65,6 +65,19 @@ class GpuLayers(click.ParamType):
         return int(text)
 
 
+class TextName(click.ParamType):
+    """A file, or the name of a text that `tsconv.eval.text.read_text` knows."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from tsconv.eval.text import KNOWN
+
+        if value not in KNOWN and not Path(value).is_file():
+            self.fail(f"{value!r} is neither a file nor one of {', '.join(KNOWN)}.", param, ctx)
+        return str(value)
+
+
 model_option = click.option("-m", "--model", required=True, metavar="FILE", help="Converted model, NAME.gguf.")
 threads_option = click.option(
     "-t",
@@ -162,6 +175,20 @@ def gpu_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def text_option(help: str, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A text to measure on, passed on as text: str, None without one."""
+    return click.option(
+        "-f",
+        "--file",
+        "--text",
+        "text",
+        required=required,
+        metavar="FILE|wikitext-2|fineweb",
+        type=TextName(),
+        help=f"{help}: a file, or one from the Hub by its name.",
+    )
+
+
 def eval_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How a text is taken, passed on as n_ctx, chunks, n_batch."""
     for option in reversed(
@@ -187,6 +214,16 @@ def eval_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def read_text(name: str) -> bytes:
+    """Of `text_option`; what is to be said of it goes to stderr. Raises as `tsconv.eval.text.read_text`."""
+    from tsconv.eval import text
+
+    found = text.read_text(name)
+    if found.note is not None:
+        say(f"note: {found.note}")
+    return found.data
 
 
 def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:

@@ -18,7 +18,9 @@ from tsconv.cli.options import (
     model_option,
     predictor_option,
     ram_budget_option,
+    read_text,
     sparsity_option,
+    text_option,
     threads_option,
     warn_of_long_context,
 )
@@ -27,14 +29,7 @@ from tsconv.cli.output import echo, json_text
 
 @click.command("ppl")
 @model_option
-@click.option(
-    "-f",
-    "--file",
-    "text",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to predict.",
-)
+@text_option("Text to predict")
 @click.option(
     "--method",
     type=click.Choice(["half", "all"]),
@@ -62,7 +57,7 @@ from tsconv.cli.output import echo, json_text
 def command(
     *,
     model: str,
-    text: Path,
+    text: str,
     method: str | None,
     baseline: str | None,
     save_base: Path | None,
@@ -88,7 +83,7 @@ def command(
 
 def _second_halves(
     model: str,
-    text: Path,
+    text: str,
     save_base: Path | None,
     n_ctx: int,
     n_batch: int,
@@ -102,11 +97,12 @@ def _second_halves(
     from tsconv.eval.windows import windows
     from tsconv.runtime.model import load
 
+    data = read_text(text)
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(contextlib.closing(load(model, n_ctx=256, **options)))
         if found.budget is not None:
             say_budget(found.budget)
-        texts = windows(found, text.read_bytes(), n_ctx, chunks)
+        texts = windows(found, data, n_ctx, chunks)
         warn_of_long_context(found, n_ctx)
         base = None if save_base is None else stack.enter_context(BaseWriter(save_base, texts, found.n_vocab()))
         show = (lambda n, so_far: None) if as_json else (lambda n, so_far: echo(f"[{n}]{so_far:.4f},", nl=False))
@@ -122,7 +118,7 @@ def _second_halves(
 
 def _all_tokens(
     model: str,
-    text: Path,
+    text: str,
     baseline: str | None,
     n_ctx: int,
     *,
@@ -141,11 +137,12 @@ def _all_tokens(
     if mine and theirs:
         check_baseline(mine, theirs)
     options |= {"n_ctx": n_ctx}
+    data = read_text(text)
     found = load(model, predictor_path=predictor_path, header=mine, **options)
     other = load(baseline, header=theirs, **options) if baseline else None
     if found.budget is not None:
         say_budget(found.budget)
-    sequences = pieces(found, text.read_bytes(), n_ctx)[:chunks]
+    sequences = pieces(found, data, n_ctx)[:chunks]
     warn_of_long_context(found, n_ctx)
     with tqdm(total=len(sequences), disable=not sys.stderr.isatty(), leave=False, unit="piece") as bar:
         quality = measure(found, sequences, other, lambda done, _: bar.update(done - bar.n))

@@ -7,21 +7,18 @@ predictions at positions n_ctx / 2 to n_ctx - 2, which have at least half of the
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as library
-from llama_cpp._internals import LlamaBatch, LlamaContext
 
-from tsconv.errors import BackendError, TsconvError
-from tsconv.native.log import quiet_unless
+from tsconv.errors import TsconvError
+from tsconv.eval.context import SequencesContext
 from tsconv.runtime.model import SparseLlama
 
 N_BATCH = 2048  # tokens that are computed together, as llama-perplexity's default
-N_UBATCH = 512
 
 
 @dataclass(frozen=True)
@@ -95,30 +92,25 @@ def scored_logits(model: SparseLlama, found: Windows, n_batch: int = N_BATCH) ->
             context.close()
 
 
-class _Context:
-    """A context of `model` for n_seq sequences of n_ctx tokens."""
+class _Context(SequencesContext):
+    """A context of `model` for n_seq windows of n_ctx tokens."""
 
     def __init__(self, model: SparseLlama, n_ctx: int, n_seq: int, n_batch: int) -> None:
-        params = type(model.context_params).from_buffer_copy(model.context_params)
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, n_batch, N_UBATCH, n_seq
-        self._model, self._n_vocab = model, model.n_vocab()
-        with quiet_unless(model.verbose) as errors:
-            try:
-                self._context = LlamaContext(model=model._model, params=params, verbose=False)
-            except ValueError as error:
-                found = "; ".join(errors) or error
-                raise BackendError(
-                    f"llama.cpp cannot make a context of {n_seq} windows of {n_ctx} tokens",
-                    found=found,
-                    fix="lower -b or -c",
-                ) from None
-        self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
+        super().__init__(
+            model,
+            n_ctx=n_ctx * n_seq,
+            n_seq=n_seq,
+            n_batch=n_batch,
+            shared=False,
+            what=f"{n_seq} windows of {n_ctx} tokens",
+            fix="lower -b or -c",
+        )
 
     def compute(
         self, group: npt.NDArray[np.int32], first: int, pieces: list[slice]
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Of each window of `group`, int32 [at most n_seq, n_ctx], its logits from position `first` on but the last."""
-        self._context.kv_cache_clear()
+        self.clear()
         n_outputs = group.shape[1] - first
         rows: list[npt.NDArray[np.float32]] = []  # of a window that is computed in pieces
         for piece in pieces:
@@ -128,15 +120,15 @@ class _Context:
             if begin >= width:
                 continue
             if len(pieces) > 1:
-                rows.append(self._logits(begin, width - begin).copy())
+                rows.append(self.logits(begin, width - begin).copy())
             else:
-                yield from (self._logits(i * width + begin, n_outputs)[:-1] for i in range(len(group)))
+                yield from (self.logits(i * width + begin, n_outputs)[:-1] for i in range(len(group)))
         if rows:
             yield np.concatenate(rows)[:-1]
 
     def _decode(self, tokens: npt.NDArray[np.int32], position: int, first: int) -> None:
         """Row i of the tokens goes to sequence i, from that position on; logits are wanted from position `first` on."""
-        batch = self._batch.batch
+        batch = self.batch
         batch.n_tokens = tokens.size
         at = 0
         for sequence, row in enumerate(tokens.tolist()):
@@ -145,17 +137,4 @@ class _Context:
                 batch.n_seq_id[at] = 1
                 batch.seq_id[at][0] = sequence
                 at += 1
-        with quiet_unless(self._model.verbose) as errors:
-            status = library.llama_decode(self._context.ctx, batch)
-        if status != 0:
-            raise BackendError("llama.cpp cannot compute", found="; ".join(errors) or f"status {status}")
-
-    def _logits(self, at: int, n: int) -> npt.NDArray[np.float32]:
-        """float32 [n, n_vocab] of the batch's tokens from `at` on, in llama.cpp's memory."""
-        pointer = library.llama_get_logits_ith(self._context.ctx, at)
-        address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(address, (n, self._n_vocab))
-
-    def close(self) -> None:
-        self._batch.close()
-        self._context.close()
+        self.decode()

@@ -228,6 +228,7 @@ class Backend:
             "tsffn_model_reset_stats": ([handle], None),
             "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),
             "tsffn_model_read_profile": ([handle, ctypes.c_int32, handle, handle, handle], ctypes.c_bool),
+            "tsffn_model_read_squares": ([handle, ctypes.c_int32, handle], ctypes.c_bool),
             "tsffn_model_place": (
                 [handle, handle, size, ctypes.c_uint32, ctypes.POINTER(Placed), text, size],
                 ctypes.c_bool,

@@ -238,6 +238,20 @@ class NativeModel:
             if not self._lib.tsffn_model_read_profile(handle, layer, *pointers):
                 raise BackendError("activations are not being counted")
 
+    def read_squares(self, layer: int) -> npt.NDArray[np.float64]:
+        """Sums of h^2 of one layer's neurons since counting began, float64 [2, n_ffn, n_ff] in the order of the file,
+        h = relu(gate . x) * relu(up . x): over all tokens, and over those for which the predictor left the neuron out.
+
+        Raises:
+            BackendError: counting is off, no such layer, or the model is closed.
+        """
+        _, n_ffn, n_ff = self._shape
+        squares = np.zeros((2, n_ffn, n_ff))
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_read_squares(handle, layer, squares.ctypes.data):
+                raise BackendError("activations are not being counted")
+        return squares
+
     @functools.cached_property
     def header(self) -> Header:
         """Of the model file. Raises ModelFileError where Python cannot read it."""

@@ -2,7 +2,7 @@
 //
 // Threads take chunks of neurons in turn. A chunk belongs to one thread, so the counters of a neuron need no lock;
 // histograms are private to a thread until the call ends. Costs beside the products: per tile and neuron six popcounts,
-// per neuron and row two or three increments.
+// per neuron and row two or three increments, and two additions where it is active.
 #include "phases.h"
 
 #include <string.h>
@@ -10,6 +10,8 @@
 enum { GATE, UP, COMBINED };
 
 enum { GATE_POSITIVE, UP_POSITIVE, ACTIVE, PREDICTED, PREDICTED_GATE, PREDICTED_ACTIVE };
+
+enum { ALL, MISSED };
 
 enum {
     FIRST_OCTAVE = -20,
@@ -83,10 +85,17 @@ static uint64_t count_neuron(const struct segment * g, int64_t i, int n, const f
     count_values(histograms->bins[UP], up, n);
     uint32_t (*combined)[TSFFN_PROFILE_BINS] = histograms->bins[COMBINED];
     combined[0][0] += (uint32_t)((uint64_t)n - popcount(active));
+    double squares[TSFFN_PROFILE_SQUARES] = {0.0, 0.0};
     for (uint64_t b = active; b != 0; b &= b - 1) {
         const int k = __builtin_ctzll(b);
-        combined[k % LANES][bin_of(h_of(activation, gate[k], up[k]))] += 1;
+        const float h = h_of(activation, gate[k], up[k]);
+        combined[k % LANES][bin_of(h)] += 1;
+        squares[ALL] += (double)h * h;
+        squares[MISSED] += (on >> k & 1) == 0 ? (double)h * h : 0.0;
     }
+    double * sums = g->s->call->profile->squares + g->rows[g->r0].ffn * layer->n_ff + i;
+    sums[0] += squares[ALL];
+    sums[layer->n_ffns * layer->n_ff] += squares[MISSED];
     return on & active;
 }
 

@@ -26,11 +26,13 @@ enum {
     TSFFN_PROFILE_COUNTS = 6,
     TSFFN_PROFILE_HISTOGRAMS = 3,
     TSFFN_PROFILE_BINS = 130,
+    TSFFN_PROFILE_SQUARES = 2,
 };
 struct tsffn_profile {
     uint64_t * tokens;     // [n_ffns]
     uint64_t * neurons;    // [TSFFN_PROFILE_COUNTS][n_ffns][n_ff]
     uint64_t * histograms; // [TSFFN_PROFILE_HISTOGRAMS][TSFFN_PROFILE_BINS]
+    double * squares;      // [TSFFN_PROFILE_SQUARES][n_ffns][n_ff]
 };
 
 struct tsffn_call {

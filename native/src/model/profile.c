@@ -5,13 +5,23 @@
 #include <string.h>
 
 _Static_assert(TSFFN_N_COUNTS == TSFFN_PROFILE_COUNTS && TSFFN_N_HISTOGRAMS == TSFFN_PROFILE_HISTOGRAMS &&
-                   TSFFN_N_BINS == TSFFN_PROFILE_BINS,
+                   TSFFN_N_BINS == TSFFN_PROFILE_BINS && TSFFN_N_SQUARES == TSFFN_PROFILE_SQUARES,
                "the public limits are those of the computation");
 
 enum { HISTOGRAM_VALUES = TSFFN_PROFILE_HISTOGRAMS * TSFFN_PROFILE_BINS };
 
+_Static_assert(sizeof(double) == sizeof(uint64_t), "one block has both");
+
+static size_t neurons_of_layer(const struct tsffn_model * model) {
+    return (size_t)tsffn_model_ffns_per_layer(model) * (size_t)model->n_ff;
+}
+
 static size_t neuron_values(const struct tsffn_model * model) {
-    return (size_t)TSFFN_PROFILE_COUNTS * (size_t)tsffn_model_ffns_per_layer(model) * (size_t)model->n_ff;
+    return TSFFN_PROFILE_COUNTS * neurons_of_layer(model);
+}
+
+static size_t square_values(const struct tsffn_model * model) {
+    return TSFFN_PROFILE_SQUARES * neurons_of_layer(model);
 }
 
 bool tsffn_model_profile(struct tsffn_model * model, bool on) {
@@ -19,7 +29,7 @@ bool tsffn_model_profile(struct tsffn_model * model, bool on) {
         return false;
     }
     const size_t n_ffns = (size_t)tsffn_model_ffns_per_layer(model);
-    const size_t per_layer = n_ffns + neuron_values(model) + HISTOGRAM_VALUES;
+    const size_t per_layer = n_ffns + neuron_values(model) + HISTOGRAM_VALUES + square_values(model);
     uint64_t * values = on ? calloc((size_t)model->n_layer * per_layer, sizeof(*values)) : NULL;
     if (on && values == NULL) {
         return false;
@@ -42,6 +52,7 @@ bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct 
     profile->tokens = values;
     profile->neurons = values + tsffn_model_ffns_per_layer(model);
     profile->histograms = profile->neurons + neuron_values(model);
+    profile->squares = (double *)(profile->histograms + HISTOGRAM_VALUES);
     return true;
 }
 
@@ -60,6 +71,18 @@ bool tsffn_model_read_profile(const struct tsffn_model * model, int32_t layer, u
     memcpy(tokens, profile.tokens, (size_t)tsffn_model_ffns_per_layer(model) * sizeof(*tokens));
     memcpy(neurons, profile.neurons, neuron_values(model) * sizeof(*neurons));
     memcpy(histograms, profile.histograms, HISTOGRAM_VALUES * sizeof(*histograms));
+    tsffn_model_unlock_profile(locked);
+    return true;
+}
+
+bool tsffn_model_read_squares(const struct tsffn_model * model, int32_t layer, double * squares) {
+    struct tsffn_profile profile;
+    struct tsffn_model * locked = (struct tsffn_model *)model;
+    if (model == NULL || squares == NULL || layer < 0 || layer >= model->n_layer ||
+        !tsffn_model_lock_profile(locked, layer, &profile)) {
+        return false;
+    }
+    memcpy(squares, profile.squares, square_values(model) * sizeof(*squares));
     tsffn_model_unlock_profile(locked);
     return true;
 }

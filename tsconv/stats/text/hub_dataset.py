@@ -22,7 +22,7 @@ FINEWEB_REVISION = "9bb295ddab0e05d785b879661af7260fed5140fc"
 
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps its own conversion to Parquet: CONFIG/SPLIT/NNNN.parquet
 OFFLINE_WAYS = "download its Parquet files and name their folder, or use --calib builtin"
-TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
+TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,18 @@ class HubDataset:
     notes: list[str]
 
 
-def find(repo: str, config: str | None, revision: str | None) -> HubDataset:
-    """Asks the Hub for the training split of a configuration; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as usual.
+def find(
+    repo: str, config: str | None, revision: str | None, *, split: str = TRAIN, offline: str = OFFLINE_WAYS
+) -> HubDataset:
+    """Asks the Hub for a split of a configuration; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as usual.
 
     Which files: those of the dataset card's `configs`; else the Parquet files in the folder named `config`, or all;
-    else the Hub's own conversion of the dataset to Parquet.
+    else the Hub's own conversion of the dataset to Parquet. Where no file is of the training split, all are.
 
     Args:
         config: None for the default one.
         revision: None for the newest.
+        offline: what to do without the Hub, for messages.
 
     Raises:
         HubError: the dataset, configuration or revision does not exist, is gated, cannot be reached, or has no Parquet.
@@ -55,34 +58,39 @@ def find(repo: str, config: str | None, revision: str | None) -> HubDataset:
     api = HfApi(endpoint=endpoint)
     named = repo if revision is None else f"{repo}@{revision}"
     notes = []
-    with _hub_errors(named):
+    with _hub_errors(named, offline):
         info = api.dataset_info(repo, revision=revision, expand=["sha", "cardData"])
-        configs = _configs(info.card_data)
+        configs = _configs(info.card_data, split)
         if configs:
             config = _chosen(named, config, [name for name, _ in configs], _default(info.card_data))
             paths = _matching(api, repo, info.sha, dict(configs)[config])
         else:
-            found = _parquet(api, repo, info.sha, config or "")
-            paths = [path for path in found if TRAIN.search(path)] or found
+            paths = _of_split(_parquet(api, repo, info.sha, config or ""), split)
         commit = info.sha
         if not paths and revision is None:
-            commit, config, paths = _converted(api, named, repo, config)
+            commit, config, paths = _converted(api, named, repo, config, split)
             notes.append(f"{repo} holds no Parquet files of its own: read the Hub's conversion of it")
     if not paths:
         of = f" of configuration {config!r}" if config else ""
-        raise HubError(f"the dataset has no Parquet files{of}", where=named, fix=OFFLINE_WAYS)
+        raise HubError(f"the dataset has no Parquet files{of}", where=named, fix=offline)
     fs = HfFileSystem(endpoint=endpoint, block_size=READ_BYTES, skip_instance_cache=True)
     files = [ParquetFile(fs, f"datasets/{repo}@{commit}/{path}", path, remote=True) for path in paths]
     return HubDataset(repo, config or "", commit, files, notes)
 
 
-def _configs(card: Any) -> list[tuple[str, list[str]]]:
-    """(name, glob patterns of the training split) of each configuration that the card's metadata lists with files."""
+def _of_split(paths: list[str], split: str) -> list[str]:
+    """The paths with the split's name in them; all of them where none is of the training split."""
+    named = re.compile(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)")
+    return [path for path in paths if named.search(path)] or (paths if split == TRAIN else [])
+
+
+def _configs(card: Any, split: str) -> list[tuple[str, list[str]]]:
+    """(name, glob patterns of the split) of each configuration that the card's metadata lists with files."""
     configs = (card.get("configs") if card is not None else None) or []
     return [
         (str(entry["config_name"]), patterns)
         for entry in configs
-        if isinstance(entry, dict) and "config_name" in entry and (patterns := _patterns(entry))
+        if isinstance(entry, dict) and "config_name" in entry and (patterns := _patterns(entry, split))
     ]
 
 
@@ -90,15 +98,15 @@ def _default(card: Any) -> str | None:
     return next((str(c["config_name"]) for c in card.get("configs") if isinstance(c, dict) and c.get("default")), None)
 
 
-def _patterns(entry: dict[str, Any]) -> list[str]:
+def _patterns(entry: dict[str, Any], wanted: str) -> list[str]:
     """`data_files` is a pattern, a list of patterns, or a list of {split, path: pattern or patterns}."""
     data_files = entry.get("data_files") or ([f"{entry['data_dir']}/**"] if entry.get("data_dir") else [])
     splits: dict[str, list[Any]] = {}
     for item in data_files if isinstance(data_files, list) else [data_files]:
-        split, path = (item.get("split", "train"), item.get("path")) if isinstance(item, dict) else ("train", item)
+        split, path = (item.get("split", TRAIN), item.get("path")) if isinstance(item, dict) else (TRAIN, item)
         splits.setdefault(split, []).extend(path if isinstance(path, list) else [path])
     prefix = f"{entry['data_dir']}/" if entry.get("data_dir") and entry.get("data_files") else ""
-    chosen = splits.get("train") or next(iter(splits.values()), [])
+    chosen = splits.get(wanted) or (next(iter(splits.values()), []) if wanted == TRAIN else [])
     return [prefix + path.removeprefix("./") for path in chosen if isinstance(path, str)]
 
 
@@ -139,7 +147,7 @@ def _matching(api: HfApi, repo: str, revision: str, patterns: Iterable[str]) -> 
     return sorted(found)
 
 
-def _converted(api: HfApi, named: str, repo: str, config: str | None) -> tuple[str, str | None, list[str]]:
+def _converted(api: HfApi, named: str, repo: str, config: str | None, split: str) -> tuple[str, str | None, list[str]]:
     """(commit, configuration, paths) of the Hub's own conversion; no paths when there is none."""
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -151,12 +159,11 @@ def _converted(api: HfApi, named: str, repo: str, config: str | None) -> tuple[s
     if not paths:
         return "", config, []
     config = _chosen(named, config, sorted({path.split("/")[0] for path in paths}), None)
-    paths = [path for path in paths if path.startswith(f"{config}/")]
-    return commit, config, [path for path in paths if TRAIN.search(path)] or paths
+    return commit, config, _of_split([path for path in paths if path.startswith(f"{config}/")], split)
 
 
 @contextmanager
-def _hub_errors(named: str) -> Iterator[None]:
+def _hub_errors(named: str, offline: str) -> Iterator[None]:
     """What the library raises, as HubErrors."""
     from huggingface_hub import errors
 
@@ -172,9 +179,9 @@ def _hub_errors(named: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise HubError("the dataset has no such revision", where=named) from None
     except errors.OfflineModeIsEnabled:
-        raise HubError("offline (HF_HUB_OFFLINE)", where=named, fix=OFFLINE_WAYS) from None
+        raise HubError("offline (HF_HUB_OFFLINE)", where=named, fix=offline) from None
     except errors.HFValidationError as error:
         raise HubError(f"not a dataset id ({error})", where=named) from None
     except Exception as error:  # HTTP and connection errors of whichever client the library uses
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise HubError(f"asking the Hub failed ({reason})", where=named, fix=OFFLINE_WAYS) from None
+        raise HubError(f"asking the Hub failed ({reason})", where=named, fix=offline) from None

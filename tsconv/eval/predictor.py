@@ -1,0 +1,166 @@
+"""How good the predictors are on a text: what they miss of it, and what they compute for nothing.
+
+A neuron is active where gate . x > 0 and up . x > 0. Neuron i adds h_i * down_i to the output of its FFN; the energy of
+that is (h_i |down_i|)^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from tsconv.errors import ModelFileError, TsconvError
+from tsconv.eval.windows import Windows
+from tsconv.format import layouts
+from tsconv.format.header import Header, TensorEntry
+from tsconv.format.order import shape_of
+from tsconv.format.pair import layout_of
+from tsconv.runtime.layers import LayersContext
+from tsconv.runtime.model import SparseLlama
+from tsconv.stats.counts import COUNTS
+from tsconv.transform.bundles import PARTS
+
+Floats = npt.NDArray[np.float64]
+
+PIECE = 1 << 22  # weights that are made floats at a time
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens and neurons, of one FFN or of several: float64 arrays of one shape, or numbers.
+
+    Attributes:
+        tokens: that an FFN saw.
+        neurons: n_ff for each token.
+        predicted, active, both: neurons that the predictor lets through, that are active, that are both.
+        energy, missed: of all active neurons, of those that the predictor leaves out.
+    """
+
+    tokens: Floats
+    neurons: Floats
+    predicted: Floats
+    active: Floats
+    both: Floats
+    energy: Floats
+    missed: Floats
+
+    def total(self) -> Sums:
+        """Of all the FFNs."""
+        return Sums(**{name: value.sum() for name, value in vars(self).items()})
+
+    def at(self, *index: int) -> Sums:
+        """Of a layer, or of one FFN."""
+        return Sums(**{name: value[index] for name, value in vars(self).items()})
+
+    def figures(self) -> dict[str, float]:
+        """Of sums that are numbers; nan where there was nothing to divide by.
+
+        recall: share of the active neurons that are predicted. precision: share of the predicted ones that are active.
+        energy_missed: share of the output energy. predicted, active: mean shares of the neurons.
+        predicted_per_active: how many are predicted for each active one.
+        """
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "recall": float(self.both / self.active),
+                "precision": float(self.both / self.predicted),
+                "energy_missed": float(self.missed / self.energy),
+                "predicted": float(self.predicted / self.neurons),
+                "active": float(self.active / self.neurons),
+                "predicted_per_active": float(self.predicted / self.active),
+            }
+
+
+def measure_predictor(model: SparseLlama, found: Windows, progress: Callable[[int], None] = lambda n: None) -> Sums:
+    """Of each FFN: arrays [n_layer, n_ffn].
+
+    Args:
+        found: of the text; every token of a window counts.
+        progress: called with the number of windows done.
+
+    Raises:
+        TsconvError: the model has no predictor, or runs without it.
+        BackendError: llama.cpp cannot compute.
+    """
+    if model.sparsity != "predictor":
+        raise TsconvError("the model runs without a predictor", where=model.model_path)
+    n_layer, n_ffn, n_ff = shape_of(model.header)
+    tokens = np.zeros((n_layer, n_ffn), np.int64)
+    neurons = np.zeros((n_layer, len(COUNTS), n_ffn, n_ff), np.int64)
+    histograms = np.zeros((3, 130), np.int64)
+    with model.profiling() as native, LayersContext(model, found.n_ctx) as layers:
+        for i, row in enumerate(found.tokens.tolist()):
+            layers.compute([model.token_bos() if model.token_bos() >= 0 else row[0], *row[1:]])
+            progress(i + 1)
+        for n in range(n_layer):
+            native.read_profile(n, tokens[n], neurons[n], histograms)
+        squares = np.stack([native.read_squares(n) for n in range(n_layer)])
+    weights = np.stack(list(down_energies(model.header)))
+    counted = neurons.sum(axis=-1, dtype=np.float64)
+
+    def of(name: str) -> Floats:
+        return counted[:, COUNTS.index(name)]
+
+    energies = np.einsum("lcfn,lfn->lcf", squares, weights)
+    return Sums(
+        tokens=tokens.astype(np.float64),
+        neurons=tokens.astype(np.float64) * n_ff,
+        predicted=of("predicted"),
+        active=of("active"),
+        both=of("predicted_active"),
+        energy=energies[:, 0],
+        missed=energies[:, 1],
+    )
+
+
+def down_energies(header: Header) -> Iterator[Floats]:
+    """|down_i|^2 of the neurons of each layer, float64 [n_ffn, n_ff], in the order of the file.
+
+    Raises:
+        ModelFileError: the file cannot be read.
+    """
+    n_layer, n_ffn, n_ff = shape_of(header)
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    bundles = layout_of(header) == layouts.FFN.other
+    for n in range(n_layer):
+        names = [
+            f"blk.{n}.ffn_{part}{'_exps' if header.keys.get('llama.expert_count') else ''}.weight" for part in PARTS
+        ]
+        pieces = [tensors[name] for name in (names if bundles else names[-1:])]
+        yield _squares(header, pieces, n_ffn * n_ff).reshape(n_ffn, n_ff)
+
+
+def _squares(header: Header, pieces: list[TensorEntry], n_rows: int) -> Floats:
+    """|row|^2 of n_rows rows of down, which are the last part of bundles where there are several pieces."""
+    kind, n_embd = pieces[-1].kind, pieces[-1].n_weights // n_rows
+    row_bytes = sum(piece.n_bytes for piece in pieces) // n_rows
+    step = max(1, PIECE // n_embd)
+    squares = np.empty(n_rows)
+    for start in range(0, n_rows, step):
+        n = min(step, n_rows - start)
+        raw = _read(header, pieces, start * row_bytes, n * row_bytes).reshape(n, len(pieces), -1)[:, -1]
+        rows = gguf.dequantize(np.ascontiguousarray(raw), kind).reshape(n, n_embd)
+        squares[start : start + n] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return squares
+
+
+def _read(header: Header, pieces: list[TensorEntry], start: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Bytes of the pieces, as if they were one tensor. Raises ModelFileError."""
+    data, before = [], 0
+    try:
+        with open(header.path, "rb") as file:
+            for piece in pieces:
+                begin, end = max(start, before), min(start + n_bytes, before + piece.n_bytes)
+                if begin < end:
+                    file.seek(piece.offset + begin - before)
+                    data.append(file.read(end - begin))
+                before += piece.n_bytes
+    except OSError as error:
+        raise ModelFileError(f"cannot be read: {error.strerror}", where=header.path) from None
+    joined = b"".join(data)
+    if len(joined) != n_bytes:
+        raise ModelFileError("became shorter while it was read", where=header.path, fix="start again")
+    return np.frombuffer(joined, np.uint8)
