@@ -162,21 +162,23 @@ def test_points_that_are_there_are_not_measured_again(swept):
 def test_stopped_and_continued(tmp_path, how):
     """Points that were there stay; the base is not computed again where it was complete."""
     model, kept = tiny.converted(), tmp_path / "kept.json"
-    arguments = ("eval", "sweep", model, "--text", HELDOUT, "--points", kept, *OPTIONS, "--sparsity", "0,0.5,0.9,0.95")
-    command = [*tiny.TSCONV, *map(str, arguments)]
+    arguments = ("eval", "sweep", model, "--text", HELDOUT, "--points", kept, *OPTIONS, "--sparsity")
+    many = ",".join(f"{k / 100}" for k in range(99))  # more than it gets to
+    command = [*tiny.TSCONV, *map(str, arguments), many]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while b"topk:0:" not in process.stderr.readline():
+        while b"topk:0.0:" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(how)
         errors = process.communicate(timeout=tiny.TIMEOUT_S)[1]
     assert process.returncode in (-how, 128 + how) and b"Traceback" not in errors
-    before = json.loads(kept.read_text())["points"]
-    assert {"exact", "topk:0"} <= {point["sparsity"] for point in before}
+    before = {point["sparsity"]: point for point in json.loads(kept.read_text())["points"]}
+    assert {"exact", "topk:0.0"} <= before.keys() and "topk:0.98" not in before
     base = kept.with_name("kept.json.base").stat()
-    done = tiny.run(*arguments, "--json")
+    done = tiny.run(*arguments, "0.0,0.98", "--json")
     assert done.returncode == 0, done.stderr
     points = json.loads(done.stdout)["points"]
-    assert len(points) == 6 and [p for p in points if p in before] == before
+    assert [point["sparsity"] for point in points] == ["exact", "topk:0.0", "topk:0.98", "predictor"]
+    assert [before.get(point["sparsity"], point) for point in points] == points
     assert b"exact:" not in done.stderr and base.st_size > 0
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 

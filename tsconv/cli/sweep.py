@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tsconv.eval.sweep.measure import Progress
     from tsconv.eval.sweep.points import Point
 
-_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Numbers(click.ParamType):
@@ -113,11 +113,9 @@ def command(
     """
     from tsconv.eval.sweep.file import SUFFIX, identity_of, open_file
     from tsconv.eval.sweep.measure import sweep
-    from tsconv.eval.sweep.page import write_plot, write_sweep_report
-    from tsconv.eval.sweep.points import DEFAULT_TOPK, as_csv, in_order, wanted_sparsities
+    from tsconv.eval.sweep.points import DEFAULT_TOPK, in_order, wanted_sparsities
     from tsconv.format.pair import read_model
     from tsconv.runtime.binding import open_model
-    from tsconv.write.writer import write_file
 
     path = Path(model.find())
     header = read_model(path)
@@ -137,14 +135,9 @@ def command(
             sweep(path, data, wanted, kept, progress=progress, say=say, header=header, **loading)
     except KeyboardInterrupt:
         say(f"stopped; the same command continues from {kept.path}")
-        raise click.exceptions.Exit(_INTERRUPTED) from None
+        raise click.exceptions.Exit(INTERRUPTED) from None
     found = in_order(kept.points[sparsity] for sparsity in wanted)
-    if csv_file is not None:
-        write_file(csv_file, as_csv(found).encode(), force=True)
-    if plot is not None:
-        write_plot(found, plot)
-    if report is not None:
-        write_sweep_report(found, identity, str(text), report)
+    _write(found, identity, text, csv_file, plot, report)
     if as_json:
         echo(json_text(identity | {"points": [point.as_dict() for point in found]}))
     else:
@@ -175,6 +168,27 @@ def _check_outputs(csv_file: Path | None, plot: Path | None, report: Path | None
             raise click.BadParameter(f"{plot} ends neither in .png nor in .svg.", param_hint="--plot")
     if report is not None:
         check_report(report)
+
+
+def _write(
+    points: list[Point],
+    identity: dict[str, Any],
+    text: Path,
+    csv_file: Path | None,
+    plot: Path | None,
+    report: Path | None,
+) -> None:
+    """Raises OutputError."""
+    from tsconv.eval.sweep.page import write_plot, write_sweep_report
+    from tsconv.eval.sweep.points import as_csv
+    from tsconv.write.writer import write_file
+
+    if csv_file is not None:
+        write_file(csv_file, as_csv(points).encode(), force=True)
+    if plot is not None:
+        write_plot(points, plot)
+    if report is not None:
+        write_sweep_report(points, identity, str(text), report)
 
 
 @contextmanager
