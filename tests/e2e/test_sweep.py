@@ -290,7 +290,7 @@ def test_bad_input(tmp_path):
         ((model, *text, *kept, "--csv", tmp_path / "none" / "x.csv"), "folder of the output does not exist"),
         ((model, *text, *kept, "--plot", tmp_path / "x.pdf"), "ends neither in .png nor in .svg"),
         ((model, *text, *kept, "--report", tmp_path / "full"), "not a file of a report"),
-        ((model, "--text", tmp_path / "none.txt"), "does not exist"),
+        ((model, "--text", tmp_path / "none.txt"), "is neither a file nor one of"),
     ):
         assert message in refused(*arguments), arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "short.txt"]

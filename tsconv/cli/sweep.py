@@ -18,6 +18,8 @@ from tsconv.cli.options import (
     gpu_options,
     predictor_option,
     ram_budget_option,
+    read_text,
+    text_option,
     threads_option,
 )
 from tsconv.cli.output import echo, json_text, say
@@ -45,16 +47,7 @@ class Numbers(click.ParamType):
 
 @click.command("sweep")
 @model_name
-@click.option(
-    "-f",
-    "--text",
-    "--file",
-    "text",
-    required=True,
-    metavar="TEXT",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to predict.",
-)
+@text_option("Text to predict")
 @click.option(
     "--sparsity",
     "topk",
@@ -91,7 +84,7 @@ class Numbers(click.ParamType):
 def command(
     *,
     model: ModelName,
-    text: Path,
+    text: str,
     topk: tuple[str, ...] | None,
     thresholds: tuple[str, ...],
     n_ctx: int | None,
@@ -125,7 +118,7 @@ def command(
     for sparsity in wanted:  # before anything is computed
         open_model(path, sidecar, sparsity, header).close()
     _check_outputs(csv_file, plot, report)
-    data = _read(text)
+    data = read_text(text)
     identity = identity_of(header, data, n_ctx or DEFAULT_WINDOW, chunks, n_batch)
     kept = open_file(points or path.with_suffix(SUFFIX), identity)
     if there := kept.points.keys() & set(wanted):
@@ -142,15 +135,6 @@ def command(
         echo(json_text(identity | {"points": [point.as_dict() for point in found]}))
     else:
         _print(found)
-
-
-def _read(text: Path) -> bytes:
-    from tsconv.errors import TsconvError
-
-    try:
-        return text.read_bytes()
-    except OSError as error:
-        raise TsconvError(f"cannot be read: {error.strerror}", where=text) from None
 
 
 def _check_outputs(csv_file: Path | None, plot: Path | None, report: Path | None) -> None:
@@ -173,7 +157,7 @@ def _check_outputs(csv_file: Path | None, plot: Path | None, report: Path | None
 def _write(
     points: list[Point],
     identity: dict[str, Any],
-    text: Path,
+    text: str,
     csv_file: Path | None,
     plot: Path | None,
     report: Path | None,
@@ -188,7 +172,7 @@ def _write(
     if plot is not None:
         write_plot(points, plot)
     if report is not None:
-        write_sweep_report(points, identity, str(text), report)
+        write_sweep_report(points, identity, text, report)
 
 
 @contextmanager
