@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 
 from support import tiny
@@ -94,6 +95,10 @@ def _served(model: Path, variables: dict[str, str]) -> int:
             assert process.poll() is None
             assert time.monotonic() < limit
             time.sleep(0.05)
+        # It says that it is well before it minds signals, and computes only afterwards.
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none").completions.create(
+            model="m", prompt="And", max_tokens=1
+        )
         status = Path(f"/proc/{process.pid}/status").read_text()
     finally:
         process.terminate()
