@@ -92,7 +92,7 @@ def _base_is_good(kept: SweepFile, say: Callable[[str], None]) -> bool:
 
 
 def _line(point: Point) -> str:
-    return f"{point.sparsity}: perplexity {point.perplexity:.4f}, KL {point.kl:.6f}, {point.reached:.2%} dropped"
+    return f"{point.sparsity}: perplexity {point.perplexity:.4f}, KL {point.kl:z.6f}, {point.reached:.2%} dropped"
 
 
 def _measure_base(llama: SparseLlama, found: Windows, kept: SweepFile, progress: Progress) -> Point:

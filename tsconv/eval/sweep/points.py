@@ -150,7 +150,7 @@ def cells(point: Point) -> tuple[str, ...]:
         f"{point.reached:.2%}",
         f"{point.perplexity:.4f} ± {point.error:.4f}",
         f"{point.ratio:.5f} ± {point.ratio_error:.5f}",
-        f"{point.kl:.6f} ± {point.kl_error:.6f}",
+        f"{point.kl:z.6f} ± {point.kl_error:.6f}",
         f"{point.same_top:.2%}",
         f"{point.prefill_tokens_per_s:.1f}",
         f"{point.decode_tokens_per_s:.1f}",
