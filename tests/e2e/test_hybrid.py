@@ -343,12 +343,12 @@ from tsconv.runtime.layers import LayersContext
 tsconv.runtime.hybrid.PREFIX = "FAKE"
 path, = sys.argv[1:]
 reference = logits_of(path, n_gpu_layers=0)[0]
-whole = load(path, n_gpu_layers=3, vram_budget=1 << 29)
+whole = load(path, n_gpu_layers="all", vram_budget=1 << 29)
 budget = whole.offload.n_bytes + whole.gpu_share.n_bytes * 3 // 4
 whole.close()
 found = []
-for call in (*range(1, 40, 3), 100, 151):
-    model = load(path, n_gpu_layers=3, vram_budget=budget)
+for call in (*range(1, 45), 100, 151):
+    model = load(path, n_gpu_layers="all", vram_budget=budget)
     model.token_logits(tokens[:1], n_batch=1)
     gpu.fail(call, True)
     try:
@@ -373,8 +373,9 @@ def test_failures_with_shared_memory(model):
     already used, the graph fails. Activation statistics are the CPU's, too."""
     found = python(RESIDENT_FAILURES, model, TSCONV_GPU_BACKEND=str(fake_gpu.library()), TSFFN_CUDA_SHARE="1")
     for call, nmse in found["found"]:
-        assert nmse <= MAX_NMSE if isinstance(nmse, float) else "from now on the CPU computes all neurons" in nmse, call
-    assert sum(isinstance(nmse, float) for _, nmse in found["found"]) > len(found["found"]) // 2
+        said = "from now on the CPU computes all neurons", "the GPU failed while the last tokens were computed"
+        assert nmse <= MAX_NMSE if isinstance(nmse, float) else any(line in nmse for line in said), call
+    assert {type(nmse) for _, nmse in found["found"]} == {float, str}
     assert found["profiled"] == 6 * (2 if "mixtral" in model.name else 1)
 
 

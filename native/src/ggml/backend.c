@@ -63,7 +63,8 @@ static bool backend_cpy_tensor_async(ggml_backend_t from, ggml_backend_t to, con
 }
 
 static void backend_synchronize(ggml_backend_t backend) {
-    tsffn_finish_graph(backend->context);
+    struct tsffn_stream * stream = backend->context;
+    stream->is_lost = !tsffn_finish_graph(stream) || stream->is_lost;
 }
 
 static const struct ggml_backend_i resident_interface = {

@@ -481,6 +481,11 @@ bool tsffn_finish_graph(struct tsffn_stream * stream) {
 }
 
 enum ggml_status tsffn_compute_graph(struct tsffn_stream * stream, struct ggml_cgraph * graph) {
+    if (stream->is_lost) { // the graph before this one gave no error, and its results were worthless
+        stream->is_lost = false;
+        tsffn_log_error("the GPU failed while the last tokens were computed: their logits are wrong");
+        return GGML_STATUS_FAILED;
+    }
     tsffn_share_from_environment(); // by now llama.cpp has taken what it needs of a GPU's memory
     const int n_nodes = ggml_graph_n_nodes(graph);
     int i = 0;

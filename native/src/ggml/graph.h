@@ -12,6 +12,7 @@ struct tsffn_stream {
     void * scratch;                     // of the device
     struct tsffn_resident * resident;   // what goes in and out is in a GPU's memory; NULL: in the host's
     struct tsffn_hybrid * hybrid;       // that computed there last
+    bool is_lost;                       // what it computed, as was seen when the graph had ended
     struct tsffn_row * rows;            // [n_rows]
     int64_t n_rows;
     int64_t next_layer; // the one after that whose FFN was computed last as a whole; 0: none was

@@ -33,6 +33,7 @@ struct tsffn_hybrid {
     bool is_pending; // the queue computes a resident call of this layer
     int64_t pending;
     uint64_t ns_pending; // that was waited for it until now
+    bool is_lost;        // one of these failed, and nobody was told
     atomic_bool failed;  // from now on the CPU computes everything
     bool complained;
     char complaint[512];
@@ -382,6 +383,7 @@ static bool finish(struct tsffn_hybrid * h) {
     const uint64_t begin = now_ns();
     if (!h->module->await(h->queue, &of_gpu, error, sizeof(error))) {
         give_up(h, error);
+        h->is_lost = true;
         return false;
     }
     const struct tsffn_hybrid_counts gpu = take_gpu_counts(&of_gpu, h->ns_pending + now_ns() - begin);
@@ -391,7 +393,9 @@ static bool finish(struct tsffn_hybrid * h) {
 
 bool tsffn_hybrid_finish(struct tsffn_hybrid * h) {
     pthread_mutex_lock(&h->mutex);
-    const bool ok = finish(h);
+    finish(h);
+    const bool ok = !h->is_lost;
+    h->is_lost = false;
     pthread_mutex_unlock(&h->mutex);
     return ok;
 }

@@ -73,7 +73,7 @@ bool tsffn_hybrid_compute_resident(struct tsffn_hybrid * hybrid, int64_t layer, 
                                    struct tsffn_counts * counts);
 // Copies what is in the GPU's memory after an event, and waits for it. False: the GPU failed.
 bool tsffn_hybrid_fetch(struct tsffn_hybrid * hybrid, void * ready, const void * from, void * to, size_t bytes);
-// Waits for the last of these calls. False: it failed, and what came of it is worthless.
+// Waits for the last of these calls. False: it failed, or one before it did, and what came of it is worthless.
 bool tsffn_hybrid_finish(struct tsffn_hybrid * hybrid);
 
 // The line that says why the GPU does not compute any more, once; NULL: it does, or that was said.
