@@ -175,6 +175,7 @@ print(json.dumps({"nmse": nmse, "calls": calls, "left": gpu.allocations}))
 """
 
 
+@pytest.mark.sanitized
 def test_several_models():
     """Models side by side, one of them twice, one without the GPU."""
     found = python(TWO, *(tiny.converted(name, "f16") for name in MODELS.values()))
@@ -193,6 +194,7 @@ print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": comp
 """
 
 
+@pytest.mark.sanitized
 def test_a_model_larger_than_memory(model):
     """Neurons that neither the GPU nor memory has come from disk."""
     least = 24 * MIB if "mixtral" in model.name else 12 * MIB
@@ -368,6 +370,7 @@ print(json.dumps({"found": found, "profiled": int(counts[0].sum()), "left": gpu.
 """
 
 
+@pytest.mark.sanitized
 def test_failures_with_shared_memory(model):
     """The CPU computes the call that failed, from what is in the GPU's memory; where it failed when the result was
     already used, the graph fails. Activation statistics are the CPU's, too."""
@@ -422,6 +425,7 @@ print(json.dumps({"n_calls": n_calls, "wrong": wrong, "kinds": kinds}))
 """
 
 
+@pytest.mark.sanitized
 def test_every_call_may_fail(model):
     """Any CUDA call, while it is set up, filled or computes: one line, and the CPU computes; nothing is left behind."""
     found = python(FAILURES, model)
@@ -449,6 +453,7 @@ def test_a_lost_gpu_is_said_once(model):
     assert found["calls"][0] == [8, 2]
 
 
+@pytest.mark.sanitized
 def test_wrong_results_are_not_used(model):
     """A GPU whose kernels do not work there: the first call of a layer shows it."""
     program = """
