@@ -260,6 +260,17 @@ def test_perplexity(large, tmp_path):
         assert b"others are read from disk" in streamed.stderr
 
 
+def test_divergence(large, tmp_path):
+    """From itself, with each of the two models within its budget."""
+    text = tmp_path / "text.txt"
+    text.write_bytes((TEXT + b". ") * 8)
+    arguments = ("eval", "kld", "-m", large, "--baseline", large, "-f", text, "-c", 64, "--chunks", 1, "--json")
+    done = tiny.run(*arguments, "--ram-budget", "80M")
+    assert done.returncode == 0, done.stderr
+    assert abs(json.loads(done.stdout)["divergence"]) < 1e-7
+    assert done.stderr.count(b"others are read from disk") == 2
+
+
 def test_serve(large):
     def answer(*options: object) -> tuple[str, str]:
         with serving("-c", 256, *options, model=large) as server:

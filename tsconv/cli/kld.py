@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tsconv.cli.machine import say_budget
 from tsconv.cli.options import (
     DEFAULT_WINDOW,
     eval_options,
     gpu_options,
     model_option,
     predictor_option,
+    ram_budget_option,
     read_text,
     sparsity_option,
     text_option,
@@ -24,6 +26,7 @@ from tsconv.cli.output import echo, json_text, say
 
 if TYPE_CHECKING:
     from tsconv.eval.kld import Divergence, Kld
+    from tsconv.runtime.model import SparseLlama
 
 HEAD = (
     "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence"
@@ -49,6 +52,7 @@ FIELDS = (
 @threads_option
 @sparsity_option
 @predictor_option
+@ram_budget_option
 @gpu_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
@@ -66,7 +70,8 @@ def command(
 ) -> None:
     """Measure the KL divergence of a model from a base, and how the probabilities change.
 
-    The base is a file of log probabilities, which holds its text too, or another model with a text.
+    The base is a file of log probabilities, which holds its text too, or another model with a text. Threads, sparsity,
+    GPUs and --ram-budget are for each of the models.
     """
     from tsconv.eval.base_file import BaseFile
     from tsconv.eval.kld import MIN_TOKENS, check_base, measure_kld, of_model, report
@@ -86,6 +91,7 @@ def command(
             found = stack.enter_context(
                 contextlib.closing(load(model, predictor_path=predictor_path, n_ctx=256, **options))
             )
+            _say_budgets(found)
             check_base(found, file)
             texts = dataclasses.replace(file.windows, tokens=file.windows.tokens[:chunks])
             result = measure_kld(found, texts, file.log_probabilities(len(texts)), n_batch=n_batch, progress=progress)
@@ -97,6 +103,7 @@ def command(
             llama = load(model, predictor_path=predictor_path, header=mine, n_ctx=256, **options)
             found = stack.enter_context(contextlib.closing(llama))
             other = stack.enter_context(contextlib.closing(load(baseline, header=theirs, n_ctx=256, **options)))
+            _say_budgets(found, other)
             texts = windows(found, data, n_ctx or DEFAULT_WINDOW, chunks)
             result = measure_kld(found, texts, of_model(other, texts, n_batch), n_batch=n_batch, progress=progress)
     if as_json:
@@ -107,6 +114,12 @@ def command(
     if result.divergence.kld.n < MIN_TOKENS:
         say(f"note: statistics need {MIN_TOKENS} tokens at least: a longer text, or more --chunks")
     echo(f"neurons: {result.predicted:.1%} predicted, {result.active:.1%} active")
+
+
+def _say_budgets(*models: SparseLlama) -> None:
+    for llama in models:
+        if llama.budget is not None:
+            say_budget(llama.budget)
 
 
 def _as_dict(result: Kld) -> dict[str, Any]:

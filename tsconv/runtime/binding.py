@@ -24,6 +24,7 @@ from tsconv.runtime.sparsity import parse_sparsity
 
 Ints = npt.NDArray[np.int64]
 
+N_SQUARES = 2  # TSFFN_N_SQUARES (native/include/tsffn.h)
 CACHE_PIECE = 64 << 20  # bytes of a file that are read before Ctrl-C is looked for
 
 # enum tsffn_place_flags (native/include/tsffn.h)
@@ -246,7 +247,7 @@ class NativeModel:
             BackendError: counting is off, no such layer, or the model is closed.
         """
         _, n_ffn, n_ff = self._shape
-        squares = np.zeros((2, n_ffn, n_ff))
+        squares = np.zeros((N_SQUARES, n_ffn, n_ff))
         with self._opened() as handle:
             if not self._lib.tsffn_model_read_squares(handle, layer, squares.ctypes.data):
                 raise BackendError("activations are not being counted")

@@ -13,6 +13,7 @@ from tsconv.checkpoint import config
 from tsconv.cli import place
 from tsconv.format import layouts
 from tsconv.placement import file as placement_file
+from tsconv.runtime import binding
 from tsconv.stats import counts
 from tsconv.transform import q3_nl
 
@@ -44,6 +45,7 @@ IN_PYTHON = {
     "N_COUNTS": (len(counts.COUNTS),),
     "N_HISTOGRAMS": (len(counts.HISTOGRAMS),),
     "N_BINS": (counts.N_BINS,),
+    "N_SQUARES": (binding.N_SQUARES,),
 }
 
 
