@@ -126,7 +126,7 @@ def test_what_llama_cpp_says_without_memory():
         ({"n_threads": 0}, "threads: expected 1 to 512, found 0"),
         ({"n_threads": -1}, "threads: expected 1 to 512, found -1"),
         ({"n_threads_batch": 513}, "threads: expected 1 to 512, found 513"),
-        ({"sparsity": "none"}, "sparsity: expected 'predictor', 'exact' or 'dense', found 'none'"),
+        ({"sparsity": "none"}, "sparsity: expected 'predictor', 'exact', 'dense', 'topk:S' with S from 0 to below 1"),
         ({"kv_overrides": {"x": "y" * 200}}, "Value for x is too long"),
         ({"kv_overrides": {"x": None}}, "Unknown value type for x"),
     ],
