@@ -49,7 +49,7 @@ struct memory {
 };
 
 struct gpu {
-    char name[8], host_name[16];
+    char name[16], host_name[24];
     size_t used_bytes;
     int n_unfinished; // backends with work that nobody waited for
 };
