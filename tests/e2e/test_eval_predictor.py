@@ -123,6 +123,18 @@ def test_the_table():
     assert lines[1].split()[:2] == ["0", f"{100 * values['layers'][0]['experts'][0]['recall']:.2f}%"]
 
 
+def test_a_moved_threshold():
+    """A higher one lets fewer neurons through."""
+    figures = []
+    for sparsity in ("predictor", "predictor:1"):
+        model = tsconv.load(tiny.converted(), sparsity=sparsity, n_threads=1)
+        sums = measure_predictor(model, windows(model, HELDOUT.read_bytes(), N_CTX, 1))
+        figures.append(sums.total().figures())
+        model.close()
+    own, higher = figures
+    assert 0 < higher["predicted"] < own["predicted"] and higher["recall"] < own["recall"]
+
+
 # ---- what cannot be
 
 

@@ -33,7 +33,7 @@ from support.harness import hf_model
 from tsconv.errors import OutputError, TsconvError
 from tsconv.eval.answers import Answers
 from tsconv.eval.harness import TsconvLM
-from tsconv.eval.tasks import Score, Wanted, run_task, task_manager, wanted
+from tsconv.eval.tasks import Score, Wanted, files_of, run_task, task_manager, wanted
 
 MISTRAL, MIXTRAL = "tiny-turbosparse-mistral", "tiny-turbosparse-mixtral"
 TEXT = (CHECKPOINTS / "heldout.txt").read_text()
@@ -498,3 +498,11 @@ def test_usage():
         assert "A model (-m FILE) and a TASK are needed, or --list." in tiny.error_line(
             tiny.run("eval", "tasks", *arguments)
         )
+
+
+@pytest.mark.parametrize("sparsity", ["predictor", "predictor:1"])
+def test_kept_answers_depend_on_the_predictor_that_runs(tmp_path: Path, sparsity: str) -> None:
+    model, predictor = tmp_path / "m.gguf", tmp_path / "p.gguf"
+    assert files_of(model, predictor, sparsity) == [model, predictor]
+    assert len(files_of(model, None, sparsity)) == 2, "without --predictor it is the sidecar beside the model"
+    assert files_of(model, predictor, "exact") == [model]

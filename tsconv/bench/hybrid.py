@@ -27,7 +27,7 @@ from tsconv.machine.cpu import cpu_model
 from tsconv.machine.limits import usable_cores
 from tsconv.native.ffn_gpus import NoGpuError, ffn_gpus
 from tsconv.native.library import load_backend
-from tsconv.runtime.hybrid import Share
+from tsconv.runtime.hybrid import Share, overlap
 from tsconv.runtime.model import SparseLlama, load
 
 CHECKED = 16  # tokens whose logits are compared
@@ -58,7 +58,7 @@ def decode(model: SparseLlama, tokens: list[int]) -> tuple[float, list[dict[str,
     return time.perf_counter() - started, model.ffn_stats()
 
 
-def per_token(seconds: float, layers: list[dict[str, float]], n: int) -> dict[str, float]:
+def per_token(seconds: float, layers: list[dict[str, float]], n: int) -> dict[str, float | None]:
     """Of `decode`, in milliseconds and bytes per token of n. `other` is what is not an FFN: attention, output."""
 
     def total(key: str) -> float:
@@ -72,7 +72,7 @@ def per_token(seconds: float, layers: list[dict[str, float]], n: int) -> dict[st
         "ms_gpu": 1e3 * gpu / n,
         "ms_wait": 1e3 * wait / n,
         "ms_other": 1e3 * (seconds - cpu - wait) / n,
-        "overlap": (cpu + gpu) / max(1e-9, cpu + wait),
+        "overlap": overlap(layers),
         "gpu_bytes": total("bytes_gpu") / n,
         "gpu_bytes_per_s": total("bytes_gpu") / max(1e-9, gpu),
         "active_on_gpu": total("gpu_active") / max(1e-9, total("active")),
@@ -127,7 +127,7 @@ def _share_of(model: SparseLlama) -> Share:
     return model.gpu_share
 
 
-def _median(turns: list[tuple[float, list[dict[str, float]]]], n: int) -> dict[str, float]:
+def _median(turns: list[tuple[float, list[dict[str, float]]]], n: int) -> dict[str, float | None]:
     seconds, layers = sorted(turns, key=lambda turn: turn[0])[len(turns) // 2]
     return per_token(seconds, layers, n)
 

@@ -70,23 +70,20 @@ def load_model(
         click.UsageError: a placement without a machine.
     """
     say_cost(sparsity)
+    options = {
+        "n_ctx": n_ctx,
+        "n_threads": n_threads,
+        "sparsity": sparsity,
+        "predictor_path": predictor_path,
+        "verbose": verbose,
+        **more,
+    }
     if machine is None:
         _refuse_placement(placement)
         from tsconv.runtime.model import load
 
         with progress_bar("loading", DELAY) as progress:
-            llama = load(
-                model,
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                sparsity=sparsity,
-                predictor_path=predictor_path,
-                verbose=verbose,
-                ram_budget=ram_budget,
-                progress=progress,
-                **gpu,
-                **more,
-            )
+            llama = load(model, ram_budget=ram_budget, progress=progress, **gpu, **options)
         _say_gpus(llama)
         if llama.budget is not None:
             say_budget(llama.budget)
@@ -96,22 +93,11 @@ def load_model(
     from tsconv.machine.this import machine_file
     from tsconv.runtime.offload import Wanted
 
-    given: dict[str, Any] = {} if ram_budget == AUTO_BUDGET else {"ram_budget": ram_budget}
+    if ram_budget != AUTO_BUDGET:
+        options["ram_budget"] = ram_budget
     with progress_bar("loading", DELAY) as progress:
         llama, fit, residency = load_on_machine(
-            model,
-            machine,
-            placement_path=placement,
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            sparsity=sparsity,
-            predictor_path=predictor_path,
-            verbose=verbose,
-            say=say,
-            progress=progress,
-            on_gpus=Wanted(**gpu),
-            **given,
-            **more,
+            model, machine, placement_path=placement, say=say, progress=progress, on_gpus=Wanted(**gpu), **options
         )
     notes = describe(fit, residency, str(machine_file()) if machine == AUTO else None, llama.gpu_share is not None)
     for line in notes:

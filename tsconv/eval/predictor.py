@@ -21,7 +21,8 @@ from tsconv.format.order import shape_of
 from tsconv.format.pair import layout_of
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
-from tsconv.stats.counts import COUNTS
+from tsconv.runtime.sparsity import parse_sparsity
+from tsconv.stats.counts import COUNTS, HISTOGRAMS, N_BINS
 from tsconv.transform.bundles import PARTS
 
 Floats = npt.NDArray[np.float64]
@@ -85,12 +86,12 @@ def measure_predictor(model: SparseLlama, found: Windows, progress: Callable[[in
         TsconvError: the model has no predictor, or runs without it.
         BackendError: llama.cpp cannot compute.
     """
-    if model.sparsity != "predictor":
+    if parse_sparsity(model.sparsity).kind != "predictor":
         raise TsconvError("the model runs without a predictor", where=model.model_path)
     n_layer, n_ffn, n_ff = shape_of(model.header)
     tokens = np.zeros((n_layer, n_ffn), np.int64)
     neurons = np.zeros((n_layer, len(COUNTS), n_ffn, n_ff), np.int64)
-    histograms = np.zeros((3, 130), np.int64)
+    histograms = np.zeros((len(HISTOGRAMS), N_BINS), np.int64)
     with model.profiling() as native, LayersContext(model, found.n_ctx) as layers:
         for i, row in enumerate(found.tokens.tolist()):
             layers.compute([model.token_bos() if model.token_bos() >= 0 else row[0], *row[1:]])

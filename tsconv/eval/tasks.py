@@ -244,5 +244,6 @@ def _reason(error: BaseException) -> str:
 def files_of(model: Path, predictor: Path | None, sparsity: str) -> Sequence[Path]:
     """The files that a model's answers depend on."""
     from tsconv.format.pair import sidecar_path
+    from tsconv.runtime.sparsity import parse_sparsity
 
-    return [model, predictor or sidecar_path(model)] if sparsity == "predictor" else [model]
+    return [model, predictor or sidecar_path(model)] if parse_sparsity(sparsity).kind == "predictor" else [model]

@@ -19,6 +19,7 @@ from tsconv.format.summary import PARTS
 from tsconv.machine.limits import available_memory, usable_cores
 from tsconv.machine.profile import Machine
 from tsconv.placement.file import Placement
+from tsconv.runtime.sparsity import parse_sparsity
 
 MARGIN_BYTES = 1 << 30  # left free: compute buffers, Python, and what other programs come to need
 
@@ -32,7 +33,7 @@ class Fit:
     Attributes:
         machine: name of the profile, which has machine_cores and machine_bytes of memory.
         n_threads: as given (threads_given), else machine_cores, but not more than usable_cores, those of this process.
-        sparsity: "predictor" or "exact".
+        sparsity: as `tsconv.load`.
         model_bytes, sidecar_bytes, context_bytes, margin_bytes: what would have to fit in memory for nothing to be
             read from disk while the model runs.
         available_bytes: what this process can come to use, here and now.
@@ -134,7 +135,7 @@ def fit(
         # the rest of what every token needs has room beside it.
         lock=strategy != "all" and fixed <= budget,
         # Without a predictor all gate rows of a token are read one after the other; predictors pick rows.
-        read_ahead=strategy == "all" or sparsity != "predictor",
+        read_ahead=strategy == "all" or parse_sparsity(sparsity).kind != "predictor",
     )
 
 

@@ -16,6 +16,7 @@ import llama_cpp
 
 from tsconv.errors import ModelFileError, TsconvError
 from tsconv.runtime.chat import ChatFormatter
+from tsconv.runtime.hybrid import overlap
 from tsconv.runtime.model import TEMPLATE_KEY, WITHOUT_CHAT, SparseLlama
 
 
@@ -252,8 +253,6 @@ def _ffn_means(layers: list[dict[str, float]], seconds: float, n_tokens: int) ->
         return sum(layer[key] * layer["tokens"] for layer in layers) / max(1, total("tokens"))
 
     n_ff, active = per_token("n_ff"), per_token("active")
-    computed = total("seconds_predictor") + total("seconds_ffn")
-    overlap = (computed + total("seconds_gpu")) / max(1e-9, computed + total("seconds_gpu_wait"))
     return {
         "n_ff": round(n_ff),
         "active": active,
@@ -265,5 +264,5 @@ def _ffn_means(layers: list[dict[str, float]], seconds: float, n_tokens: int) ->
         "disk_share": total("seconds_disk") / seconds,
         "gpu_share": per_token("gpu_active") / max(1e-9, active),
         "gpu_wait_share": total("seconds_gpu_wait") / seconds,
-        "gpu_overlap": overlap if total("gpu_calls") else None,
+        "gpu_overlap": overlap(layers),
     }

@@ -7,7 +7,7 @@ attention and the KV cache come first (`tsconv.runtime.offload`), and FFNs get w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,19 @@ def memory_of(offload: Offload) -> str | None:
     """llama.cpp's device that attention and hot neurons can both be on; None where that is not so."""
     found = [gpu.name for gpu in offload.gpus[:1] if re.fullmatch(rf"{PREFIX}\d+", gpu.name)]
     return found[0] if found and gpu_module() is not None else None
+
+
+def overlap(layers: Iterable[dict[str, float]]) -> float | None:
+    """Of `SparseLlama.ffn_stats`: seconds that GPU and CPU computed, over the seconds that this took; None where no GPU
+    took part."""
+    layers = list(layers)
+
+    def total(*keys: str) -> float:
+        return sum(layer[key] for layer in layers for key in keys)
+
+    here = total("seconds_predictor", "seconds_ffn")
+    both, took = here + total("seconds_gpu"), here + total("seconds_gpu_wait")
+    return both / max(1e-9, took) if total("gpu_calls") else None
 
 
 def share(

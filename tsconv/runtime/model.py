@@ -35,7 +35,7 @@ from tsconv.runtime.hybrid import Share, memory_of, share
 from tsconv.runtime.load_error import load_error
 from tsconv.runtime.offload import AUTO, Offload, Offloading, Wanted, choose
 from tsconv.runtime.residency import Residency, place_in_memory
-from tsconv.runtime.streaming import Budget, choose_budget, loading_kept_weights
+from tsconv.runtime.streaming import choose_budget, loading_kept_weights
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 WITHOUT_CHAT = "continue a text instead: -p, without --chat"
@@ -179,6 +179,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         on_gpus = Wanted(n_gpu_layers, device, main_gpu, vram_budget, gpu_hot)
         try:
             self.offload = self._choose_offload(on_gpus, n_ctx)
+            self.budget = choose_budget(
+                self._native.header, self._native.sidecar_bytes, n_ctx, ram_budget, on_gpus=self.offload.n_bytes
+            )
         except BaseException:
             self._native.close()
             raise
@@ -208,7 +211,6 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         }
         if flash_attn is None:
             flash_attn = llama_cpp.GGML_TYPE_F32 not in (kwargs.get("type_k"), kwargs.get("type_v"))
-        self.budget = self._choose_budget(ram_budget, n_ctx)
         shared = None if lora_path or self._native.kind in CPU_ALONE else memory_of(self.offload)
         if shared is not None:
             self._native.keep_on_gpu(shared)
@@ -225,18 +227,36 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             verbose=verbose,
             **kwargs,
         )
+        self._use_templates(kwargs.get("chat_format") is kwargs.get("chat_handler") is None)
+        if lora_path:
+            self._use_adapter(Path(lora_path))
+            on_gpus = Wanted(n_gpu_layers=0)  # its FFNs are computed in parts
+        self._after_loading(on_gpus, progress)
+
+    def _use_templates(self, is_free: bool) -> None:
+        """Chat templates are rendered as transformers does; the model's own is used where the user `is_free` of
+        wishes."""
         for name in self._chat_handlers:  # "chat_template.default" and others, as llama_cpp.Llama names them
             template = self._metadata[TEMPLATE_KEY if name == DEFAULT_TEMPLATE else f"tokenizer.{name}"]
             self._chat_handlers[name] = ChatFormatter(self, template).to_chat_handler()
         self._metadata |= self._unusable_templates
-        if TEMPLATE_KEY in self._metadata and kwargs.get("chat_format") is kwargs.get("chat_handler") is None:
+        if TEMPLATE_KEY in self._metadata and is_free:
             self.chat_format = DEFAULT_TEMPLATE  # not one of llama_cpp's own that it takes to be the same
-        if lora_path:
-            self._use_adapter(Path(lora_path))
-        elif on_gpus.ffns and self._native.kind not in CPU_ALONE:
-            self._share_ffns(on_gpus, progress)
-        if self.budget is not None:
-            self._fill(progress)
+
+    def _after_loading(self, on_gpus: Wanted, progress: Callable[[int, int], None] | None) -> None:
+        """Gives a GPU its share of the FFNs, and brings into memory what is kept of the others.
+
+        Raises:
+            TsconvError: no such GPU; neurons that cannot be read. The model is closed then.
+        """
+        try:
+            if on_gpus.ffns and self._native.kind not in CPU_ALONE:
+                self._share_ffns(on_gpus, progress)
+            if self.budget is not None:
+                self._native.fill(progress)
+        except BaseException:
+            self.close()
+            raise
 
     def _load(
         self, path: Path, preload: bool | None, progress: Callable[[int, int], None] | None, /, **arguments: Any
@@ -290,27 +310,6 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                 self.gpu_complaint = str(error)
         except BackendError as error:
             self.gpu_complaint = str(error)
-        except BaseException:
-            self.close()
-            raise
-
-    def _fill(self, progress: Callable[[int, int], None] | None) -> None:
-        """Brings neurons into memory that a GPU does not have. Raises ModelFileError where they cannot be read."""
-        try:
-            self._native.fill(progress)
-        except BaseException:
-            self.close()
-            raise
-
-    def _choose_budget(self, ram_budget: int | str, n_ctx: int) -> Budget | None:
-        """What memory goes to where neurons are read from disk; None where all are in memory. Raises TsconvError."""
-        try:
-            return choose_budget(
-                self._native.header, self._native.sidecar_bytes, n_ctx, ram_budget, on_gpus=self.offload.n_bytes
-            )
-        except BaseException:
-            self._native.close()
-            raise
 
     def _use_adapter(self, path: Path) -> None:
         """What llama_cpp.Llama does for lora_path, but that it does not see when llama.cpp refuses the adapter.

@@ -35,9 +35,9 @@ void tsffn_count_neurons(const struct segment * segment, int64_t n);
 // h = 0 of the neurons [i0, i1).
 void tsffn_clear_h(const struct segment * segment, int64_t i0, int64_t i1);
 
-// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. Where neurons are selected its
-// threads share what that row needs as equally as blocks let them, whatever the other rows need, so that its sums do
-// not depend on them (docs/notes/2026-11-28-threads.md).
+// The neurons that this thread computes for row r: [first[r], end[r]), whole blocks. Where neurons are selected, a
+// row's threads share what it needs as equally as blocks let them. So its sums do not depend on what other rows need
+// (docs/notes/2026-11-28-threads.md).
 struct neuron_share {
     int32_t first[TILE_ROWS], end[TILE_ROWS];
     int64_t first_of_any, first_of_all, end_of_all, end_of_any;

@@ -10,8 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-// What the environment asks for. Written once, when the library is loaded; `hot` becomes NULL when it is done, and so
-// does `share`.
+// What the environment asks for. Written once, when the library is loaded. When something is done, `hot` becomes NULL,
+// `fill` and `share` false.
 static struct {
     struct tsffn_model * model;
     int32_t * hot; // [n_hot], the argument of tsffn_model_place

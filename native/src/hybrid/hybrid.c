@@ -175,15 +175,11 @@ int64_t tsffn_hybrid_neurons(const struct tsffn_hybrid * h, int64_t layer, int64
 }
 
 size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * h, int64_t layer) {
-    char ignored[256];
-    return !tsffn_plan_has_layer(&h->plan, h->layers, layer)
-               ? 0
-               : h->module->layer_bytes(&h->layers[layer], ranges_of(h, layer), h->plan.predictor[layer], ignored,
-                                        sizeof(ignored));
+    return tsffn_plan_layer_bytes(&h->plan, h->module, h->layers, layer);
 }
 
 bool tsffn_hybrid_upload(struct tsffn_hybrid * h, int64_t layer, char * error, size_t error_size) {
-    if (!tsffn_plan_has_layer(&h->plan, h->layers, layer)) {
+    if (tsffn_hybrid_layer_bytes(h, layer) == 0) {
         return true;
     }
     h->on_gpu[layer] =

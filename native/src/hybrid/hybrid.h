@@ -25,9 +25,9 @@ struct tsffn_hybrid_counter {
     void * context;
 };
 
-// Opens GPU number `device` for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and
-// plans what of them goes there. `bytes` of its memory are used at most; where it does not have them, less, and `share`
-// says how much. hot: as for tsffn_plan_make. NULL with one line in `error` where it cannot be used.
+// Opens GPU number `device` for layers [n_layer] of a model, which must stay until tsffn_hybrid_free, and plans what of
+// them goes there. `bytes` of its memory are used at most; where it does not have them, less, and `share` says how
+// much. hot: as for tsffn_plan_make. NULL with one line in `error` where it cannot be used.
 struct tsffn_hybrid * tsffn_hybrid_open(int device, const struct tsffn_layer * layers, int64_t n_layer, size_t bytes,
                                         const int32_t * hot, struct tsffn_hybrid_counter counter,
                                         struct tsffn_gpu_share * share, char * error, size_t error_size);

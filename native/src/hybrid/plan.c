@@ -20,23 +20,20 @@ static struct tsffn_range * ranges_of(const struct making * m, int64_t layer) {
     return m->plan->range + layer * m->n_ffns;
 }
 
-bool tsffn_plan_has_layer(const struct tsffn_plan * plan, const struct tsffn_layer * layers, int64_t layer) {
+size_t tsffn_plan_layer_bytes(const struct tsffn_plan * plan, const struct tsffn_cuda_module * module,
+                              const struct tsffn_layer * layers, int64_t layer) {
     const int64_t n_ffns = layers[layer].n_ffns;
+    const struct tsffn_range * ranges = plan->range + layer * n_ffns;
     bool any = plan->predictor[layer];
     for (int64_t e = 0; e < n_ffns; ++e) {
-        any = any || plan->range[layer * n_ffns + e].end > 0;
+        any = any || ranges[e].end > 0;
     }
-    return any;
+    char ignored[256];
+    return any ? module->layer_bytes(&layers[layer], ranges, plan->predictor[layer], ignored, sizeof(ignored)) : 0;
 }
 
-// Bytes that the layer takes as planned.
 static size_t bytes_of(const struct making * m, int64_t layer) {
-    char ignored[256];
-    if (!tsffn_plan_has_layer(m->plan, m->layers, layer)) {
-        return 0;
-    }
-    return m->module->layer_bytes(&m->layers[layer], ranges_of(m, layer), m->plan->predictor[layer], ignored,
-                                  sizeof(ignored));
+    return tsffn_plan_layer_bytes(m->plan, m->module, m->layers, layer);
 }
 
 static size_t all_bytes(const struct making * m) {

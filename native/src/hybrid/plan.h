@@ -25,7 +25,8 @@ bool tsffn_plan_make(struct tsffn_plan * plan, const struct tsffn_cuda_module * 
                      char * error, size_t error_size);
 void tsffn_plan_free(struct tsffn_plan * plan);
 
-// Whether anything of a layer is on the GPU.
-bool tsffn_plan_has_layer(const struct tsffn_plan * plan, const struct tsffn_layer * layers, int64_t layer);
+// Bytes of the arena that a layer takes, 0 where nothing of it is on the GPU.
+size_t tsffn_plan_layer_bytes(const struct tsffn_plan * plan, const struct tsffn_cuda_module * module,
+                              const struct tsffn_layer * layers, int64_t layer);
 
 #endif

@@ -66,6 +66,8 @@ def test_all_in_ram_when_it_fits(name):
     assert fitted(model, n_ctx=2048, available_bytes=enough.needed_bytes).strategy == "on_demand"
     exact = fitted(model, sparsity="exact", available_bytes=enough.needed_bytes // 2)
     assert (exact.strategy, exact.read_ahead) == ("on_demand", True), "every gate row is read"
+    moved = fitted(model, sparsity="predictor:1", available_bytes=enough.needed_bytes // 2)
+    assert (moved.strategy, moved.read_ahead) == ("on_demand", False), "a predictor picks rows at any threshold"
 
 
 def test_nothing_is_locked_when_the_rest_has_no_room():
