@@ -179,12 +179,15 @@ class _Ffn:
         squares = (self._c.astype(np.float32) + np.float32(0.5)) ** 2
         self._norm = np.sqrt(squares @ self._sizes.astype(np.float32)) / BYTE_SD
         self._t = thresholds(rng.permutation(frequencies(active, n_ff)))
+        self._of_gate = rng.bit_generator.state  # its random end comes next, each time it is made
 
     def rows(self, matrix: str) -> Iterator[Bits]:
         """All rows of gate, up, fc1 or fc2, in pieces."""
         if matrix == "fc1":
             yield self._fc1()
             return
+        if matrix == "gate":
+            self._rng.bit_generator.state = self._of_gate
         step = max(1, PIECE // self._e)
         for start in range(0, len(self._c), step):
             piece = slice(start, start + step)

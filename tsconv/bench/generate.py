@@ -8,12 +8,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 from tsconv.bench.activity import ActiveWeights
+from tsconv.bench.made import made_tensors
 from tsconv.bench.sizes import Bytes, predictor_types
-from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, tensor_shapes, write_checkpoint
+from tsconv.bench.synthetic import MIXTRAL_47B, Shape, mistral_7b, write_without_weights
 from tsconv.cache import cache_folder
 from tsconv.errors import OutputError
 from tsconv.transform.quantize import type_name
@@ -82,14 +82,13 @@ def generated(
     if os.path.exists(path):
         return path
     shape = PRESETS[preset].shape(n_layer)
-    checkpoint_bytes = 2 * sum(prod(dims) for dims in tensor_shapes(shape).values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         what = f"cannot keep generated models: {error.strerror}"
         raise OutputError(what, where=folder, fix="set XDG_CACHE_HOME") from None
-    needed = checkpoint_bytes + Bytes.of(shape, outtype, predictor_outtype).file
+    needed = Bytes.of(shape, outtype, predictor_outtype).file
     if free < needed:
         raise OutputError(
             "not enough room to generate the model",
@@ -99,10 +98,11 @@ def generated(
             fix="free some, set XDG_CACHE_HOME, or measure one model with fewer --layers",
         )
     types = outtype if kind == default else f"{outtype}, predictor {type_name(kind)}"
-    announce(f"generating {preset}, {n_layer} layers, {types}: needs {checkpoint_bytes / 1e9:.1f} GB for a moment")
-    with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as checkpoint:
-        write_checkpoint(Path(checkpoint), shape, weights=ActiveWeights(shape, active, seed))
-        convert(checkpoint, path, outtype, predictor_outtype=predictor_outtype)
+    announce(f"generating {preset}, {n_layer} layers, {types}: {needed / 1e9:.1f} GB")
+    with tempfile.TemporaryDirectory(prefix="tsconv-checkpoint-") as checkpoint:
+        write_without_weights(Path(checkpoint), shape)
+        weights = made_tensors(shape, ActiveWeights(shape, active, seed))
+        convert(checkpoint, path, outtype, predictor_outtype=predictor_outtype, tensors=weights)
     kept = sum(file.stat().st_size for file in folder.glob(f"{path.stem}*"))
     announce(f"kept for the next time: {kept / 1e9:.2f} GB in {folder}")
     return path

@@ -129,9 +129,7 @@ def write_checkpoint(
             disk); None: all layers do.
         weights: values of the tensors, such as `activity.ActiveWeights`; None: RandomWeights().
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config(shape), indent=2))
-    write_tokenizer(directory)
+    write_without_weights(directory, shape)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, dims in tensor_shapes(shape).items():
@@ -160,6 +158,13 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def write_without_weights(directory: Path, shape: Shape) -> None:
+    """Config and tokenizer of a checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config(shape), indent=2))
+    write_tokenizer(directory)
 
 
 class RandomWeights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tsconv.checkpoint.config import ModelConfig, read_config
 from tsconv.checkpoint.fingerprint import compute_fingerprint
 from tsconv.checkpoint.names import refuse_adapter_folder
 from tsconv.checkpoint.predictor import external_tensors
-from tsconv.checkpoint.safetensors_reader import open_checkpoint
+from tsconv.checkpoint.safetensors_reader import SourceTensor, open_checkpoint
 from tsconv.checkpoint.source import CHECKPOINT_FILES, PREDICTOR_FILES, Source, resolve
 from tsconv.checkpoint.tied import resolve_tied
 from tsconv.checkpoint.tokenizer import Tokenizer, load_tokenizer
@@ -129,6 +129,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    tensors: Mapping[str, SourceTensor] | None = None,
 ) -> ConversionResult:
     """Converts a TurboSparse or Bamboo checkpoint to GGUF (docs/format.md).
 
@@ -152,6 +153,7 @@ def convert(
         dry_run: plan and check everything but the weights' values, and write nothing.
         force: replace existing outputs.
         progress: called with (input bytes done, input bytes in all).
+        tensors: weights by name, instead of those in the safetensors of `src`; read from several threads.
 
     Raises:
         CheckpointError: the checkpoint is damaged or not one that tsconv converts.
@@ -165,7 +167,7 @@ def convert(
     source = resolve(src, revision, CHECKPOINT_FILES)
     started = time.perf_counter()
 
-    checkpoint = _read(source, predictor)
+    checkpoint = _read(source, predictor, tensors)
     ordered = None if stats is None or profile is None else _hot_first(stats, checkpoint, Path(profile))
     plan = _plan(checkpoint, wanted, ordered)
     model = _target(outfile, f"{source.name}-{wanted.outtype.name}.gguf", profile)
@@ -191,12 +193,20 @@ def read_known_config(directory: Path) -> ModelConfig:
     return read_config(directory, {name: family.model_type for name, family in FAMILIES.items()}, moe)
 
 
-def _read(source: Source, predictor: str | Path | None) -> _Checkpoint:
-    """Reads and checks everything but the weights' values. `predictor` is where external ones are."""
+def _read(
+    source: Source, predictor: str | Path | None, weights: Mapping[str, SourceTensor] | None = None
+) -> _Checkpoint:
+    """Reads and checks everything but the weights' values.
+
+    Args:
+        predictor: where external ones are.
+        weights: None: those of the checkpoint's own safetensors.
+    """
     refuse_adapter_folder(source.directory)
     config = read_known_config(source.directory)
     family = FAMILIES[config.architecture]
-    config, tensors, notes = resolve_tied(config, open_checkpoint(source.directory))
+    found = open_checkpoint(source.directory) if weights is None else dict(weights)
+    config, tensors, notes = resolve_tied(config, found)
     kind: keys.PredictorKind = "embedded" if has_predictors(family, config, tensors) else "none"
     if predictor is not None:
         if kind == "embedded":
