@@ -146,7 +146,9 @@ struct tsffn_layer_stats {
                            // what llama.cpp computes in between (norms, attention, router). 0 for layer 0
     // Of a model whose neurons are read from disk (tsffn_model_stream).
     uint64_t needed;     // neurons, each once for a tile of up to 64 rows
-    uint64_t missing;    // of these, not in memory
+    uint64_t missing;    // of these, not in memory,
+    uint64_t ahead;      // of which so many were read ahead, while the layer before was computed
+    uint64_t in_vain;    // neurons that were read ahead and not needed
     uint64_t reads;      // of the disk
     uint64_t bytes_disk; // that these read
     uint64_t ns_disk;    // in which a thread waited for them

@@ -31,7 +31,7 @@ struct moving {
     const uint8_t * table[N_FF];
     int users[N_FF]; // announced and not yet released
     int n_held;      // the sum of these
-    bool there[N_FF];
+    bool there[N_FF], expected[N_FF];
     uint64_t n_announced, n_awaited;
     pthread_mutex_t mutex;
 };
@@ -96,8 +96,18 @@ static int64_t room(const struct tsffn_neurons * neurons) {
     return room_for;
 }
 
+static void expect(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    struct moving * m = neurons->state;
+    pthread_mutex_lock(&m->mutex);
+    for (int64_t k = 0; k < n; ++k) {
+        CHECK(list[k] >= 0 && list[k] < N_FF && !m->expected[list[k]], "neuron %d is expected", list[k]);
+        m->expected[list[k]] = true;
+    }
+    pthread_mutex_unlock(&m->mutex);
+}
+
 static const struct tsffn_memory moving_memory = {
-    .announce = announce, .await = await, .release = release, .room = room};
+    .announce = announce, .await = await, .release = release, .room = room, .expect = expect};
 static struct moving moving[N_EXPERT];
 
 static struct tsffn_neurons move(struct moving * m, const struct tsffn_neurons * home) {
@@ -105,6 +115,7 @@ static struct tsffn_neurons move(struct moving * m, const struct tsffn_neurons *
     memset(m->nothing, GARBAGE, sizeof(m->nothing));
     m->home = *home;
     m->n_announced = m->n_awaited = 0;
+    memset(m->expected, 0, sizeof(m->expected));
     for (int32_t i = 0; i < N_FF; ++i) {
         m->slot_of[i] = (i * 77 + 13) % N_FF;
         m->table[i] = m->nothing;
@@ -269,6 +280,41 @@ static void test_layer(struct tsffn_workspace * ws, const struct tsffn_cpu_layer
     }
 }
 
+// Of a dense layer and the one behind it, whose predictor has another rank: what that lets through of these activations
+// is expected, neither more nor less, and nothing that is computed changes.
+static void test_next(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * like, const struct tsffn_ffn * home,
+                      int64_t n_tokens, int n_threads) {
+    static struct result expected, found;
+    struct tsffn_ffn one = home[0], other = home[1];
+    one.fc1.n_rows = one.fc2.n_cols = RANK / 2;
+    one.neurons = move(&moving[0], &home[0].neurons);
+    other.neurons = move(&moving[1], &home[1].neurons);
+    struct tsffn_cpu_layer layer = *like, next = *like;
+    layer.n_ffns = next.n_ffns = 1;
+    layer.ffns = &one;
+    next.ffns = &other;
+    room_for = N_FF;
+    struct tsffn_call call = {.op = TSFFN_OP_FUSED, .n_threads = n_threads};
+    compute(ws, &layer, call, n_tokens, false, false, &expected);
+    call.next = &next;
+    compute(ws, &layer, call, n_tokens, false, false, &found);
+    CHECK(memcmp(expected.y, found.y, sizeof(found.y)) == 0 && memcmp(expected.h, found.h, sizeof(found.h)) == 0,
+          "another result");
+
+    enum { WORDS = (N_FF + 31) / 32 };
+    uint32_t masks[MAX_TOKENS][WORDS];
+    call = (struct tsffn_call){.op = TSFFN_OP_MASK, .n_threads = 1, .predicted = &masks[0][0]};
+    compute(ws, &next, call, n_tokens, false, false, &found);
+    for (int i = 0; i < N_FF; ++i) {
+        bool on = false;
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            on = on || (masks[t][i / 32] >> i % 32 & 1) != 0;
+        }
+        CHECK(moving[1].expected[i] == (on && n_tokens <= 4) && !moving[0].expected[i], "neuron %d of %d tokens", i,
+              (int)n_tokens);
+    }
+}
+
 int main(void) {
     for (int e = 0; e < N_EXPERT; ++e) {
         pthread_mutex_init(&moving[e].mutex, NULL);
@@ -303,6 +349,10 @@ int main(void) {
                 .activation = tsffn_activation(TSFFN_ACTIVATION_DRELU, 0.0f),
             };
             test_layer(ws, &layer, home);
+            for (int k = 0; variant / 2 == 1 && k < 3 * 3; ++k) {
+                static const int64_t batches[] = {1, 3, 7};
+                test_next(ws, &layer, home, batches[k % 3], 1 + k / 3);
+            }
         }
         printf("%s: ok\n", kernels->name);
     }

@@ -48,6 +48,8 @@ class LayerStats(ctypes.Structure):
             "ns_attention",
             "needed",
             "missing",
+            "ahead",
+            "in_vain",
             "reads",
             "bytes_disk",
             "ns_disk",

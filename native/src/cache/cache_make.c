@@ -77,7 +77,8 @@ static bool open_reader(struct tsffn_neuron_cache * c, size_t largest, char * er
 static bool choose_size(struct tsffn_neuron_cache * c, uint64_t bytes, char * error, size_t error_size) {
     const uint64_t per_neuron = sizeof(*c->state) + sizeof(*c->table) + sizeof(*c->slot_of) + sizeof(*c->score);
     const uint64_t per_slot = c->slot_bytes + sizeof(*c->infos) + TSFFN_N_PARTS * sizeof(*c->pending);
-    const uint64_t fixed = per_neuron * (uint64_t)c->n_neurons + DEPTH * c->bounce_bytes;
+    const uint64_t fixed = per_neuron * (uint64_t)c->n_neurons + DEPTH * (uint64_t)c->bounce_bytes +
+                           (uint64_t)c->source.n_ff * sizeof(*c->ahead);
     const uint64_t fit = bytes > fixed ? (bytes - fixed) / per_slot : 0;
     const uint64_t fewest = c->n_neurons < FEWEST_NEURONS ? (uint64_t)c->n_neurons : FEWEST_NEURONS;
     c->n_slots = fit < (uint64_t)c->n_neurons ? (int64_t)fit : c->n_neurons;
@@ -90,6 +91,7 @@ static bool choose_size(struct tsffn_neuron_cache * c, uint64_t bytes, char * er
 static bool allocate(struct tsffn_neuron_cache * c, char * error, size_t error_size) {
     const size_t n_neurons = (size_t)c->n_neurons, n_slots = (size_t)c->n_slots;
     c->max_pending = TSFFN_N_PARTS * c->n_slots;
+    c->max_ahead = c->n_slots / AHEAD_SHARE;
     c->slots_bytes = (n_slots * c->slot_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     c->slots = map(c->slots_bytes);
     c->nothing = aligned_alloc(LINE, c->slot_bytes);
@@ -99,8 +101,12 @@ static bool allocate(struct tsffn_neuron_cache * c, char * error, size_t error_s
     c->score = calloc(n_neurons, sizeof(*c->score));
     c->infos = malloc(n_slots * sizeof(*c->infos));
     c->pending = malloc((size_t)c->max_pending * sizeof(*c->pending));
+    c->ahead = malloc((size_t)c->source.n_ff * sizeof(*c->ahead));
+    c->by_this.neuron = malloc(((size_t)c->max_ahead + 1) * sizeof(*c->by_this.neuron));
+    c->by_previous.neuron = malloc(((size_t)c->max_ahead + 1) * sizeof(*c->by_previous.neuron));
     if (c->slots == NULL || c->nothing == NULL || c->state == NULL || c->table == NULL || c->slot_of == NULL ||
-        c->score == NULL || c->infos == NULL || c->pending == NULL) {
+        c->score == NULL || c->infos == NULL || c->pending == NULL || c->ahead == NULL || c->by_this.neuron == NULL ||
+        c->by_previous.neuron == NULL) {
         return tsffn_fail(error, error_size, "out of memory");
     }
     memset(c->nothing, 0, c->slot_bytes);
@@ -160,6 +166,7 @@ struct tsffn_neuron_cache * tsffn_neuron_cache_new(const struct tsffn_neuron_sou
     }
     c->file.fd = -1;
     c->weight = 1.0f;
+    tsffn_look_ahead_init(&c->look_ahead, source->n_layer);
     c->random = 0x9e3779b97f4a7c15u;
     pthread_mutex_init(&c->call, NULL);
     pthread_mutex_init(&c->mutex, NULL);
@@ -204,6 +211,9 @@ void tsffn_neuron_cache_free(struct tsffn_neuron_cache * c) {
     free(c->score);
     free(c->infos);
     free(c->pending);
+    free(c->ahead);
+    free(c->by_this.neuron);
+    free(c->by_previous.neuron);
     free(c->requests);
     free(c->layers);
     free(c->ffns);

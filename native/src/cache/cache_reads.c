@@ -8,7 +8,14 @@
 #include <inttypes.h>
 #include <string.h>
 
-enum { MOST_TRIES = 8, RESULTS = 16, WAIT_SHARE = 8 };
+enum {
+    MOST_TRIES = 8,
+    RESULTS = 16,
+    AHEAD_AT_ONCE = 16, // neurons
+    // A thread that waits is woken when one in so many reads of those on their way have ended, of the first so many.
+    WAIT_SHARE = 8,
+    WAIT_MOST = 64,
+};
 
 // ---- where things are in the file
 
@@ -82,12 +89,32 @@ static void make_request(struct tsffn_neuron_cache * c, struct request * request
 }
 
 static void note_busy(struct tsffn_neuron_cache * c) {
-    const bool busy = c->n_on_way > 0 || c->n_ready > 0 || c->n_pending > 0;
+    const bool busy = c->n_on_way > 0 || c->n_ready > 0 || c->n_pending > 0 || c->first_ahead < c->n_ahead;
     atomic_store_explicit(&c->busy, busy, memory_order_relaxed);
 }
 
+static void add_neurons(struct tsffn_neuron_cache * c, const int32_t * neurons, int64_t n) {
+    for (int64_t k = 0; c->source.bundled && k < n; ++k) {
+        add_bundle(c, neurons[k]);
+    }
+    for (int part = 0; !c->source.bundled && part < TSFFN_N_PARTS; ++part) {
+        for (int64_t k = 0; k < n; ++k) {
+            add_pending(c, (struct piece){.neuron = neurons[k], .first = (uint8_t)part, .n = 1});
+        }
+    }
+}
+
+// Whether there is anything to read; where nothing else is, what is read ahead.
+static bool has_pending(struct tsffn_neuron_cache * c) {
+    int32_t neurons[AHEAD_AT_ONCE];
+    if (c->n_pending == 0 && c->first_ahead < c->n_ahead && !atomic_load(&c->failed)) {
+        add_neurons(c, neurons, tsffn_cache_take_ahead(c, neurons, AHEAD_AT_ONCE));
+    }
+    return c->n_pending > 0;
+}
+
 static void start_reads(struct tsffn_neuron_cache * c) {
-    while (c->n_idle > 0 && c->n_pending > 0) {
+    while (c->n_idle > 0 && has_pending(c)) {
         const int id = c->idle[--c->n_idle];
         make_request(c, &c->requests[id]);
         c->ready[c->n_ready++] = id;
@@ -108,14 +135,7 @@ static void start_reads(struct tsffn_neuron_cache * c) {
 }
 
 void tsffn_cache_ask(struct tsffn_neuron_cache * c, const int32_t * neurons, int64_t n) {
-    for (int64_t k = 0; c->source.bundled && k < n; ++k) {
-        add_bundle(c, neurons[k]);
-    }
-    for (int part = 0; !c->source.bundled && part < TSFFN_N_PARTS; ++part) {
-        for (int64_t k = 0; k < n; ++k) {
-            add_pending(c, (struct piece){.neuron = neurons[k], .first = (uint8_t)part, .n = 1});
-        }
-    }
+    add_neurons(c, neurons, n);
     start_reads(c);
 }
 
@@ -175,6 +195,7 @@ static bool is_complete(struct tsffn_neuron_cache * c, struct request * request,
 
 static void take(struct tsffn_neuron_cache * c, const struct tsffn_read_result * results, int n) {
     int whole[RESULTS], n_whole = 0;
+    c->took_any = true;
     for (int k = 0; k < n; ++k) {
         c->n_on_way -= 1;
         if (is_complete(c, &c->requests[results[k].id], results[k].n)) {
@@ -199,17 +220,17 @@ static void take(struct tsffn_neuron_cache * c, const struct tsffn_read_result *
     pthread_cond_broadcast(&c->changed);
 }
 
-void tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait) {
+bool tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait) {
     struct tsffn_read_result results[RESULTS];
     start_reads(c);
     int n = c->someone_waits || c->n_on_way == 0 ? 0 : c->reader->kind->finish(c->reader, results, RESULTS);
     if (n == 0 && wait) {
         if (c->someone_waits || c->n_on_way == 0) {
             pthread_cond_wait(&c->changed, &c->mutex);
-            return;
+            return true;
         }
         // To be woken for each of many reads costs more than the first of them comes earlier.
-        const int n_to_wait_for = 1 + c->n_on_way / WAIT_SHARE;
+        const int n_to_wait_for = 1 + (c->n_on_way < WAIT_MOST ? c->n_on_way : WAIT_MOST) / WAIT_SHARE;
         c->someone_waits = true;
         pthread_mutex_unlock(&c->mutex);
         c->reader->kind->wait(c->reader, n_to_wait_for);
@@ -223,9 +244,11 @@ void tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait) {
     if (n > 0) {
         take(c, results, n);
     }
+    return n > 0;
 }
 
 void tsffn_cache_drain(struct tsffn_neuron_cache * c) {
+    tsffn_cache_forget_ahead(c);
     c->n_pending = 0;
     for (; c->n_ready > 0; --c->n_ready) {
         c->idle[c->n_idle++] = c->ready[c->n_ready - 1];

@@ -2,6 +2,7 @@
 #ifndef TSFFN_CACHE_STATE_H
 #define TSFFN_CACHE_STATE_H
 
+#include "look_ahead.h"
 #include "neuron_cache.h"
 #include "reader.h"
 
@@ -9,11 +10,12 @@
 #include <stdatomic.h>
 
 enum {
-    DEPTH = 64,             // reads on their way
-    READ_BYTES = 128 << 10, // of one read that takes several neurons
-    GAP_BYTES = 8 << 10,    // read over rather than begin another read: what that costs in time
-    MAX_PIECES = 64,        // of one read
-    FEWEST_NEURONS = 1024,  // that a cache has room for
+    DEPTH = 192,           // reads on their way: what is read ahead goes on while nobody looks
+    READ_BYTES = 64 << 10, // of one read that takes several neurons
+    GAP_BYTES = 8 << 10,   // read over rather than begin another read: what that costs in time
+    MAX_PIECES = 64,       // of one read
+    FEWEST_NEURONS = 1024, // that a cache has room for
+    AHEAD_SHARE = 16,      // of the slots, one in so many is for what a call reads ahead
     NOBODY = -1,
 };
 
@@ -41,6 +43,13 @@ struct slot {
     float score;    // of the neuron, see cache_slots.c
     uint16_t holds; // how often it was announced and not yet released
     bool comes;     // it is not there yet
+    bool is_ahead;  // it was read ahead, and not announced since
+};
+
+// Neurons that were read ahead, and are held until it shows whether they are needed.
+struct expected {
+    int32_t * neuron; // [max_ahead]
+    int64_t n;
 };
 
 // The neurons of one FFN: what tsffn_neurons.state is.
@@ -84,6 +93,14 @@ struct tsffn_neuron_cache {
     uint64_t random;
     int64_t next_to_fill; // of the FFNs
 
+    // What is read ahead.
+    struct tsffn_look_ahead look_ahead;
+    int32_t * ahead; // [n_ff], neurons to read when nothing else is to be read: from first_ahead to n_ahead - 1
+    int64_t first_ahead, n_ahead;
+    int64_t max_ahead;           // of one call
+    struct expected by_this;     // the neurons that were read ahead since this call began,
+    struct expected by_previous; // and since the one before it
+
     // Reads.
     struct tsffn_reader * reader;
     char * bounce; // [DEPTH][bounce_bytes], what reads go to
@@ -98,6 +115,7 @@ struct tsffn_neuron_cache {
     bool someone_waits;  // for the reader
     int n_waiting;       // threads that wait for neurons
     uint64_t wait_began; // ns
+    bool took_any;       // this call: reads have ended
     atomic_bool failed;  // this call: `error` says why
     char error[1024];
     struct tsffn_cache_counts counts;
@@ -110,11 +128,22 @@ int32_t tsffn_cache_take_slot(struct tsffn_neuron_cache * c);
 // Gives the slots of neurons that did not come back.
 void tsffn_cache_drop_coming(struct tsffn_neuron_cache * c);
 
+// cache_ahead.c. All with the mutex held.
+// What nothing was read of yet is not read ahead any more.
+void tsffn_cache_forget_ahead(struct tsffn_neuron_cache * c);
+// Slots for up to n of the neurons that are to be read ahead; returns how many there are, 0 where none are left.
+int tsffn_cache_take_ahead(struct tsffn_neuron_cache * c, int32_t * neurons, int n);
+// Lets go of what was expected.
+void tsffn_cache_release_expected(struct tsffn_neuron_cache * c, struct expected * expected);
+// tsffn_memory.expect.
+void tsffn_cache_expect(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
+
 // cache_reads.c. All with the mutex held.
 // Puts the parts of neurons that were announced into the queue, and starts reads.
 void tsffn_cache_ask(struct tsffn_neuron_cache * c, const int32_t * neurons, int64_t n);
-// Takes what has come and starts what waits; with `wait` returns only after something has changed.
-void tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait);
+// Takes some of what has come and starts what waits; with `wait` returns only after something has changed. Returns
+// whether more may have come.
+bool tsffn_cache_progress(struct tsffn_neuron_cache * c, bool wait);
 // Waits for all reads; drops what is pending.
 void tsffn_cache_drain(struct tsffn_neuron_cache * c);
 

@@ -26,6 +26,9 @@ static void hold_known(struct tsffn_neuron_cache * c, const int32_t * neurons, c
             struct slot * info = &c->infos[c->slot_of[neuron]];
             info->holds += 1;
             info->score += use;
+            c->counts.missing += info->is_ahead;
+            c->counts.ahead += info->is_ahead;
+            info->is_ahead = false;
         } else {
             c->score[neuron] += use;
         }
@@ -58,6 +61,7 @@ static void announce(const struct tsffn_neurons * neurons, const int32_t * list,
     const struct cached_ffn * ffn = neurons->state;
     struct tsffn_neuron_cache * c = ffn->cache;
     pthread_mutex_lock(&c->mutex);
+    tsffn_cache_forget_ahead(c); // from now on it is known what is needed
     // All that is known is held before anything is let go.
     int64_t n_missing = 0;
     for (int64_t k0 = 0; k0 < n; k0 += AT_ONCE) {
@@ -135,7 +139,8 @@ static void release(const struct tsffn_neurons * neurons, const int32_t * list, 
 }
 
 static int64_t room(const struct tsffn_neurons * neurons) {
-    return ((const struct cached_ffn *)neurons->state)->cache->n_slots;
+    const struct tsffn_neuron_cache * c = ((const struct cached_ffn *)neurons->state)->cache;
+    return c->n_slots - 2 * c->max_ahead;
 }
 
 static const struct tsffn_memory cache_memory = {
@@ -143,6 +148,7 @@ static const struct tsffn_memory cache_memory = {
     .await = await,
     .release = release,
     .room = room,
+    .expect = tsffn_cache_expect,
 };
 
 struct tsffn_neurons tsffn_neuron_cache_neurons(struct tsffn_neuron_cache * c, int64_t layer, int64_t ffn) {
@@ -160,14 +166,19 @@ struct tsffn_neurons tsffn_neuron_cache_neurons(struct tsffn_neuron_cache * c, i
 
 // ---- calls
 
-void tsffn_neuron_cache_begin(struct tsffn_neuron_cache * c, int64_t layer, int64_t n_tokens) {
+bool tsffn_neuron_cache_begin(struct tsffn_neuron_cache * c, int64_t layer, int64_t n_tokens) {
     pthread_mutex_lock(&c->call);
     pthread_mutex_lock(&c->mutex);
     c->call_layer = layer;
     c->counts = (struct tsffn_cache_counts){0};
     atomic_store(&c->failed, false);
+    c->took_any = false;
     tsffn_cache_tick(c, n_tokens);
+    while (atomic_load_explicit(&c->busy, memory_order_relaxed) && tsffn_cache_progress(c, false)) {
+    }
+    const bool looks_ahead = tsffn_look_ahead_begin(&c->look_ahead, layer, n_tokens, now_ns());
     pthread_mutex_unlock(&c->mutex);
+    return looks_ahead;
 }
 
 // Whether somebody writes to the file, whose neurons are read one by one for as long as the model is in use.
@@ -187,11 +198,17 @@ bool tsffn_neuron_cache_end(struct tsffn_neuron_cache * c, struct tsffn_cache_co
                             size_t error_size) {
     pthread_mutex_lock(&c->mutex);
     bool ok = !atomic_load(&c->failed);
+    tsffn_cache_release_expected(c, &c->by_previous);
     if (!ok) {
         tsffn_cache_drain(c);
+        tsffn_cache_release_expected(c, &c->by_this);
         tsffn_cache_drop_coming(c);
     }
-    ok = ok && (c->counts.reads == 0 || is_unchanged(c));
+    const struct expected released = c->by_previous;
+    c->by_previous = c->by_this;
+    c->by_this = released;
+    tsffn_look_ahead_end(&c->look_ahead, c->call_layer, now_ns());
+    ok = ok && (!c->took_any || is_unchanged(c));
     if (!ok) {
         tsffn_fail(error, error_size, "%s", c->error);
     }
@@ -252,6 +269,10 @@ bool tsffn_neuron_cache_fill(struct tsffn_neuron_cache * c, uint64_t bytes, uint
     const int64_t n_ffns = s->n_layer * s->n_ffns, of_each = c->n_slots / n_ffns;
     struct tsffn_cache_counts counts;
     tsffn_neuron_cache_begin(c, 0, 0);
+    pthread_mutex_lock(&c->mutex);
+    tsffn_cache_forget_ahead(c);
+    tsffn_cache_release_expected(c, &c->by_previous); // all slots are needed
+    pthread_mutex_unlock(&c->mutex);
     for (int64_t done = 0; c->next_to_fill < n_ffns && (uint64_t)done * c->slot_bytes < bytes;) {
         struct cached_ffn * ffn = &c->ffns[c->next_to_fill++];
         const int64_t from = ffn->n_left_out, end = from + of_each < s->n_ff ? from + of_each : s->n_ff;

@@ -27,7 +27,9 @@ struct tsffn_neuron_source {
 // What a call cost, and what came of it.
 struct tsffn_cache_counts {
     uint64_t needed;  // neurons that were announced,
-    uint64_t missing; // and of them those that were not there
+    uint64_t missing; // and of them those that memory did not have,
+    uint64_t ahead;   // of which so many were read ahead, since the call before
+    uint64_t in_vain; // neurons that were read ahead, and not needed
     uint64_t reads;   // of the file
     uint64_t bytes;   // that these read
     uint64_t ns;      // in which a thread waited for them
@@ -47,8 +49,8 @@ struct tsffn_neurons tsffn_neuron_cache_neurons(struct tsffn_neuron_cache * cach
 
 // Between these two a call computes with neurons of a layer; calls take turns. The end is false, with one line in
 // `error`, where neurons could not be read: what was computed is worthless then. `n_tokens`: 0 where the call does not
-// tell what is used how often.
-void tsffn_neuron_cache_begin(struct tsffn_neuron_cache * cache, int64_t layer, int64_t n_tokens);
+// tell what is used how often. Returns whether it is worth while to expect neurons of the next layer.
+bool tsffn_neuron_cache_begin(struct tsffn_neuron_cache * cache, int64_t layer, int64_t n_tokens);
 bool tsffn_neuron_cache_end(struct tsffn_neuron_cache * cache, struct tsffn_cache_counts * counts, char * error,
                             size_t error_size);
 

@@ -63,6 +63,8 @@ static void close_workspace(void * workspace) {
     tsffn_workspace_free(workspace);
 }
 
+_Static_assert(offsetof(struct prepared, layer) == 0, "what call.next points to is a struct tsffn_cpu_layer too");
+
 static bool compute(void * workspace, const void * layer, const struct tsffn_call * call,
                     struct tsffn_counts * counts) {
     return tsffn_compute(workspace, &((const struct prepared *)layer)->layer, call, counts);

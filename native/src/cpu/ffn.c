@@ -88,6 +88,34 @@ static struct activations carve_activations(char * base, size_t * used, int64_t 
     return (struct activations){.at = carve(base, used, (size_t)n * bytes), .bytes = bytes};
 }
 
+// Of the converted hidden layer of an FFN's predictor, at most.
+static int64_t hidden_bytes(const struct tsffn_cpu_layer * layer) {
+    int64_t most = 0;
+    for (int64_t e = 0; e < layer->n_ffns; ++e) {
+        const struct tsffn_matrix * fc2 = &layer->ffns[e].fc2;
+        most = max_i64(most, (int64_t)tsffn_x_bytes(fc2->type, fc2->n_cols));
+    }
+    return most;
+}
+
+static int64_t max_rank(const struct tsffn_cpu_layer * layer) {
+    int64_t most = 0;
+    for (int64_t e = 0; e < layer->n_ffns; ++e) {
+        most = max_i64(most, layer->ffns[e].fc1.n_rows);
+    }
+    return most;
+}
+
+// The layer whose neurons a call can expect: for few rows, which every thread converts for itself, and of a dense
+// model, whose next layer computes with the same FFN.
+static const struct tsffn_cpu_layer * next_of(const struct tsffn_call * call, const struct tsffn_cpu_layer * layer) {
+    const struct tsffn_cpu_layer * next = call->next;
+    const bool can = next != NULL && call->n_rows <= COPIED_ROWS && layer->n_ffns == 1 && next->n_ffns == 1 &&
+                     next->n_ff == layer->n_ff && next->ffns[0].fc1.data != NULL && layer->ffns[0].fc1.data != NULL &&
+                     next->ffns[0].fc1.type == layer->ffns[0].fc1.type;
+    return can ? next : NULL;
+}
+
 // The converted activations, of which there may be a copy for each thread.
 static void lay_out_activations(struct shared * s, const struct mode * mode, char * base, size_t * used) {
     const struct tsffn_call * call = s->call;
@@ -104,12 +132,7 @@ static void lay_out_activations(struct shared * s, const struct mode * mode, cha
     }
     if (s->predicts) {
         const size_t p_bytes = tsffn_x_bytes(layer->ffns[0].fc1.type, layer->n_embd);
-        size_t h1_bytes = 0;
-        for (int64_t e = 0; e < layer->n_ffns; ++e) {
-            const struct tsffn_matrix * fc2 = &layer->ffns[e].fc2;
-            const size_t bytes = tsffn_x_bytes(fc2->type, fc2->n_cols);
-            h1_bytes = bytes > h1_bytes ? bytes : h1_bytes;
-        }
+        const size_t h1_bytes = (size_t)max_i64(hidden_bytes(layer), s->next != NULL ? hidden_bytes(s->next) : 0);
         s->x.predictor = carve_activations(base, used, call->n_tokens, p_bytes);
         s->hidden.converted = carve_activations(base, used, min_i64(TILE_ROWS, call->n_rows), h1_bytes);
     }
@@ -312,9 +335,8 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * l
         .stream_ahead = tsffn_stream_ahead(),
     };
     s.selects = s.predicts || call->masks != NULL || call->elsewhere != NULL;
-    for (int64_t e = 0; e < layer->n_ffns; ++e) {
-        s.hidden.max_rank = max_i64(s.hidden.max_rank, layer->ffns[e].fc1.n_rows);
-    }
+    s.next = s.predicts && mode->tile == tsffn_sparse_tile ? next_of(call, layer) : NULL;
+    s.hidden.max_rank = max_i64(max_rank(layer), s.next != NULL ? max_rank(s.next) : 0);
     if (call->profile != NULL && layer->types[TSFFN_PART_UP]->gemm != NULL && layer->n_embd % TSFFN_GEMM_K == 0) {
         s.products.gemm = layer->types[TSFFN_PART_GATE]->gemm;
     }

@@ -62,6 +62,10 @@ void tsffn_clear_sums(const struct shared * s, const struct tile * tile);
 // Phase D: y, the sums of all threads.
 void tsffn_reduce(const struct shared * s, const struct tile * tile);
 
+// ahead.c. The neurons that the next layer's predictor lets through of these activations are expected. All threads have
+// announced what this tile needs.
+void tsffn_expect_next(const struct shared * s, const struct tile * tile);
+
 // ffn.c. Converts token t's activations for gate and up.
 void tsffn_convert_for_neurons(const struct shared * s, int64_t t);
 // Calls `phase` for each segment of the tile.

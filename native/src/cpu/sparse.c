@@ -210,6 +210,9 @@ void tsffn_sparse_tile(const struct shared * s, const struct tile * tile) {
         tsffn_convert_for_neurons(s, t);
     }
     tsffn_barrier_wait(s->barrier, tile->nth);
+    if (s->next != NULL && fits) {
+        tsffn_expect_next(s, tile);
+    }
     if (s->predicts) {
         const uint64_t begin = ffn_begins;
         ffn_begins = now_ns();

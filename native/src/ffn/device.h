@@ -54,6 +54,9 @@ struct tsffn_call {
     // FUSED: of each row's neurons only so many add to the output, as tsffn_keep_largest (topk.h) chooses them; without
     // predictor. 0: all.
     int64_t keep;
+    // FUSED: the prepared layer that is computed next, with about the same activations. Its predictor says already now
+    // which of its neurons are worth bringing in. NULL: none are.
+    const void * next;
     // FUSED: add statistics here, and compute gate and up of every neuron; or NULL.
     const struct tsffn_profile * profile;
 };
@@ -102,7 +105,7 @@ struct tsffn_device {
     bool (*compute)(void * scratch, const void * prepared, const struct tsffn_call * call,
                     struct tsffn_counts * counts);
 };
-enum { TSFFN_DEVICE_VERSION = 5 };
+enum { TSFFN_DEVICE_VERSION = 6 };
 
 // cpu/device.c
 extern const struct tsffn_device tsffn_cpu_device;

@@ -52,6 +52,10 @@ struct tsffn_memory {
     // How many neurons, of all FFNs together, can be announced and not yet released; at least TSFFN_MIN_ROOM. A thread
     // that announces more waits for others to release theirs: it must not hold any itself then.
     int64_t (*room)(const struct tsffn_neurons * neurons);
+    // Another call, which comes next, may need these. They are brought in after all that was announced, as far as there
+    // is time and room; nothing is to be released. Whoever is wrong loses time only. To be called when the call's own
+    // neurons have been announced.
+    void (*expect)(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n);
 };
 enum { TSFFN_MIN_ROOM = 128 };
 
@@ -94,6 +98,12 @@ static inline void tsffn_neurons_announce(const struct tsffn_neurons * neurons, 
 static inline void tsffn_neurons_await(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
     if (neurons->memory != NULL && n > 0) {
         neurons->memory->await(neurons, list, n);
+    }
+}
+
+static inline void tsffn_neurons_expect(const struct tsffn_neurons * neurons, const int32_t * list, int64_t n) {
+    if (neurons->memory != NULL && n > 0) {
+        neurons->memory->expect(neurons, list, n);
     }
 }
 

@@ -160,12 +160,14 @@ static bool open_device(struct tsffn_stream * stream, const struct tsffn_weight 
 }
 
 // A call of a model whose neurons are read from disk has what is kept of them for itself.
-static void begin_reading(const struct tsffn_weight * weight, const struct tsffn_call * call) {
+static void begin_reading(const struct tsffn_weight * weight, struct tsffn_call * call) {
     if (weight->model->cache != NULL) {
         // What was computed of a graph that was cut, or is counted, or chosen when it is computed, tells nothing about
         // what text needs.
         const bool tells = call->op == TSFFN_OP_FUSED && call->profile == NULL && call->keep == 0;
-        tsffn_neuron_cache_begin(weight->model->cache, weight->layer, tells ? call->n_tokens : 0);
+        if (tsffn_neuron_cache_begin(weight->model->cache, weight->layer, tells ? call->n_tokens : 0)) {
+            call->next = tsffn_loaded_prepared(weight + TSFFN_N_PARTS); // the weights of a load follow each other
+        }
     }
 }
 

@@ -34,6 +34,8 @@ void tsffn_model_count_reads(struct tsffn_model * model, int64_t layer, const st
     struct tsffn_layer_stats * stats = &model->stats[layer];
     stats->needed += counts->needed;
     stats->missing += counts->missing;
+    stats->ahead += counts->ahead;
+    stats->in_vain += counts->in_vain;
     stats->reads += counts->reads;
     stats->bytes_disk += counts->bytes;
     stats->ns_disk += counts->ns;

@@ -277,7 +277,7 @@ static int64_t room(const struct tsffn_neurons * neurons) {
 // A layer whose predictor stays on the CPU takes no call without masks. Its neurons come from a memory of their own.
 static void test_given_masks_only(void) {
     static const struct tsffn_memory memory = {
-        .announce = announce, .await = await_neurons, .release = release, .room = room};
+        .announce = announce, .await = await_neurons, .release = release, .room = room}; // nothing is expected
     const struct predictor_kind kind = {GGML_F16, GGML_F16, 32, TSFFN_LAYOUT_ROWS, 0.0f, false, false};
     struct random_layer * made = make_layer(32, 200, 1, GGML_Q4_0, GGML_Q4_0, TSFFN_ACTIVATION_DRELU, &kind);
     made->ffns[0].neurons.memory = &memory;
