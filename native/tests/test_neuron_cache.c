@@ -1,6 +1,7 @@
 // The neuron cache against its file: whatever fits, whatever was there before, however reads come, every neuron that is
 // awaited has the file's bytes; and what cannot be read ends in one line. The threads are plain ones, so that
 // ThreadSanitizer sees all that they share.
+#include "cache/look_ahead.h"
 #include "cache/neuron_cache.h"
 #include "cache/reader.h"
 #include "check.h"
@@ -474,6 +475,43 @@ static void test_what_stays(const struct file * file) {
     tsffn_neuron_cache_free(cache);
 }
 
+// Tokens of two layers that take `with` or `without` ns, as they look ahead or not; returns how many did.
+static int decode_for(struct tsffn_look_ahead * l, int n_tokens, uint64_t with, uint64_t without, uint64_t * now) {
+    int n = 0;
+    for (int token = 0; token < n_tokens; ++token) {
+        const bool on = tsffn_look_ahead_begin(l, 0, 1, *now);
+        tsffn_look_ahead_end(l, 0, *now);
+        *now += on ? with : without;
+        CHECK(!tsffn_look_ahead_begin(l, 1, 1, *now), "there is nothing behind the last layer");
+        tsffn_look_ahead_end(l, 1, *now);
+        *now += 12345678; // what happens between tokens is nobody's fault
+        n += on;
+    }
+    return n;
+}
+
+// The faster way is kept, until it is not the faster one any more.
+static void test_what_is_faster(void) {
+    enum { TRIAL = 2 * TSFFN_AHEAD_TRIALS, MANY = 1000 };
+    struct tsffn_look_ahead l;
+    uint64_t now = 1;
+    unsetenv("TSFFN_LOOK_AHEAD");
+    tsffn_look_ahead_init(&l, 2);
+    CHECK(!tsffn_look_ahead_begin(&l, 0, 0, now) && !tsffn_look_ahead_begin(&l, 0, 64, now), "of one token only");
+    CHECK(decode_for(&l, TRIAL, 100, 200, &now) == TSFFN_AHEAD_TRIALS, "each way is tried as often");
+    CHECK(decode_for(&l, TRIAL, 100, 200, &now) == TRIAL, "it was faster");
+    CHECK(decode_for(&l, MANY, 200, 100, &now) < MANY / 2, "it is not any more");
+    CHECK(decode_for(&l, MANY, 200, 100, &now) < MANY / 10, "nor does it become so");
+    CHECK(decode_for(&l, MANY, 100, 200, &now) > MANY / 2, "now it is");
+    setenv("TSFFN_LOOK_AHEAD", "on", 1);
+    tsffn_look_ahead_init(&l, 2);
+    CHECK(decode_for(&l, MANY, 200, 100, &now) == MANY, "on");
+    setenv("TSFFN_LOOK_AHEAD", "off", 1);
+    tsffn_look_ahead_init(&l, 2);
+    CHECK(decode_for(&l, MANY, 100, 200, &now) == 0, "off");
+    unsetenv("TSFFN_LOOK_AHEAD");
+}
+
 static void expect_failure(struct call * call, const char * text) {
     struct tsffn_cache_counts counts;
     char error[256] = "";
@@ -506,6 +544,7 @@ static void test_files_that_change(bool bundled) {
 
 int main(void) {
     static const char * const kinds[] = {"io_uring", "threads"};
+    test_what_is_faster();
     for (int k = 0; k < 2; ++k) {
         kind_of_next = kinds[k];
         for (int bundled = 0; bundled < 2; ++bundled) {

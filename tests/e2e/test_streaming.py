@@ -55,8 +55,15 @@ def test_logits_are_those_of_the_model_in_memory(monkeypatch, name, outtype, spa
     assert total(model, "neurons_needed") == 0
     model.close()
     fewest = fewest_bytes(path)
-    for n_bytes, reads in ((fewest, "pool"), (fewest, ""), (fewest + 200_000, ""), (1 << 28, "")):
+    for n_bytes, reads, ahead in (
+        (fewest, "pool", "on"),
+        (fewest, "", "off"),
+        (fewest, "", "on"),
+        (fewest + 200_000, "", ""),  # tried every other token
+        (1 << 28, "", "on"),
+    ):
         monkeypatch.setenv("TSFFN_READS", reads)
+        monkeypatch.setenv("TSFFN_LOOK_AHEAD", ahead)
         with streaming(monkeypatch, n_bytes):
             model = tsconv.load(path, **options)
         for _ in range(2):
@@ -65,6 +72,9 @@ def test_logits_are_those_of_the_model_in_memory(monkeypatch, name, outtype, spa
         everything_fits = n_bytes == 1 << 28
         assert (total(model, "neurons_missing") == 0) == (total(model, "bytes_disk") == 0) == everything_fits
         assert total(model, "neurons_needed") > 0
+        can_look_ahead = name == NAMES[0] and sparsity == "predictor" and ahead != "off" and not everything_fits
+        assert (total(model, "neurons_ahead") > 0) == can_look_ahead
+        assert total(model, "neurons_ahead") <= total(model, "neurons_missing")
         model.close()
 
 

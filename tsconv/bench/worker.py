@@ -190,6 +190,13 @@ def peak_bytes() -> int:
     return 1024 * int(peak[1])
 
 
+def read_from_disk() -> int:
+    """Bytes that this program has made disks read so far (read_bytes of proc(5), /proc/pid/io)."""
+    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
 def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> None:
     """Answers lines of stdin until it ends."""
     answers = os.fdopen(os.dup(1), "w")
@@ -198,9 +205,10 @@ def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> 
     share = NOTHING if offload is None else from_argument(json.loads(offload))
     model = ENGINES[engine](path, n_threads, share)
     seconds = time.perf_counter() - started
+    from_disk = read_from_disk()
     found = getattr(model, "gpu_share", None)
     ffns = {"ffn_gpu": "" if found is None else str(found), "ffn_bytes": 0 if found is None else found.n_bytes}
-    print(json.dumps({"load_seconds": seconds} | ffns), file=answers, flush=True)
+    print(json.dumps({"load_seconds": seconds, "load_disk_bytes": from_disk} | ffns), file=answers, flush=True)
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         command = json.loads(line)

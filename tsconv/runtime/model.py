@@ -527,7 +527,8 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         and this one: norms, attention, router; 0 for layer 0, which has none before it); single_ops (operations
         computed alone because the graph was cut in between). Where neurons come from disk (ram_budget): neurons_needed,
         of these neurons_missing in memory, and of those neurons_ahead, read while the layer before was computed;
-        neurons_in_vain, read ahead and not needed; disk_reads, bytes_disk, seconds_disk (in which a thread waited for them).
+        neurons_in_vain, read ahead and not needed; disk_reads, bytes_disk, seconds_disk (in which a thread waited for
+        them).
         Where a GPU has a share (gpu_share): gpu_calls, those it took part in; gpu_neurons and gpu_active, which it
         computed, per token; bytes_gpu, of bytes_read, from its memory; seconds_gpu, in which it computed, and
         seconds_gpu_wait, in which the CPU did not.

@@ -66,8 +66,8 @@ struct shared {
     const struct tsffn_call * call;
     const struct tsffn_cpu_layer * layer;
     const struct tsffn_cpu_layer * next; // whose predictor is asked too; NULL: none
-    bool predicts; // the call computes the predictor
-    bool selects;  // some neurons are not listed: the predictor leaves them out, a mask, or another device has them
+    bool predicts;                       // the call computes the predictor
+    bool selects; // some neurons are not listed: the predictor leaves them out, a mask, or another device has them
     int64_t stream_ahead; // bytes: tsffn_stream_ahead()
     struct inputs x;
     struct hidden hidden;
