@@ -6,7 +6,7 @@
 enum {
     MAX_TOKENS = 4, // of a call: the threads that compute more have no time for another predictor
     TRIAL = 2 * TSFFN_AHEAD_TRIALS,
-    KEPT = 16 * TRIAL, // tokens from one trial to the next
+    KEPT = 8 * TRIAL, // tokens from one trial to the next
 };
 
 void tsffn_look_ahead_init(struct tsffn_look_ahead * l, int64_t n_layer) {

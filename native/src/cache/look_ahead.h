@@ -7,7 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { TSFFN_AHEAD_TRIALS = 6 }; // tokens, of each way
+enum { TSFFN_AHEAD_TRIALS = 8 }; // tokens, of each way
 
 struct tsffn_look_ahead {
     int64_t last_layer;
