@@ -197,7 +197,7 @@ def test_generated_once(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", type(PRESETS["turbosparse-mistral-7b"])(lambda n: shape, 2, 0.1))
     said: list[str] = []
     path = generated("small", 2, "q4_0", said.append)
-    assert said[0].startswith("generating small, 2 layers, q4_0: needs ")
+    assert said[0].startswith("generating small, 2 layers, q4_0: 0.0 GB")
     stem = f"small-2-layers-q4_0-g{GENERATION}"
     assert sorted(file.name for file in path.parent.iterdir()) == [f"{stem}.gguf", f"{stem}.predictor.gguf"]
     written = path.stat().st_mtime_ns
@@ -206,7 +206,7 @@ def test_generated_once(tmp_path, monkeypatch):
     assert len(said) == 2
     assert generated("small", 2, "q4_0", said.append, predictor_outtype="Q3_NL") == path, "the default"
     wide = generated("small", 2, "q4_0", said.append, predictor_outtype="q8_0")
-    assert said[2].startswith("generating small, 2 layers, q4_0, predictor q8_0: needs ")
+    assert said[2].startswith("generating small, 2 layers, q4_0, predictor q8_0: 0.0 GB")
     assert wide.name == f"{stem}-pred-q8_0.gguf"
     kinds = {tensor.kind.name for tensor in read_header(sidecar_of(wide)).tensors if "fc" in tensor.name}
     assert kinds == {"Q8_0"}

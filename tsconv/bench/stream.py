@@ -78,8 +78,8 @@ def measure(
     Returns:
         load_seconds and load_disk_bytes, what the disk gave meanwhile; tokens_per_s (the median); of ours also
         memory_share, ahead_share (of the neurons that memory did not have, those that were read ahead), disk_bytes,
-        disk_reads and disk_seconds per token; peak_bytes of the group, or without one of the program, and with one
-        cache_bytes, by how much the page cache in it grew after the warm-up. `killed` where the kernel ended it.
+        disk_reads and disk_seconds per token; peak_bytes of the group, or without one what the program has in the
+        end, and with one cache_bytes, by how much the page cache in it grew after the warm-up. `killed` where the kernel ended it.
 
     Raises:
         NoGroupError: as `memory_group`.
@@ -113,7 +113,7 @@ def measure(
             return {"engine": engine, "memory_bytes": n_bytes, "killed": True}
         if worker.returncode != 0:
             raise TsconvError(f"{engine} ended with status {worker.returncode}")
-        peak_bytes = answers[-1]["peak_bytes"] if group is None else int((group[0] / group[1]).read_text())
+        peak_bytes = answers[-1]["resident_bytes"] if group is None else int((group[0] / group[1]).read_text())
     return {
         "engine": engine,
         "memory_bytes": n_bytes,

@@ -26,8 +26,9 @@ from tsconv.runtime.binding import NativeModel
 
 AUTO, OFF = "auto", "off"
 # Left free of what is available, for llama.cpp's compute buffers, Python, and what others come to need: so much or a
-# twentieth, but at most a quarter.
+# twelfth, but at most a quarter. Where less is left, the kernel takes pages of programs away that are in use.
 RESERVE_BYTES = 256 << 20
+RESERVE_SHARE = 12
 FEWEST_BYTES = 32 << 20  # for neurons
 
 
@@ -104,7 +105,7 @@ def choose_budget(
     n_ctx = n_ctx or int(header.keys.get("llama.context_length", 0))
     if asked == AUTO:
         available = available_memory() if available is None else available
-        total = available - min(max(RESERVE_BYTES, available // 20), available // 4)
+        total = available - min(max(RESERVE_BYTES, available // RESERVE_SHARE), available // 4)
     else:
         total = int(asked)
     ffn, context = ffn_bytes(header), padded(n_ctx) * n_layer * kv_bytes_per_token(header)
