@@ -79,7 +79,8 @@ def measure(
         load_seconds and load_disk_bytes, what the disk gave meanwhile; tokens_per_s (the median); of ours also
         memory_share, ahead_share (of the neurons that memory did not have, those that were read ahead), disk_bytes,
         disk_reads and disk_seconds per token; peak_bytes of the group, or without one what the program has in the
-        end, and with one cache_bytes, by how much the page cache in it grew after the warm-up. `killed` where the kernel ended it.
+        end, and with one cache_bytes, by how much the page cache in it grew after the warm-up. `killed` where the
+        kernel ended it.
 
     Raises:
         NoGroupError: as `memory_group`.
