@@ -12,56 +12,15 @@ from typing import Any
 import pytest
 
 from support import fake_gpu, host_gpu, tiny
+from support.hybrid import MAX_NMSE, MODELS, python
 from support.placements import placement_for
 from support.random_stats import random_stats, save_stats
 from support.serving import serving
 from tsconv.commands.reorder import reorder
 from tsconv.placement import file as placement_file
 
-MODELS = {"dense": "tiny-turbosparse-mistral", "moe": "tiny-turbosparse-mixtral"}
-MAX_NMSE = 1e-5
 PROMPT = "And it came to pass"
 MIB = 1 << 20
-
-# What every program of these tests begins with.
-PRELUDE = """
-import json, sys
-import numpy as np
-import tsconv
-from support import tiny
-from support.host_gpu import Gpu
-
-gpu = Gpu()
-tokens = [1, 20, 300, 41, 7, 99]
-
-
-def load(path, **options):
-    return tsconv.load(path, **{"n_threads": 1, "n_ctx": 256, **options})
-
-
-def logits_of(path, n_batch=1, **options):
-    model = load(path, **options)
-    logits, stats = model.token_logits(tokens, n_batch=n_batch), model.ffn_stats()
-    share, complaint = model.gpu_share, model.gpu_complaint
-    used = gpu.used
-    model.close()
-    assert gpu.allocations == 0
-    return logits, stats, share, complaint, used
-"""
-
-
-def python(program: str, *arguments: object, **env: str) -> Any:
-    """The JSON that a program prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program, *map(str, arguments)],
-        env=os.environ | host_gpu.environment() | env,
-        capture_output=True,
-        text=True,
-        timeout=tiny.TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) | {"stderr": done.stderr}
 
 
 @pytest.fixture(scope="module", params=MODELS)

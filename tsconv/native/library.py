@@ -55,6 +55,7 @@ class LayerStats(ctypes.Structure):
             "gpu_neurons",
             "gpu_active",
             "gpu_bytes",
+            "gpu_streamed",
             "ns_gpu",
             "ns_gpu_wait",
         )
@@ -104,6 +105,7 @@ class GpuShare(ctypes.Structure):
         ("neurons", ctypes.c_uint64),
         ("n_neurons", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
+        ("prefill_tokens", ctypes.c_int32),
     )
 
 

@@ -560,6 +560,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                     "gpu_neurons": s.gpu_neurons / rows,
                     "gpu_active": s.gpu_active / rows,
                     "bytes_gpu": s.gpu_bytes,
+                    "bytes_streamed": s.gpu_streamed,
                     "seconds_gpu": s.ns_gpu * 1e-9,
                     "seconds_gpu_wait": s.ns_gpu_wait * 1e-9,
                     "single_ops": s.single_ops,
