@@ -57,6 +57,7 @@ class LayerStats(ctypes.Structure):
             "gpu_bytes",
             "gpu_streamed",
             "ns_gpu",
+            "ns_gpu_predictor",
             "ns_gpu_wait",
         )
     )

@@ -178,6 +178,7 @@ bool tsffn_cuda_enqueue_predictor(struct tsffn_cuda_queue * queue, const struct 
 static bool enqueue_predictor(struct tsffn_cuda_queue * queue) {
     return (queue->sizes.prefill ? tsffn_cuda_predict_prefill(queue)
                                  : tsffn_cuda_enqueue_predictor(queue, &queue->args, queue->most_rows)) &&
+           tsffn_gpu_record(&queue->gpu, queue->predicted, queue->stream) &&
            // Nobody waits for the masks where all neurons are on the device.
            (queue->layer->complete || tsffn_cuda_copy_masks(queue));
 }
@@ -369,11 +370,16 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
     if (queue->state != ENDED) {
         return tsffn_fail(error, error_size, "CUDA: a call is waited for that was not ended");
     }
-    uint64_t ns = 0;
-    if (queue->args.n_rows > 0 && (!tsffn_gpu_await(&queue->gpu, queue->done) ||
-                                   !tsffn_gpu_elapsed(&queue->gpu, queue->begins, queue->ends, &ns))) {
+    struct tsffn_gpu * gpu = &queue->gpu;
+    const bool predicts = queue->masks == MASKS_PREDICTED;
+    void * begins = predicts ? queue->predicted : queue->begins;
+    uint64_t ns = 0, ns_predictor = 0;
+    if (queue->args.n_rows > 0 &&
+        (!tsffn_gpu_await(gpu, queue->done) || !tsffn_gpu_elapsed(gpu, begins, queue->ends, &ns) ||
+         (predicts && !tsffn_gpu_elapsed(gpu, queue->begins, queue->predicted, &ns_predictor)))) {
         return tsffn_cuda_abandon(queue, error, error_size);
     }
+    counts->ns_predictor += ns_predictor;
     counts->ns_ffn += ns;
     const struct tsffn_row * rows = queue->call->rows;
     for (int64_t r = 0; !queue->is_resident && r < queue->args.n_rows; ++r) {

@@ -110,7 +110,8 @@ struct tsffn_cuda_module {
     int (*poll)(struct tsffn_cuda_queue * queue, char * error, size_t error_size);
     // Waits, then writes rows[].y, and of h [n_ff] the layer's range where rows[].h is not NULL; adds to counts what
     // the device computed: neurons, predicted, gate_positive, active are those of the range, or all where the others
-    // were streamed; ns_ffn is the device's time for the predictor and them. The call and its rows must still be there.
+    // were streamed; ns_predictor and ns_ffn are the device's times. The call and its rows must
+    // still be there.
     bool (*await)(struct tsffn_cuda_queue * queue, struct tsffn_counts * counts, char * error, size_t error_size);
     // Copies bytes of the device's memory that are there after the event `ready`, between two calls, and waits for
     // them.

@@ -105,7 +105,7 @@ static bool allocate(struct tsffn_cuda_queue * queue) {
     bool ok = tsffn_gpu_use(gpu) && tsffn_gpu_stream_new(gpu, &queue->stream) &&
               tsffn_gpu_event_new(gpu, false, &queue->masks_done) && tsffn_gpu_event_new(gpu, false, &queue->done) &&
               tsffn_gpu_event_new(gpu, true, &queue->begins) && tsffn_gpu_event_new(gpu, true, &queue->ends) &&
-              (!queue->sizes.prefill || make_stream(queue));
+              tsffn_gpu_event_new(gpu, true, &queue->predicted) && (!queue->sizes.prefill || make_stream(queue));
     for (int k = 0; ok && k < n; ++k) {
         ok = tsffn_gpu_allocate(gpu, all[k].device, pointer(&queue->device, &all[k])) &&
              tsffn_gpu_allocate_host(gpu, all[k].host, pointer(&queue->host, &all[k]));
@@ -163,6 +163,7 @@ void tsffn_cuda_close_queue(struct tsffn_cuda_queue * queue) {
     tsffn_gpu_event_free(gpu, queue->masks_done);
     tsffn_gpu_event_free(gpu, queue->done);
     tsffn_gpu_event_free(gpu, queue->begins);
+    tsffn_gpu_event_free(gpu, queue->predicted);
     tsffn_gpu_event_free(gpu, queue->ends);
     tsffn_gpu_stream_free(gpu, queue->stream);
     free(queue);

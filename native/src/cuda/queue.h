@@ -38,7 +38,7 @@ struct tsffn_cuda_queue {
     struct tsffn_gpu gpu; // of the thread that uses the queue
     struct tsffn_cuda_sizes sizes;
     void *stream, *masks_done, *done;
-    void *begins, *ends; // of what the device computes before `combine`, timed
+    void *begins, *predicted, *ends; // of what the device computes before `combine`, timed
     struct buffers device, host;
     // The call in hand.
     enum state state;

@@ -135,8 +135,8 @@ enum outcome tsffn_share_call(struct sharing * s, struct tsffn_counts * of_gpu, 
     if (!module->begin(s->queue, s->on_gpu, s->call, masks, s->resident, s->error, sizeof(s->error))) {
         return GPU_FAILED;
     }
-    const bool complete = is_complete(s) || s->streams;
-    if (s->streams) {
+    const bool streams = s->streams && !is_complete(s), complete = streams || is_complete(s);
+    if (streams) {
         const struct tsffn_cuda_workers workers = {run_workers, s->call->n_threads};
         size_t bytes = 0;
         if (!module->stream(s->queue, s->layer, &workers, &bytes, s->error, sizeof(s->error))) {
@@ -196,10 +196,11 @@ static struct tsffn_hybrid_counts take_gpu_counts(struct tsffn_counts * of_gpu, 
         .neurons = of_gpu->neurons,
         .active = of_gpu->active,
         .bytes = of_gpu->bytes_predictor + of_gpu->bytes_ffn,
-        .ns_gpu = of_gpu->ns_ffn,
+        .ns_gpu = of_gpu->ns_ffn + of_gpu->ns_predictor,
+        .ns_predictor = of_gpu->ns_predictor,
         .ns_waiting = ns_waiting,
     };
-    of_gpu->ns_ffn = 0; // the caller's time is counted there
+    of_gpu->ns_ffn = of_gpu->ns_predictor = 0; // the caller's times are counted there
     return gpu;
 }
 

@@ -51,7 +51,8 @@ struct tsffn_hybrid_counts {
     bool took_part; // else it failed, and the CPU computed all
     uint64_t neurons, active, bytes;
     uint64_t bytes_streamed; // copied there for this call
-    uint64_t ns_gpu;         // in which it computed
+    uint64_t ns_gpu;         // in which it computed,
+    uint64_t ns_predictor;   // and of that the predictor
     uint64_t ns_waiting;     // of the caller: for it, and to tell it what to do
 };
 

@@ -11,10 +11,10 @@
 struct tsffn_hybrid_prefill {
     struct tsffn_cuda_queue * queue; // NULL: the CPU computes them
     struct tsffn_cuda_sizes sizes;
-    int64_t n_asked; // TSFFN_CUDA_PREFILL: tokens of a call on the GPU; 0: none; -1: it is not set
-    int64_t
-        n_streamed; // TSFFN_CUDA_STREAM: rows of an FFN whose cold neurons are streamed; 0: never; -1: it is not set
-    float * x;      // [n_x] what a call needs of x when y is written
+    // What the environment says, -1: nothing.
+    int64_t n_asked;    // TSFFN_CUDA_PREFILL: tokens of a call on the GPU; 0: none
+    int64_t n_streamed; // TSFFN_CUDA_STREAM: rows that share an FFN from which its cold neurons are streamed; 0: never
+    float * x;          // [n_x] what a call needs of x when y is written
     int64_t n_x;
 };
 

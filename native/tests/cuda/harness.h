@@ -9,11 +9,20 @@
 
 enum { MAX_TOKENS = 8, MAX_ROWS = 16 };
 
-// Of the host's CUDA (runtime.cpp).
+// Of the host's CUDA (runtime.cpp); on a GPU they do nothing, and is_host is false.
+static bool is_host;
 static void (*host_fail)(int call, int for_good);
-static int (*host_calls)(void), (*host_allocations)(void);
 static double (*host_mma_error)(void);
 static void (*host_limits)(size_t device_bytes, size_t shared_bytes);
+static int (*host_allocations)(void);
+
+static int no_allocations(void) {
+    return 0;
+}
+static void no_limits(size_t device_bytes, size_t shared_bytes) {
+    (void)device_bytes;
+    (void)shared_bytes;
+}
 
 static const struct tsffn_cuda_module * module;
 static char error[256];
@@ -23,13 +32,14 @@ static void load(const char * path) {
     CHECK(module != NULL, "%s", error);
     void * library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     *(void **)&host_fail = dlsym(library, "tsffn_host_fail");
-    *(void **)&host_calls = dlsym(library, "tsffn_host_calls");
+    *(void **)&host_mma_error = dlsym(library, "tsffn_host_mma_error");
     *(void **)&host_limits = dlsym(library, "tsffn_host_limits");
     *(void **)&host_allocations = dlsym(library, "tsffn_host_allocations");
-    *(void **)&host_mma_error = dlsym(library, "tsffn_host_mma_error");
-    CHECK(host_mma_error != NULL && host_fail != NULL && host_calls != NULL && host_limits != NULL &&
-              host_allocations != NULL,
+    is_host = strcmp(module->name, "host") == 0;
+    CHECK(!is_host || (host_mma_error != NULL && host_fail != NULL && host_limits != NULL && host_allocations != NULL),
           "%s is not of the host", path);
+    host_limits = is_host ? host_limits : no_limits;
+    host_allocations = is_host ? host_allocations : no_allocations;
 }
 
 // ---- a call

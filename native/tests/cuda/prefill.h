@@ -2,13 +2,14 @@
 
 // What a weight loses as half is up to 2^-11 of it: where errors are uniformly distributed their square is 2^-22 / 3,
 // and that of gate, up and down together three times that. Where few neurons are on, some errors count for all: 2^-20.
-// Where weights are halves, only x and h are rounded, to 2^-22, and sums are floats.
+// Where weights are halves, only x and h are rounded, to 2^-22, and sums are floats, which GPUs may cut off instead of
+// rounding.
 static double prefill_nmse(const struct tsffn_layer * layer) {
     bool halves = true;
     for (int part = 0; part < TSFFN_N_PARTS; ++part) {
         halves = halves && layer->types[part] == GGML_F16;
     }
-    return halves ? 1e-12 : 0x1p-20;
+    return halves ? 1e-10 : 0x1p-20;
 }
 
 // y of each row, and the counts; `streams`: the device computed all neurons.
@@ -116,7 +117,7 @@ static void test_prefill(void) {
         {GGML_Q8_0, GGML_Q4_0, 64, panels, 0.0f, false, true},
         {0},
     };
-    CHECK(host_mma_error() > 0.0 && host_mma_error() <= 17.0, "mma: %g", host_mma_error());
+    CHECK(!is_host || (host_mma_error() > 0.0 && host_mma_error() <= 17.0), "mma: %g", host_mma_error());
     int n = 0;
     for (int type = 0; type < N_TYPES; ++type) {
         for (int n_ffns = 1; n_ffns <= MAX_FFNS; n_ffns += 2) {
