@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import tiny
-from support.hybrid import MAX_NMSE, MODELS, python
+from support.hybrid import FROM_DISK, MAX_NMSE, MODELS, python
 
 # A prompt of n tokens, of whose neurons the GPU has `part` percent.
 COMMON = """
@@ -26,7 +26,7 @@ def prefill(n, part=None, **options):
     if part is not None:
         hot = np.full(shape[:2], shape[2] * part // 100, np.int32)
         options |= {"vram_budget": 1 << 29, "gpu_hot": hot}
-    return logits_of(path, 512, sparsity=sparsity, n_ctx=1024, **options)
+    return logits_of(path, 512, **{"sparsity": sparsity, "n_ctx": 1024} | options)
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def model(request) -> Path:
 # (tokens, percent of the neurons on the GPU, rows of an FFN from which the others are streamed)
 CASES = {
     "predictor": [(17, 0, 0), (17, 50, 1), (31, 10, 1), (32, 100, 0), (33, 10, 0), (33, 0, 1), (128, 50, 0)],
-    "exact": [(17, 50, 0), (31, 100, 0), (33, 10, 1)],
+    "exact": [(17, 50, 0), (31, 100, 0), (33, 20, 1)],
 }
 
 
@@ -77,7 +77,8 @@ CASES = {
 def test_batches(model, sparsity):
     """Logits are the CPU's, whatever the GPU has of the model, whether it gets the rest or not; the same bits twice.
     128 tokens are two calls of the GPU."""
-    for row in python(BATCHES, model, sparsity, json.dumps(CASES[sparsity]), TSFFN_CUDA_PREFILL="64")["rows"]:
+    cases = [case for case in CASES[sparsity] if case[0] <= 64 or "mixtral" not in model.name]
+    for row in python(BATCHES, model, sparsity, json.dumps(cases), TSFFN_CUDA_PREFILL="64")["rows"]:
         part, rows_that_stream = row["case"][1:]
         assert row["nmse"] <= MAX_NMSE and row["same"] and row["complaint"] is None, row
         assert row["bytes"][0] == row["bytes"][1] and row["tokens"] == 64
@@ -104,7 +105,7 @@ CHOICE = (
 calls = {}
 for name, value in (("off", "0"), ("all", "64"), ("auto", "")):
     os.environ["TSFFN_CUDA_PREFILL"] = value
-    whole = load(path, vram_budget=1 << 29).gpu_share
+    whole = prefill(1, vram_budget=1 << 29)[2]
     found = prefill(20, vram_budget=whole.n_bytes // 2)
     calls[name] = [found[2].prefill_tokens, found[1][0]["gpu_calls"]]
 os.environ["TSFFN_CUDA_PREFILL"] = "64"
@@ -187,10 +188,12 @@ def test_wrong_results_are_not_used(model):
 
 
 DISK = (
-    COMMON
+    FROM_DISK
+    + COMMON
     + """
 reference = on_cpu(40)[0]
-logits, stats, share, complaint, _ = prefill(40, ram_budget=int(sizes[0]), vram_budget=3 << 20)
+read_from_disk(path)
+logits, stats, share, complaint, _ = prefill(40, vram_budget=2 << 20)
 print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": complaint,
                   "streamed": sum(layer["bytes_streamed"] for layer in stats), "tokens": share.prefill_tokens,
                   "disk": sum(layer["bytes_disk"] for layer in stats), "calls": stats[0]["gpu_calls"]}))
@@ -201,7 +204,6 @@ print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": comp
 @pytest.mark.sanitized
 def test_a_model_larger_than_memory(model):
     """Neurons that are read from disk are the CPU's."""
-    least = (24 if "mixtral" in model.name else 12) << 20
-    found = python(DISK, model, "predictor", least, TSFFN_CUDA_PREFILL="32", TSFFN_CUDA_STREAM="1")
+    found = python(DISK, model, "predictor", TSFFN_CUDA_PREFILL="32", TSFFN_CUDA_STREAM="1")
     assert found["nmse"] <= MAX_NMSE and found["complaint"] is None
-    assert found["streamed"] == 0 and found["tokens"] == 32 and found["calls"] > 0
+    assert found["disk"] > 0 == found["streamed"] and found["tokens"] == 32 and found["calls"] > 0

@@ -39,6 +39,20 @@ def logits_of(path, n_batch=1, **options):
 """
 
 
+# Models are loaded with no more memory for neurons than a cache of them needs, whatever fits.
+FROM_DISK = """
+from pathlib import Path
+import tsconv.runtime.model
+from support.streamed import fewest_bytes
+from tsconv.runtime.streaming import Budget
+
+
+def read_from_disk(path):
+    n_bytes = fewest_bytes(Path(path))
+    tsconv.runtime.model.choose_budget = lambda *_, **__: Budget(n_bytes, True, 0, 0, 0, 1 << 40)
+"""
+
+
 def python(program: str, *arguments: object, **env: str) -> Any:
     """The JSON that a program prints, and its stderr. It begins with PRELUDE."""
     done = subprocess.run(

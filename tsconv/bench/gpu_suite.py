@@ -132,7 +132,7 @@ def _streaming(wanted: bool) -> Iterator[None]:
             os.environ[STREAM] = before
 
 
-def check_model(path: Path, n_threads: int, n_twice: int, n_prompt: int) -> Iterator[dict[str, Any]]:
+def check_model(path: Path, n_threads: int, n_twice: int, n_prompt: int, room: int | None) -> Iterator[dict[str, Any]]:
     """Logits with shares of the neurons on the GPU beside the CPU's; tokens twice with half of them. With a tenth the
     others are copied there for the prompt.
 
@@ -146,7 +146,7 @@ def check_model(path: Path, n_threads: int, n_twice: int, n_prompt: int) -> Iter
         prompt = cpu.token_logits(tokens, n_batch=n_prompt)
         for part in PARTS:
             hot = np.full((n_layer, n_ffn), n_ff * part // 100, np.int32)
-            with _streaming(part == STREAMED_PART), closing(open_model(gpu_hot=hot)) as model:
+            with _streaming(part == STREAMED_PART), closing(open_model(gpu_hot=hot, vram_budget=room)) as model:
                 if model.gpu_share is None:
                     raise TsconvError("the GPU takes nothing", found=model.gpu_complaint)
                 found = check(cpu, model, tokens[:CHECKED])
@@ -304,7 +304,7 @@ def main(
             click.echo(f"{found['check']}: {found['result']}")
         prompt = max([CHECKED, *(test.n for test in workloads if test.kind == "pp")])
         for path in _checked(models, say):
-            for found in check_model(path, threads, n_twice, prompt):
+            for found in check_model(path, threads, n_twice, prompt, vram):
                 results["checks"].append(found)
                 click.echo(_check_line(found, n_twice))
         for path, room, text in _measured(models, vram, say, deadline, results["left_out"]):
