@@ -53,6 +53,8 @@ STREAM = "TSFFN_CUDA_STREAM"
 CHECKED, PROMPT, TWICE = 16, 512, 1000  # tokens
 CHECKED_LAYERS = 4
 GB = 10**9
+# Of a prompt's logits. With weights of 4 bits, the worst, 1e-5 was seen (docs/notes/2026-11-29-prompts-on-a-gpu.md).
+MAX_PROMPT_NMSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,10 @@ def check_model(path: Path, n_threads: int, n_twice: int, n_prompt: int, room: i
                     texts = [_continued(model, tokens[:CHECKED], n_twice) for _ in range(2)]
                     found["same_text"] = texts[0] == texts[1] and len(texts[0]) == n_twice
                 complaint = model.gpu_complaint
-            is_right = max(found["nmse"], found["nmse_prompt"]) <= MAX_NMSE and found["same_twice"]
-            if complaint is not None or not is_right or not found.get("same_text", True):
-                raise TsconvError(
-                    "the GPU computes something else", expected=f"NMSE {MAX_NMSE}", found=complaint or found
-                )
+            is_near = found["nmse"] <= MAX_NMSE and found["nmse_prompt"] <= MAX_PROMPT_NMSE
+            if complaint is not None or not (is_near and found["same_twice"] and found.get("same_text", True)):
+                expected = f"NMSE {MAX_NMSE}, of a prompt {MAX_PROMPT_NMSE}, the same twice"
+                raise TsconvError("the GPU computes something else", expected=expected, found=complaint or found)
             yield {"model": path.name, "part": part} | found
 
 
