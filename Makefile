@@ -150,12 +150,12 @@ bench-stream: setup
 	mkdir -p build
 	$(BIN)/python -m tsconv.bench.stream --save build/bench-stream.json $(BENCH)
 
-# Hot neurons on a GPU: correctness, then decoding at several shares, beside the CPU alone. Skipped without a GPU.
+# What a GPU computes: whether it is right, then how fast it is, beside the CPU alone and llama.cpp on the same GPU. After
+# eight minutes nothing new begins, and what is left out is named. Skipped without a GPU.
 bench-gpu: setup
-	mkdir -p build
-	$(BIN)/python -m tsconv.bench.hybrid --outtype f16 --layers 16 --save build/bench-gpu-f16.json $(BENCH)
-	$(BIN)/python -m tsconv.bench.hybrid --outtype q4_0 --save build/bench-gpu-q4_0.json $(BENCH)
-	$(BIN)/python -m tsconv.bench.hybrid --shape turbosparse-mixtral-47b --layers 8 --save build/bench-gpu-moe.json $(BENCH)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S native -B build/tests -G Ninja -DTSFFN_TESTS=ON >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/tests --target test_cuda
+	$(BIN)/python -m tsconv.bench.gpu_suite --kernels build/tests/tests/cuda/test_cuda --save build/bench-gpu.json $(BENCH)
 
 # What conversion, profiling and perplexity cost.
 bench-tools: setup

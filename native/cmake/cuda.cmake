@@ -6,9 +6,9 @@ option(TSFFN_CUDA_STRICT "a register that a kernel spills to memory is an error"
 # What the module is made of beside the kernels: C, without CUDA's headers.
 set(cuda_dir "${PROJECT_SOURCE_DIR}/src/cuda")
 set(TSFFN_CUDA_C "${PROJECT_SOURCE_DIR}/src/error.c" "${cuda_dir}/module.c" "${cuda_dir}/layers.c" "${cuda_dir}/queue.c"
-    "${cuda_dir}/call.c" "${cuda_dir}/repack.c")
+    "${cuda_dir}/call.c" "${cuda_dir}/prefill.c" "${cuda_dir}/stream.c" "${cuda_dir}/repack.c")
 set(TSFFN_CUDA_KERNELS "${cuda_dir}/runtime.cu" "${cuda_dir}/predictor.cu" "${cuda_dir}/neurons.cu"
-    "${cuda_dir}/down.cu")
+    "${cuda_dir}/down.cu" "${cuda_dir}/prefill.cu")
 
 if(TSFFN_CUDA STREQUAL "OFF" OR (TSFFN_CUDA STREQUAL "AUTO" AND NOT SKBUILD))
     message(STATUS "CUDA module: not built (TSFFN_CUDA=${TSFFN_CUDA})")

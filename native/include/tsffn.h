@@ -93,13 +93,14 @@ TSFFN_API const char * tsffn_reads(void);
 // the others. The module that drives it is libtsffn-cuda.so beside this library, or the file that TSFFN_CUDA_MODULE
 // names; "off" means none.
 struct tsffn_gpu_share {
-    char name[128];       // of the GPU
-    int32_t capability;   // 10 * major + minor
-    int32_t predictors;   // layers whose predictor it has,
-    int32_t n_predictors; // of so many
-    uint64_t neurons;     // that it has,
-    uint64_t n_neurons;   // of so many
-    uint64_t bytes;       // of its memory: these, and what a call takes
+    char name[128];         // of the GPU
+    int32_t capability;     // 10 * major + minor
+    int32_t predictors;     // layers whose predictor it has,
+    int32_t n_predictors;   // of so many
+    uint64_t neurons;       // that it has,
+    uint64_t n_neurons;     // of so many
+    uint64_t bytes;         // of its memory: these, and what a call takes
+    int32_t prefill_tokens; // of a prompt, that it takes part in at once; 0: the CPU computes prompts alone
 };
 struct tsffn_gpu {
     char name[128];
@@ -153,12 +154,14 @@ struct tsffn_layer_stats {
     uint64_t bytes_disk; // that these read
     uint64_t ns_disk;    // in which a thread waited for them
     // Of a model that a GPU shares (tsffn_model_gpu).
-    uint64_t gpu_calls;   // of `calls`, those that it took part in
-    uint64_t gpu_neurons; // of `neurons`, those that it computed,
-    uint64_t gpu_active;  // and of `active`
-    uint64_t gpu_bytes;   // of bytes_predictor and bytes_ffn, what it read of its memory
-    uint64_t ns_gpu;      // in which it computed
-    uint64_t ns_gpu_wait; // in which the CPU did not: it waited, or told the GPU what to do
+    uint64_t gpu_calls;        // of `calls`, those that it took part in
+    uint64_t gpu_neurons;      // of `neurons`, those that it computed,
+    uint64_t gpu_active;       // and of `active`
+    uint64_t gpu_bytes;        // of bytes_predictor and bytes_ffn, what it read of its memory
+    uint64_t gpu_streamed;     // bytes of neurons that were copied there for a call
+    uint64_t ns_gpu;           // in which it computed,
+    uint64_t ns_gpu_predictor; // and of that the predictor
+    uint64_t ns_gpu_wait;      // in which the CPU did not: it waited, or told the GPU what to do
 };
 TSFFN_API bool tsffn_model_stats(const struct tsffn_model * model, int32_t layer, struct tsffn_layer_stats * stats);
 TSFFN_API void tsffn_model_reset_stats(struct tsffn_model * model);

@@ -1,4 +1,4 @@
-"""`make bench-gpu`: with the GPU's kernels compiled for the host, and without a GPU."""
+"""Shares of the neurons on a GPU: with its kernels compiled for the host, and without one."""
 
 from __future__ import annotations
 

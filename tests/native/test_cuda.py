@@ -37,9 +37,9 @@ def test_kernels_on_the_host(folder):
     assert (done.returncode, done.stdout) == (0, "host: ok\n"), done.stderr
 
 
-@pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers_are_silent(folder, kind):
-    done = run(folder, kind, "tiny")
+@pytest.mark.parametrize(("kind", "part"), [("address", "tiny"), ("address", "prefill"), ("thread", "tiny")])
+def test_sanitizers_are_silent(folder, kind, part):
+    done = run(folder, kind, part)
     assert (done.returncode, done.stdout, done.stderr) == (0, "host: ok\n", "")
 
 
@@ -49,7 +49,7 @@ def test_another_version_is_refused(folder, tmp_path):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", module, source], check=True)
     done = subprocess.run([folder / "test_cuda", module], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"CUDA module: {module}: expected version 1, found 99: reinstall tsconv" in done.stderr
+    assert f"CUDA module: {module}: expected version 2, found 99: reinstall tsconv" in done.stderr
 
 
 # ---- the checkers are checked
@@ -81,6 +81,12 @@ def test_an_overrun_is_found(folder, memory):
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
+def test_a_missing_wait_between_streams_is_found(folder):
+    """Neurons that are computed before they are copied, or overwritten before they are computed."""
+    done = run(folder, "address", "tiny", TSFFN_PLANT_WAIT="1")
+    assert done.returncode != 0 and "y_error <= prefill_nmse(layer) * y_size" in done.stderr
+
+
 # ---- what nvcc makes of it
 
 
@@ -108,7 +114,7 @@ def test_library(library):
     function = ctypes.CDLL(str(library)).tsffn_cuda_module
     function.restype = ctypes.POINTER(Table)
     table = function().contents
-    assert (table.version, table.name) == (1, b"cuda")
+    assert (table.version, table.name) == (2, b"cuda")
     error = ctypes.create_string_buffer(256)
     n_devices = table.n_devices(error, len(error))
     assert n_devices >= 0 or error.value.startswith(b"CUDA: "), error.value
@@ -140,6 +146,9 @@ def test_machine_code_reads_16_bytes_at_a_time(library, target):
     code = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout
     found = kernels(code, r"^\s*Function : (\w+)$")
     assert not [k for k, v in found.items() if re.search(r"\b(LDL|STL)\b", v)]
+    on_tensor_cores = {k: v for k, v in found.items() if "7gate_upI" in k or "8add_downI" in k}
+    assert len(on_tensor_cores) == 2 * FORMATS
+    assert all(re.search(r"\bHMMA\.1(688|6816)\.F32\b", v) for v in on_tensor_cores.values())
     rows = {k: v for k, v in found.items() if any(f"{len(name)}{name}I" in k for name in ROW_KERNELS)}
     assert len(rows) == 2 * FORMATS * len(ROW_KERNELS)
     assert sum(re.search(r"\bLDG\.E\.128\b", v) is None for v in rows.values()) == 1

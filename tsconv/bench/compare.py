@@ -122,7 +122,7 @@ class Row:
     dense_vram_bytes: int = 0
 
 
-class _Worker:
+class Worker:
     """A process of tsconv.bench.worker."""
 
     def __init__(self, engine: str, path: Path, n_threads: int, offload: Offload) -> None:
@@ -136,6 +136,7 @@ class _Worker:
         self.load_seconds: float = loaded["load_seconds"]
         self.ffn_gpu: str = loaded["ffn_gpu"]  # what a GPU has of the FFNs, in words, and in bytes
         self.ffn_bytes: int = loaded["ffn_bytes"]
+        self.vram_bytes: int = loaded["vram_bytes"]  # with what llama.cpp has there
 
     def run(self, workload: Workload, n_threads: int) -> Answer:
         assert self._process.stdin is not None
@@ -158,16 +159,17 @@ class _Worker:
 
 
 @contextmanager
-def _workers(
+def workers(
     engines: Sequence[str], path: Path, n_threads: int, offloads: Mapping[str, Offload]
-) -> Iterator[dict[str, _Worker]]:
-    workers: dict[str, _Worker] = {}
+) -> Iterator[dict[str, Worker]]:
+    """Processes of these engines, which hold the model until the end."""
+    running: dict[str, Worker] = {}
     try:
         for engine in engines:
-            workers[engine] = _Worker(engine, path, n_threads, offloads.get(engine, NOTHING))
-        yield workers
+            running[engine] = Worker(engine, path, n_threads, offloads.get(engine, NOTHING))
+        yield running
     finally:
-        for worker in workers.values():
+        for worker in running.values():
             worker.close()
 
 
@@ -209,10 +211,10 @@ def compare(
     engines = (*dict.fromkeys(ENGINES[baseline] for baseline in baselines), *baselines)
     cases = [(n, workload) for n in counts for workload in workloads]
     bandwidth = {n: [measure_memory(backend, n)[0]] for n in counts}
-    with _workers(engines, path, max(counts), offloads) as workers:
-        turns = _turns(workers, cases, repetitions, deadline, progress)
-        loads = {engine: worker.load_seconds for engine, worker in workers.items()}
-        ffns = {engine: (worker.ffn_gpu, worker.ffn_bytes) for engine, worker in workers.items()}
+    with workers(engines, path, max(counts), offloads) as running:
+        turns = take_turns(running, cases, repetitions, deadline, progress)
+        loads = {engine: worker.load_seconds for engine, worker in running.items()}
+        ffns = {engine: (worker.ffn_gpu, worker.ffn_bytes) for engine, worker in running.items()}
     for n in counts:
         bandwidth[n].append(measure_memory(backend, n)[0])
     common = {
@@ -264,8 +266,8 @@ def _beside_the_faster(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _turns(
-    workers: Mapping[str, _Worker],
+def take_turns(
+    running: Mapping[str, Worker],
     cases: Sequence[Case],
     repetitions: int,
     deadline: float,
@@ -274,7 +276,7 @@ def _turns(
     """What each engine answered in each turn; `deadline` as time.monotonic() has it. The first turn always runs."""
 
     def run(n: int, workload: Workload) -> dict[str, Answer]:
-        answers = {engine: worker.run(workload, n) for engine, worker in workers.items()}
+        answers = {engine: worker.run(workload, n) for engine, worker in running.items()}
         speeds = ", ".join(f"{engine} {workload.n_tokens / a['seconds']:.1f}" for engine, a in answers.items())
         progress(f"{workload.name}, {n} threads: {speeds} tokens/s")
         return answers
@@ -323,16 +325,16 @@ def _row(
     common: Mapping[str, Any],
 ) -> Row:
     ratios = [dense["seconds"] / answer["seconds"] for answer, dense in zip(ours, theirs, strict=True)]
-    middle = _middle(ours)
-    seconds = statistics.fmean(answer["seconds"] for answer in middle) / workload.n_steps
-    layers = [layer for answer in middle for layer in answer["layers"]]
-    steps = len(middle) * workload.n_steps
+    median = middle(ours)
+    seconds = statistics.fmean(answer["seconds"] for answer in median) / workload.n_steps
+    layers = [layer for answer in median for layer in answer["layers"]]
+    steps = len(median) * workload.n_steps
     read = weights.other + sum(layer["bytes_read"] for layer in layers) / steps
     # Which experts the tokens of a step share is known only from the counters.
     one_token = workload.n_tokens == workload.n_steps
     dense_read = weights.dense if one_token else weights.other + sum(la["bytes_dense"] for la in layers) / steps
     predictor, ffn = (sum(layer[f"seconds_{part}"] for layer in layers) / steps for part in ("predictor", "ffn"))
-    attention = _attention(layers, len(layers) // len(middle), steps)
+    attention = attention_seconds(layers, len(layers) // len(median), steps)
     n_ff = sum(layer["n_ff"] for layer in layers)
     ratio = statistics.median(ratios)
     roofline = None if workload.kind == "pp" else dense_read / read
@@ -363,13 +365,13 @@ def _row(
     )
 
 
-def _middle(answers: Sequence[Answer]) -> list[Answer]:
+def middle(answers: Sequence[Answer]) -> list[Answer]:
     """The one or two whose (mean) time is the median of all: the parts of a step are those of the same runs."""
     ordered = sorted(answers, key=lambda answer: answer["seconds"])
     return ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
 
 
-def _attention(layers: Sequence[Mapping[str, float]], n_layer: int, steps: int) -> float | None:
+def attention_seconds(layers: Sequence[Mapping[str, float]], n_layer: int, steps: int) -> float | None:
     """Seconds of a step, all layers; layer 0, which is not measured, as long as the mean of the others."""
     if n_layer == 1:
         return None

@@ -18,7 +18,8 @@ from tsconv.native.devices import Gpu, gpus, gpus_elsewhere
 from tsconv.runtime.offload import Offload, Wanted, choose, layer_bytes, layers_that_fit, room_on
 from tsconv.runtime.programs import FFN_WEIGHTS
 
-WHOLE_LAYERS, CPU_FFN = "llama.cpp-ngl", "llama.cpp-n-cpu-ffn"  # engines
+WHOLE_LAYERS, CPU_FFN = "llama.cpp-ngl", "llama.cpp-n-cpu-ffn"  # engines,
+SHARED = "tsconv-gpu"  # and ours that puts as much on a GPU as `room` allows
 
 
 def gpus_for(wanted: Wanted) -> list[Gpu]:

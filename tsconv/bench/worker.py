@@ -28,10 +28,10 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as library
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
-from tsconv.bench.gpu import CPU_FFN, WHOLE_LAYERS, from_argument
+from tsconv.bench.gpu import CPU_FFN, SHARED, WHOLE_LAYERS, from_argument
 from tsconv.bench.workload import MAX_TOKENS, Workload, parse_workload
 from tsconv.format.kv_cache import padded
-from tsconv.runtime.offload import NOTHING, Offload, Offloading
+from tsconv.runtime.offload import AUTO, NOTHING, Offload, Offloading
 
 N_UBATCH = 512
 
@@ -82,7 +82,13 @@ def load_stock(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_c
     )
 
 
-def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity: str | None = None) -> llama_cpp.Llama:
+def load_sparse(
+    path: str,
+    n_threads: int,
+    offload: Offload = NOTHING,
+    sparsity: str | None = None,
+    n_gpu_layers: int | str | None = None,
+) -> llama_cpp.Llama:
     """The file in llama.cpp with our backend."""
     from tsconv.runtime.model import load
 
@@ -92,11 +98,16 @@ def load_sparse(path: str, n_threads: int, offload: Offload = NOTHING, sparsity:
         n_ctx=MAX_TOKENS,
         n_batch=N_UBATCH,
         n_threads=n_threads,
-        n_gpu_layers=offload.n_gpu_layers,
+        n_gpu_layers=offload.n_gpu_layers if n_gpu_layers is None else n_gpu_layers,
         device=offload.device,
         vram_budget=offload.room,
         ram_budget=os.environ.get("TSCONV_RAM_BUDGET", "auto"),
     )
+
+
+def load_shared(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_cpp.Llama:
+    """The same, which itself decides what goes to a GPU."""
+    return load_sparse(path, n_threads, offload, n_gpu_layers=AUTO)
 
 
 def load_dense(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_cpp.Llama:
@@ -106,6 +117,7 @@ def load_dense(path: str, n_threads: int, offload: Offload = NOTHING) -> llama_c
 
 ENGINES = {
     "tsconv": load_sparse,
+    SHARED: load_shared,
     "dense-drelu": load_dense,
     "llama.cpp": load_stock,
     "tsconv-norepack": no_extra_bufts()(load_sparse),
@@ -217,8 +229,10 @@ def main(engine: str, path: str, n_threads: int, offload: str | None = None) -> 
     seconds = time.perf_counter() - started
     from_disk = read_from_disk()
     found = getattr(model, "gpu_share", None)
-    ffns = {"ffn_gpu": "" if found is None else str(found), "ffn_bytes": 0 if found is None else found.n_bytes}
-    print(json.dumps({"load_seconds": seconds, "load_disk_bytes": from_disk} | ffns), file=answers, flush=True)
+    ffn_gpu, ffn_bytes = ("", 0) if found is None else (str(found), found.n_bytes)
+    loaded = {"load_seconds": seconds, "load_disk_bytes": from_disk, "ffn_gpu": ffn_gpu, "ffn_bytes": ffn_bytes}
+    loaded["vram_bytes"] = ffn_bytes + getattr(model, "offload", NOTHING).n_bytes
+    print(json.dumps(loaded), file=answers, flush=True)
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         command = json.loads(line)

@@ -57,7 +57,9 @@ class LayerStats(ctypes.Structure):
             "gpu_neurons",
             "gpu_active",
             "gpu_bytes",
+            "gpu_streamed",
             "ns_gpu",
+            "ns_gpu_predictor",
             "ns_gpu_wait",
         )
     )
@@ -106,6 +108,7 @@ class GpuShare(ctypes.Structure):
         ("neurons", ctypes.c_uint64),
         ("n_neurons", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
+        ("prefill_tokens", ctypes.c_int32),
     )
 
 

@@ -34,6 +34,7 @@ class Share:
         predictors, n_predictors: layers whose predictor it has, of those with one.
         neurons, n_neurons: that it has, of all.
         n_bytes: of its memory.
+        prefill_tokens: of a prompt, that it takes part in at once; 0: the CPU computes prompts alone.
     """
 
     gpu: str
@@ -43,6 +44,7 @@ class Share:
     neurons: int
     n_neurons: int
     n_bytes: int
+    prefill_tokens: int
 
     def __str__(self) -> str:
         """One line for the user."""
@@ -122,4 +124,5 @@ def share(
         neurons=found.neurons,
         n_neurons=found.n_neurons,
         n_bytes=found.bytes,
+        prefill_tokens=found.prefill_tokens,
     )

@@ -530,8 +530,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         neurons_in_vain, read ahead and not needed; disk_reads, bytes_disk, seconds_disk (in which a thread waited for
         them).
         Where a GPU has a share (gpu_share): gpu_calls, those it took part in; gpu_neurons and gpu_active, which it
-        computed, per token; bytes_gpu, of bytes_read, from its memory; seconds_gpu, in which it computed, and
-        seconds_gpu_wait, in which the CPU did not.
+        computed, per token; bytes_gpu, of bytes_read, from its memory; bytes_streamed, of neurons that were copied
+        there for a prompt; seconds_gpu, in which it computed, of these seconds_gpu_predictor, and seconds_gpu_wait, in
+        which the CPU did not.
         """
         layers = []
         for layer in range(self._native.n_layer):
@@ -564,7 +565,9 @@ class SparseLlama(Offloading, llama_cpp.Llama):
                     "gpu_neurons": s.gpu_neurons / rows,
                     "gpu_active": s.gpu_active / rows,
                     "bytes_gpu": s.gpu_bytes,
+                    "bytes_streamed": s.gpu_streamed,
                     "seconds_gpu": s.ns_gpu * 1e-9,
+                    "seconds_gpu_predictor": s.ns_gpu_predictor * 1e-9,
                     "seconds_gpu_wait": s.ns_gpu_wait * 1e-9,
                     "single_ops": s.single_ops,
                 }

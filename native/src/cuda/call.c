@@ -1,4 +1,5 @@
 // Calls: what is enqueued on a stream for one, and what is done with its results.
+#include "prefill.h"
 #include "queue.h"
 
 #include <inttypes.h>
@@ -8,21 +9,29 @@
 
 // The call failed: nothing of it is computed any more when this returns, and the queue takes another one. Returns
 // false.
-static bool abandon(struct tsffn_cuda_queue * queue, char * error, size_t error_size) {
+bool tsffn_cuda_abandon(struct tsffn_cuda_queue * queue, char * error, size_t error_size) {
     tsffn_cuda_failed(queue->cuda, &queue->gpu, error, error_size);
     tsffn_gpu_drain(&queue->gpu, queue->stream);
+    if (queue->copies != NULL) {
+        tsffn_gpu_drain(&queue->gpu, queue->copies);
+    }
     queue->state = IDLE;
     return false;
 }
 
 static bool fits(const struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
-                 const struct tsffn_call * call, bool given, char * error, size_t error_size) {
+                 const struct tsffn_call * call, bool given, bool resident, char * error, size_t error_size) {
     const struct tsffn_cuda_sizes * s = &queue->sizes;
     if (queue->state != IDLE) {
         return tsffn_fail(error, error_size, "CUDA: a call is begun while the queue computes another");
     }
     if (call->op != TSFFN_OP_FUSED || call->dense || call->keep > 0 || call->profile != NULL) {
         return tsffn_fail(error, error_size, "CUDA: expected a fused, sparse call");
+    }
+    for (int64_t r = 0; s->prefill && r < call->n_rows; ++r) {
+        if (resident || call->rows[r].h != NULL) {
+            return tsffn_fail(error, error_size, "CUDA: prefill: expected x in host memory, and nobody who wants h");
+        }
     }
     if (call->n_rows > s->n_rows || call->n_tokens > s->n_tokens || layer->n_embd > s->n_embd ||
         layer->n_ff > s->n_ff || layer->max_rank > tsffn_cuda_pad(s->max_rank, TSFFN_CUDA_BLOCK)) {
@@ -37,22 +46,21 @@ static bool fits(const struct tsffn_cuda_queue * queue, const struct tsffn_cuda_
     return true;
 }
 
-// Rows that share an FFN, up to segment_rows of them.
-static void make_segments(struct tsffn_cuda_queue * queue) {
-    struct tsffn_cuda_args * a = &queue->args;
-    const struct tsffn_call * call = queue->call;
-    queue->most_rows = 1;
-    for (int32_t r = 0; r < call->n_rows; ++r) {
+int tsffn_cuda_make_segments(struct tsffn_cuda_args * a, const struct tsffn_row * rows, int64_t n_rows,
+                             int segment_rows) {
+    int most_rows = 1;
+    a->n_segments = 0;
+    for (int32_t r = 0; r < n_rows; ++r) {
         struct tsffn_cuda_segment * last = a->n_segments > 0 ? &a->segments[a->n_segments - 1] : NULL;
-        a->tokens[r] = call->rows[r].token;
-        if (last != NULL && last->ffn == call->rows[r].ffn && last->n_rows < queue->layer->segment_rows) {
+        a->tokens[r] = rows[r].token;
+        if (last != NULL && last->ffn == rows[r].ffn && last->n_rows < segment_rows) {
             last->n_rows += 1;
-            queue->most_rows = last->n_rows > queue->most_rows ? last->n_rows : queue->most_rows;
+            most_rows = last->n_rows > most_rows ? last->n_rows : most_rows;
         } else {
-            a->segments[a->n_segments++] =
-                (struct tsffn_cuda_segment){.ffn = call->rows[r].ffn, .first_row = r, .n_rows = 1};
+            a->segments[a->n_segments++] = (struct tsffn_cuda_segment){.ffn = rows[r].ffn, .first_row = r, .n_rows = 1};
         }
     }
+    return most_rows;
 }
 
 // Whether the tokens' x follow each other.
@@ -95,7 +103,14 @@ static void make_args(struct tsffn_cuda_queue * queue) {
         .y = is_in_place(queue, layer->n_embd) ? queue->y[0] : b->y,
         .counts = b->counts,
     };
-    make_segments(queue);
+    if (queue->sizes.prefill) { // segments are made for some rows at a time
+        queue->args.partial = b->y;
+        queue->args.n_shares = 1;
+        tsffn_cuda_make_prefill(queue);
+    } else {
+        queue->most_rows =
+            tsffn_cuda_make_segments(&queue->args, queue->call->rows, queue->call->n_rows, layer->segment_rows);
+    }
 }
 
 static size_t mask_bytes(const struct tsffn_cuda_queue * queue) {
@@ -143,8 +158,7 @@ static bool enqueue_inputs(struct tsffn_cuda_queue * queue, const uint32_t * mas
     return tsffn_gpu_copy(gpu, queue->stream, queue->device.masks, queue->host.masks, mask_bytes(queue));
 }
 
-// Copies the masks, if the device has made any; masks_done comes after them, and after x.
-static bool copy_masks(struct tsffn_cuda_queue * queue) {
+bool tsffn_cuda_copy_masks(struct tsffn_cuda_queue * queue) {
     queue->masks_on_host = true;
     if (queue->masks != MASKS_PREDICTED) {
         return tsffn_gpu_record(&queue->gpu, queue->masks_done, queue->stream);
@@ -153,20 +167,29 @@ static bool copy_masks(struct tsffn_cuda_queue * queue) {
            tsffn_gpu_record(&queue->gpu, queue->masks_done, queue->stream);
 }
 
-static bool enqueue_predictor(struct tsffn_cuda_queue * queue) {
+bool tsffn_cuda_enqueue_predictor(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_args * args, int most_rows) {
     struct tsffn_gpu * gpu = &queue->gpu;
     const struct tsffn_cuda_formats * formats = &queue->layer->formats;
-    const int n = queue->most_rows;
-    return tsffn_gpu_launched(gpu, "hidden", tsffn_cuda_launch_hidden(formats->fc1, n, &queue->args, queue->stream)) &&
-           tsffn_gpu_launched(gpu, "mask", tsffn_cuda_launch_mask(formats->fc2, n, &queue->args, queue->stream)) &&
+    void * stream = queue->stream;
+    return tsffn_gpu_launched(gpu, "hidden", tsffn_cuda_launch_hidden(formats->fc1, most_rows, args, stream)) &&
+           tsffn_gpu_launched(gpu, "mask", tsffn_cuda_launch_mask(formats->fc2, most_rows, args, stream));
+}
+
+static bool enqueue_predictor(struct tsffn_cuda_queue * queue) {
+    return (queue->sizes.prefill ? tsffn_cuda_predict_prefill(queue)
+                                 : tsffn_cuda_enqueue_predictor(queue, &queue->args, queue->most_rows)) &&
+           tsffn_gpu_record(&queue->gpu, queue->predicted, queue->stream) &&
            // Nobody waits for the masks where all neurons are on the device.
-           (queue->layer->complete || copy_masks(queue));
+           (queue->layer->complete || tsffn_cuda_copy_masks(queue));
 }
 
 static bool enqueue_neurons(struct tsffn_cuda_queue * queue) {
     struct tsffn_gpu * gpu = &queue->gpu;
     const struct tsffn_cuda_formats * formats = &queue->layer->formats;
     const int n = queue->most_rows;
+    if (queue->sizes.prefill) {
+        return tsffn_cuda_enqueue_prefill(queue);
+    }
     return tsffn_gpu_launched(gpu, "neurons",
                               tsffn_cuda_launch_neurons(formats->neurons, n, &queue->args, queue->stream)) &&
            tsffn_gpu_launched(gpu, "down", tsffn_cuda_launch_down(formats->down, n, &queue->args, queue->stream));
@@ -175,7 +198,7 @@ static bool enqueue_neurons(struct tsffn_cuda_queue * queue) {
 bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_layer * layer,
                       const struct tsffn_call * call, const uint32_t * masks,
                       const struct tsffn_cuda_resident * resident, char * error, size_t error_size) {
-    if (!fits(queue, layer, call, masks != NULL, error, error_size)) {
+    if (!fits(queue, layer, call, masks != NULL, resident != NULL, error, error_size)) {
         return false;
     }
     queue->layer = layer;
@@ -188,8 +211,11 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
     queue->y_done = resident != NULL ? resident->done : NULL;
     for (int64_t r = 0; r < call->n_rows; ++r) {
         queue->wants_h = queue->wants_h || (resident == NULL && call->rows[r].h != NULL);
-        queue->y[r] = resident != NULL ? resident->y[r] : NULL;
+        if (resident != NULL) {
+            queue->y[r] = resident->y[r];
+        }
     }
+    queue->is_streamed = false;
     make_args(queue);
     queue->state = BEGUN;
     if (call->n_rows == 0) {
@@ -197,11 +223,12 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
     }
     struct tsffn_gpu * gpu = &queue->gpu;
     if (!tsffn_gpu_use(gpu) || (resident != NULL && !tsffn_gpu_wait(gpu, queue->stream, resident->ready)) ||
-        !enqueue_inputs(queue, masks) || (queue->masks != MASKS_PREDICTED && x_goes(queue) && !copy_masks(queue)) ||
+        !enqueue_inputs(queue, masks) ||
+        (queue->masks != MASKS_PREDICTED && x_goes(queue) && !tsffn_cuda_copy_masks(queue)) ||
         !tsffn_gpu_record(gpu, queue->begins, queue->stream) ||
         (queue->masks == MASKS_PREDICTED && !enqueue_predictor(queue)) || !enqueue_neurons(queue) ||
         !tsffn_gpu_record(gpu, queue->ends, queue->stream)) {
-        return abandon(queue, error, error_size);
+        return tsffn_cuda_abandon(queue, error, error_size);
     }
     return true;
 }
@@ -228,8 +255,9 @@ const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, const f
     // After the masks, or x without them.
     const bool copied = queue->masks == MASKS_PREDICTED || x_goes(queue);
     if (copied && queue->args.n_rows > 0 &&
-        ((!queue->masks_on_host && !copy_masks(queue)) || !tsffn_gpu_await(&queue->gpu, queue->masks_done))) {
-        abandon(queue, error, error_size);
+        ((!queue->masks_on_host && !tsffn_cuda_copy_masks(queue)) ||
+         !tsffn_gpu_await(&queue->gpu, queue->masks_done))) {
+        tsffn_cuda_abandon(queue, error, error_size);
         return NULL;
     }
     *x = queue->host.x;
@@ -258,17 +286,19 @@ static bool enqueue_results(struct tsffn_cuda_queue * queue, const float * other
             return false;
         }
     }
-    const size_t counts = (size_t)queue->args.n_segments * (size_t)tsffn_cuda_neuron_blocks(queue->args.n_ff) *
-                          TSFFN_CUDA_COUNTS * sizeof(uint32_t);
+    const size_t counts =
+        queue->sizes.prefill
+            ? tsffn_cuda_prefill_counts(queue)
+            : (size_t)queue->args.n_segments * (size_t)tsffn_cuda_neuron_blocks(queue->args.n_ff) * TSFFN_CUDA_COUNTS;
     const bool is_resident = queue->is_resident;
     const bool copies_masks = queue->wants_h && queue->masks == MASKS_PREDICTED && !queue->masks_on_host;
     return tsffn_gpu_launched(gpu, "combine", tsffn_cuda_launch_combine(&queue->args, queue->stream)) &&
            (is_resident || tsffn_gpu_copy(gpu, queue->stream, queue->host.y, queue->device.y, y_bytes)) &&
            (!is_resident || enqueue_y(queue)) &&
-           tsffn_gpu_copy(gpu, queue->stream, queue->host.counts, queue->device.counts, counts) &&
+           tsffn_gpu_copy(gpu, queue->stream, queue->host.counts, queue->device.counts, counts * sizeof(uint32_t)) &&
            (!queue->wants_h ||
             tsffn_gpu_copy(gpu, queue->stream, queue->host.h, queue->device.h, row_floats(queue, queue->args.n_ff))) &&
-           (!copies_masks || copy_masks(queue));
+           (!copies_masks || tsffn_cuda_copy_masks(queue));
 }
 
 bool tsffn_cuda_end(struct tsffn_cuda_queue * queue, const float * others, char * error, size_t error_size) {
@@ -277,7 +307,7 @@ bool tsffn_cuda_end(struct tsffn_cuda_queue * queue, const float * others, char 
     }
     if (queue->args.n_rows > 0 && (!tsffn_gpu_use(&queue->gpu) || !enqueue_results(queue, others) ||
                                    !tsffn_gpu_record(&queue->gpu, queue->done, queue->stream))) {
-        return abandon(queue, error, error_size);
+        return tsffn_cuda_abandon(queue, error, error_size);
     }
     queue->state = ENDED;
     return true;
@@ -290,7 +320,7 @@ int tsffn_cuda_poll(struct tsffn_cuda_queue * queue, char * error, size_t error_
     }
     bool done = true;
     if (queue->args.n_rows > 0 && !tsffn_gpu_query(&queue->gpu, queue->done, &done)) {
-        abandon(queue, error, error_size);
+        tsffn_cuda_abandon(queue, error, error_size);
         return -1;
     }
     return done;
@@ -306,22 +336,29 @@ static void write_h(const struct tsffn_cuda_queue * queue, int64_t row, float * 
     }
 }
 
-static void add_counts(const struct tsffn_cuda_queue * queue, struct tsffn_counts * counts) {
+void tsffn_cuda_count_rows(const struct tsffn_cuda_queue * queue, const struct tsffn_cuda_segment * segments,
+                           int32_t n_segments, struct tsffn_counts * counts) {
     const struct tsffn_cuda_layer * layer = queue->layer;
+    const size_t * bytes = layer->row_bytes;
+    for (int32_t s = 0; s < n_segments; ++s) {
+        const int32_t ffn = segments[s].ffn;
+        const struct tsffn_range * range = &layer->ranges[ffn];
+        const uint64_t neurons = (uint64_t)(queue->is_streamed ? layer->n_ff : range->end - range->first);
+        counts->neurons += neurons * (uint64_t)segments[s].n_rows;
+        counts->bytes_dense += neurons * (bytes[TSFFN_PART_GATE] + bytes[TSFFN_PART_UP] + bytes[TSFFN_PART_DOWN]);
+        counts->bytes_predictor += queue->masks == MASKS_PREDICTED ? layer->predictor_bytes[ffn] : 0;
+    }
+}
+
+static void add_counts(const struct tsffn_cuda_queue * queue, struct tsffn_counts * counts) {
     const struct tsffn_cuda_args * a = &queue->args;
     uint64_t sums[TSFFN_CUDA_COUNTS] = {0};
     const size_t n = (size_t)a->n_segments * (size_t)tsffn_cuda_neuron_blocks(a->n_ff);
     for (size_t i = 0; i < n * TSFFN_CUDA_COUNTS; ++i) {
         sums[i % TSFFN_CUDA_COUNTS] += queue->host.counts[i];
     }
-    const size_t * bytes = layer->row_bytes;
-    for (int32_t s = 0; s < a->n_segments; ++s) {
-        const int32_t ffn = a->segments[s].ffn;
-        const uint64_t neurons = (uint64_t)(layer->ranges[ffn].end - layer->ranges[ffn].first);
-        counts->neurons += neurons * (uint64_t)a->segments[s].n_rows;
-        counts->bytes_dense += neurons * (bytes[TSFFN_PART_GATE] + bytes[TSFFN_PART_UP] + bytes[TSFFN_PART_DOWN]);
-        counts->bytes_predictor += queue->masks == MASKS_PREDICTED ? layer->predictor_bytes[ffn] : 0;
-    }
+    const size_t * bytes = queue->layer->row_bytes;
+    tsffn_cuda_count_rows(queue, a->segments, a->n_segments, counts);
     counts->predicted += sums[TSFFN_CUDA_COUNT_PREDICTED];
     counts->gate_positive += sums[TSFFN_CUDA_COUNT_GATE_POSITIVE];
     counts->active += sums[TSFFN_CUDA_COUNT_ACTIVE];
@@ -333,11 +370,16 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
     if (queue->state != ENDED) {
         return tsffn_fail(error, error_size, "CUDA: a call is waited for that was not ended");
     }
-    uint64_t ns = 0;
-    if (queue->args.n_rows > 0 && (!tsffn_gpu_await(&queue->gpu, queue->done) ||
-                                   !tsffn_gpu_elapsed(&queue->gpu, queue->begins, queue->ends, &ns))) {
-        return abandon(queue, error, error_size);
+    struct tsffn_gpu * gpu = &queue->gpu;
+    const bool predicts = queue->masks == MASKS_PREDICTED;
+    void * begins = predicts ? queue->predicted : queue->begins;
+    uint64_t ns = 0, ns_predictor = 0;
+    if (queue->args.n_rows > 0 &&
+        (!tsffn_gpu_await(gpu, queue->done) || !tsffn_gpu_elapsed(gpu, begins, queue->ends, &ns) ||
+         (predicts && !tsffn_gpu_elapsed(gpu, queue->begins, queue->predicted, &ns_predictor)))) {
+        return tsffn_cuda_abandon(queue, error, error_size);
     }
+    counts->ns_predictor += ns_predictor;
     counts->ns_ffn += ns;
     const struct tsffn_row * rows = queue->call->rows;
     for (int64_t r = 0; !queue->is_resident && r < queue->args.n_rows; ++r) {
@@ -346,7 +388,11 @@ bool tsffn_cuda_await(struct tsffn_cuda_queue * queue, struct tsffn_counts * cou
             write_h(queue, r, rows[r].h);
         }
     }
-    add_counts(queue, counts);
+    if (queue->sizes.prefill) {
+        tsffn_cuda_count_prefill(queue, counts);
+    } else {
+        add_counts(queue, counts);
+    }
     queue->state = IDLE;
     return true;
 }
@@ -361,7 +407,7 @@ bool tsffn_cuda_fetch(struct tsffn_cuda_queue * queue, void * ready, const void 
     }
     if (!tsffn_gpu_use(gpu) || !tsffn_gpu_wait(gpu, queue->stream, ready) ||
         !tsffn_gpu_copy(gpu, queue->stream, queue->host.x, from, bytes) || !tsffn_gpu_drain(gpu, queue->stream)) {
-        return abandon(queue, error, error_size);
+        return tsffn_cuda_abandon(queue, error, error_size);
     }
     memcpy(to, queue->host.x, bytes);
     return true;

@@ -27,8 +27,9 @@ template <int FIRST, int LAST, class Function> auto with_instance(int format, in
 // Beyond what every kernel may have, a kernel must ask for its shared memory.
 enum { SHARED_WITHOUT_ASKING = 48 << 10 };
 
-inline cudaError_t launch(void (*kernel)(const tsffn_cuda_args), dim3 grid, unsigned threads, size_t shared,
-                          const tsffn_cuda_args * args, void * stream) {
+template <class Args>
+cudaError_t launch(void (*kernel)(const Args), dim3 grid, unsigned threads, size_t shared, const Args * args,
+                   void * stream) {
     if (shared > SHARED_WITHOUT_ASKING) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);

@@ -82,6 +82,13 @@ static size_t neuron_bytes(const struct tsffn_layer * layer, const struct tsffn_
            tsffn_cuda_row_bytes(formats->down, layer->n_embd);
 }
 
+size_t tsffn_cuda_neuron_bytes(const struct tsffn_layer * layer) {
+    struct tsffn_cuda_formats formats;
+    const bool known = row_format(layer->types[TSFFN_PART_GATE], &formats.neurons) &&
+                       row_format(layer->types[TSFFN_PART_DOWN], &formats.down);
+    return known ? neuron_bytes(layer, &formats) : 0;
+}
+
 // Takes the next bytes of the layer.
 static size_t take(size_t * used, size_t bytes) {
     const size_t at = *used;
@@ -186,6 +193,16 @@ static bool put_matrix(struct upload * u, const uint8_t * to, const struct tsffn
     return true;
 }
 
+void tsffn_cuda_repack_neuron(const struct tsffn_cuda_layer * made, const struct tsffn_neurons * neurons, int64_t i,
+                              uint8_t * to) {
+    const int formats[TSFFN_N_PARTS] = {made->formats.neurons, made->formats.neurons, made->formats.down};
+    const size_t offsets[TSFFN_N_PARTS] = {0, made->up_offset, made->down_offset};
+    for (int part = 0; part < TSFFN_N_PARTS; ++part) {
+        tsffn_cuda_repack_row(formats[part], made->n_embd, tsffn_neuron_row(neurons, (enum tsffn_part)part, i),
+                              to + offsets[part]);
+    }
+}
+
 // The neurons [i0, i1) of an FFN: they are brought in, if need be, for as long as they are read.
 static bool put_neurons(struct upload * u, const struct tsffn_cuda_layer * made, const struct tsffn_neurons * neurons,
                         const uint8_t * to, int64_t i0, int64_t i1) {
@@ -200,12 +217,7 @@ static bool put_neurons(struct upload * u, const struct tsffn_cuda_layer * made,
         uint8_t * place = stage(u, to + (size_t)(i - i0) * made->neuron_bytes, made->neuron_bytes);
         ok = place != NULL;
         if (ok) {
-            const int formats[TSFFN_N_PARTS] = {made->formats.neurons, made->formats.neurons, made->formats.down};
-            const size_t offsets[TSFFN_N_PARTS] = {0, made->up_offset, made->down_offset};
-            for (int part = 0; part < TSFFN_N_PARTS; ++part) {
-                tsffn_cuda_repack_row(formats[part], made->n_embd, tsffn_neuron_row(neurons, (enum tsffn_part)part, i),
-                                      place + offsets[part]);
-            }
+            tsffn_cuda_repack_neuron(made, neurons, i, place);
         }
     }
     tsffn_neurons_release(neurons, list, i1 - i0);

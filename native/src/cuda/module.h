@@ -64,6 +64,10 @@ struct tsffn_cuda_layer * tsffn_cuda_upload(struct tsffn_cuda * cuda, const stru
                                             const struct tsffn_range * ranges, bool predictor, char * error,
                                             size_t error_size);
 void tsffn_cuda_release(struct tsffn_cuda_layer * layer);
+size_t tsffn_cuda_neuron_bytes(const struct tsffn_layer * layer);
+// Neuron i's rows as the device has them, neuron_bytes.
+void tsffn_cuda_repack_neuron(const struct tsffn_cuda_layer * made, const struct tsffn_neurons * neurons, int64_t i,
+                              uint8_t * to);
 
 // queue.c
 size_t tsffn_cuda_queue_bytes(const struct tsffn_cuda_sizes * sizes);
@@ -77,6 +81,8 @@ bool tsffn_cuda_begin(struct tsffn_cuda_queue * queue, const struct tsffn_cuda_l
                       const struct tsffn_cuda_resident * resident, char * error, size_t error_size);
 const uint32_t * tsffn_cuda_await_masks(struct tsffn_cuda_queue * queue, const float ** x, char * error,
                                         size_t error_size);
+bool tsffn_cuda_stream(struct tsffn_cuda_queue * queue, const struct tsffn_layer * weights,
+                       const struct tsffn_cuda_workers * workers, size_t * bytes, char * error, size_t error_size);
 bool tsffn_cuda_fetch(struct tsffn_cuda_queue * queue, void * ready, const void * from, void * to, size_t bytes,
                       char * error, size_t error_size);
 bool tsffn_cuda_end(struct tsffn_cuda_queue * queue, const float * others, char * error, size_t error_size);

@@ -3,13 +3,21 @@
 #define TSFFN_CUDA_QUEUE_H
 
 #include "module.h"
+#include "prefill_kernels.h"
 
-enum { N_BUFFERS = 8 };
+enum { STREAM_SLOTS = 2 };
 
 // The memory of a call: on the device, and on the host where it is copied from or to.
 struct buffers {
     float *x, *hidden, *h, *partial, *cold, *y;
     uint32_t *masks, *counts;
+    // Of prefill, where `hidden` is that of TSFFN_CUDA_PLAN_ROWS rows, and `h` that of a chunk.
+    uint16_t *x_halves, *h_halves;
+    float *x_scale, *h_scale;
+    struct tsffn_cuda_segment *tiles, *groups;
+    int32_t *tokens, *listed, *n_listed;
+    uint8_t * streamed[STREAM_SLOTS];
+    int32_t * streamed_ids[STREAM_SLOTS];
 };
 
 enum state {
@@ -30,7 +38,7 @@ struct tsffn_cuda_queue {
     struct tsffn_gpu gpu; // of the thread that uses the queue
     struct tsffn_cuda_sizes sizes;
     void *stream, *masks_done, *done;
-    void *begins, *ends; // of what the device computes before `combine`, timed
+    void *begins, *predicted, *ends; // of what the device computes before `combine`, timed
     struct buffers device, host;
     // The call in hand.
     enum state state;
@@ -45,6 +53,20 @@ struct tsffn_cuda_queue {
     const struct tsffn_call * call;
     struct tsffn_cuda_args args;
     int most_rows; // of a segment
+    // Of prefill:
+    void *copies, *copied[STREAM_SLOTS], *computed[STREAM_SLOTS]; // a stream; events of what the slots hold
+    struct tsffn_cuda_prefill_args prefill;
+    bool is_streamed;
+    int64_t n_streamed; // neurons
 };
+
+// Neurons of a chunk of prefill, and of one that is streamed.
+int64_t tsffn_cuda_chunk_neurons(const struct tsffn_cuda_sizes * sizes);
+int64_t tsffn_cuda_slot_neurons(const struct tsffn_cuda_sizes * sizes);
+// Rows of args->tokens that share an FFN in segments of up to segment_rows; returns how many rows the largest has.
+int tsffn_cuda_make_segments(struct tsffn_cuda_args * args, const struct tsffn_row * rows, int64_t n_rows,
+                             int segment_rows);
+// Copies the masks, if the device has made any; masks_done comes after them, and after x.
+bool tsffn_cuda_copy_masks(struct tsffn_cuda_queue * queue);
 
 #endif

@@ -100,9 +100,11 @@ constexpr int WORD_WEIGHTS = FORMAT == TSFFN_CUDA_F32    ? 1
 // Words from `first` on, a multiple of WORDS.
 template <int FORMAT, int WORDS>
 static __device__ inline row_words<WORDS> load_words(const uint8_t * row, int n, int first) {
-    static_assert(WORDS == 4 || WORDS == 2, "one load");
+    static_assert(WORDS == 4 || WORDS == 2 || WORDS == 1, "one load");
     row_words<WORDS> part;
-    if constexpr (WORDS == 4) {
+    if constexpr (WORDS == 1) {
+        part.w[0] = load4(row + 4 * first);
+    } else if constexpr (WORDS == 4) {
         const uint4 v = load16(row + 4 * first);
         part.w[0] = v.x, part.w[1] = v.y, part.w[2] = v.z, part.w[3] = v.w;
     } else {

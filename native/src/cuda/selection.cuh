@@ -20,12 +20,14 @@ struct neuron_range {
 };
 
 // A word of a row's mask, within the range.
-static __device__ inline uint32_t mask_word(const tsffn_cuda_args & a, const neuron_range & range, int row, int word) {
+template <class Args>
+static __device__ inline uint32_t mask_word(const Args & a, const neuron_range & range, int row, int word) {
     return range.clip(word, a.masks != nullptr ? a.masks[(size_t)row * (size_t)a.n_words + (size_t)word] : ALL_LANES);
 }
 
 // The neurons that some row of the segment needs.
-static __device__ inline uint32_t needed_word(const tsffn_cuda_args & a, const neuron_range & range,
+template <class Args>
+static __device__ inline uint32_t needed_word(const Args & a, const neuron_range & range,
                                               const tsffn_cuda_segment & segment, int word) {
     uint32_t bits = 0;
     for (int t = 0; t < segment.n_rows; ++t) {
@@ -38,13 +40,14 @@ static __device__ inline uint32_t needed_word(const tsffn_cuda_args & a, const n
 //
 // Thread t counts the set bits of words [t per, (t + 1) per) of the range; the sums of the threads before it tell at
 // which place its first one is. How neurons are shared changes no sum: each gives its own h.
-class selection {
+// Args: of a kernel, with `masks` and `n_words`.
+template <class Args> class selection {
   public:
     int first, end;
 
     // All threads. `scratch` [WARPS].
-    __device__ selection(const tsffn_cuda_args & args, const neuron_range & neurons, const tsffn_cuda_segment & rows,
-                         int block, int n_blocks, int * scratch)
+    __device__ selection(const Args & args, const neuron_range & neurons, const tsffn_cuda_segment & rows, int block,
+                         int n_blocks, int * scratch)
         : a(args), range(neurons), segment(rows) {
         const int n_words = range.end_word() - range.first_word(), per = (n_words + THREADS - 1) / THREADS;
         begin_word = range.first_word() + min(thread() * per, n_words);
@@ -84,7 +87,7 @@ class selection {
     }
 
   private:
-    const tsffn_cuda_args & a;
+    const Args & a;
     const neuron_range & range;
     const tsffn_cuda_segment & segment;
     int begin_word, end_word; // this thread's

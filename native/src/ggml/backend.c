@@ -67,24 +67,13 @@ static void backend_synchronize(ggml_backend_t backend) {
     stream->is_lost = !tsffn_finish_graph(stream) || stream->is_lost;
 }
 
-static const struct ggml_backend_i resident_interface = {
-    .get_name = backend_get_name,
-    .free = backend_free,
-    .set_tensor_async = NULL,
-    .get_tensor_async = NULL,
-    .set_tensor_2d_async = NULL,
-    .get_tensor_2d_async = NULL,
-    .cpy_tensor_async = backend_cpy_tensor_async,
-    .synchronize = backend_synchronize,
-    .graph_plan_create = NULL,
-    .graph_plan_free = NULL,
-    .graph_plan_update = NULL,
-    .graph_plan_compute = NULL,
-    .graph_compute = backend_graph_compute,
-    .event_record = NULL,
-    .event_wait = NULL,
-    .graph_optimize = NULL,
-};
+// Such a backend's: all else is as without.
+static struct ggml_backend_i resident_interface(void) {
+    struct ggml_backend_i interface = backend_interface;
+    interface.cpy_tensor_async = backend_cpy_tensor_async;
+    interface.synchronize = backend_synchronize;
+    return interface;
+}
 
 static void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
     const int at_most = n_threads < GGML_MAX_N_THREADS ? n_threads : GGML_MAX_N_THREADS;
@@ -150,7 +139,7 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char * p
     }
     *backend = (struct ggml_backend){
         .guid = &guid,
-        .iface = stream->resident != NULL ? resident_interface : backend_interface,
+        .iface = stream->resident != NULL ? resident_interface() : backend_interface,
         .device = stream->resident != NULL ? tsffn_resident_device(stream->resident) : dev,
         .context = stream,
     };

@@ -4,6 +4,9 @@
 //   GPU   x comes, predictor, masks go | = its neurons       | the sum of both parts, y goes
 //   CPU   waits for the masks          | = all other neurons | waits for y
 //
+// A call of many rows, of a prompt, goes the same way, some tokens at a time; the GPU multiplies on tensor cores. With
+// enough rows the CPU's neurons are copied there instead, and computed there, too (prefill.c).
+//
 // Where the CPU has the predictor, it computes that first and the masks come with x. Sums are added in a fixed order:
 // for a plan and a number of threads y is always the same.
 //
@@ -40,15 +43,17 @@ int64_t tsffn_hybrid_neurons(const struct tsffn_hybrid * hybrid, int64_t layer, 
 // Bytes of a layer's share.
 size_t tsffn_hybrid_layer_bytes(const struct tsffn_hybrid * hybrid, int64_t layer);
 
-// Whether the GPU takes part in a call of a layer: in sparse ones of a few tokens.
+// Whether the GPU takes part in a call of a layer: in sparse ones.
 bool tsffn_hybrid_takes(const struct tsffn_hybrid * hybrid, int64_t layer, const struct tsffn_call * call);
 
 // What the GPU did in a call; its neurons and bytes are counted in tsffn_counts, too.
 struct tsffn_hybrid_counts {
     bool took_part; // else it failed, and the CPU computed all
     uint64_t neurons, active, bytes;
-    uint64_t ns_gpu;     // in which it computed
-    uint64_t ns_waiting; // of the caller: for it, and to tell it what to do
+    uint64_t bytes_streamed; // copied there for this call
+    uint64_t ns_gpu;         // in which it computed,
+    uint64_t ns_predictor;   // and of that the predictor
+    uint64_t ns_waiting;     // of the caller: for it, and to tell it what to do
 };
 
 // The CPU's part of the work.

@@ -58,7 +58,9 @@ void tsffn_model_count_gpu(struct tsffn_model * model, int64_t layer, const stru
     stats->gpu_neurons += counts->neurons;
     stats->gpu_active += counts->active;
     stats->gpu_bytes += counts->bytes;
+    stats->gpu_streamed += counts->bytes_streamed;
     stats->ns_gpu += counts->ns_gpu;
+    stats->ns_gpu_predictor += counts->ns_predictor;
     stats->ns_gpu_wait += counts->ns_waiting;
     pthread_mutex_unlock(&model->stats_mutex);
 }

@@ -1,6 +1,8 @@
 // What fibers and threads have in common: the shared memory of a block, and faults for the tests of the checkers.
 #pragma once
 
+#include "cpu/kernels/half.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -42,6 +44,47 @@ struct left_out_barrier {
         return line == in_line && n >= file.size() && strcmp(in_file + n - file.size(), file.c_str()) == 0;
     }
 };
+
+// A lane's part of the matrices of mma.m16n8k16: A [16][16], B [16][8], C and the result [16][8]. Lane l has, with g =
+// l / 4 and t = l % 4,
+//
+//   a   rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1 of the first, the first, the last, the last 8
+//   b   column g; rows 2 t and 2 t + 1 of the first, the last 8
+//   c   rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
+struct fragment {
+    uint32_t a[4], b[2]; // two halves each, the first one in the low bits
+    float c[4];
+};
+
+// c of all lanes = A B + C: products of halves are exact, and sums are floats.
+inline void multiply_fragments(fragment lanes[WARP_LANES]) {
+    float a[16][16], b[16][8], c[16][8];
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
+        const fragment & f = lanes[lane];
+        const unsigned g = lane / 4, t = lane % 4;
+        for (unsigned k = 0; k < 4; ++k) {
+            for (unsigned half = 0; half < 2; ++half) {
+                a[g + 8 * (k % 2)][2 * t + half + 8 * (k / 2)] = tsffn_f16_to_f32((uint16_t)(f.a[k] >> 16 * half));
+            }
+            c[g + 8 * (k / 2)][2 * t + k % 2] = f.c[k];
+        }
+        for (unsigned k = 0; k < 4; ++k) {
+            b[2 * t + k % 2 + 8 * (k / 2)][g] = tsffn_f16_to_f32((uint16_t)(f.b[k / 2] >> 16 * (k % 2)));
+        }
+    }
+    for (unsigned i = 0; i < 16; ++i) {
+        for (unsigned k = 0; k < 16; ++k) {
+            for (unsigned j = 0; j < 8; ++j) {
+                c[i][j] += a[i][k] * b[k][j];
+            }
+        }
+    }
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
+        for (unsigned k = 0; k < 4; ++k) {
+            lanes[lane].c[k] = c[lane / 4 + 8 * (k / 2)][2 * (lane % 4) + k % 2];
+        }
+    }
+}
 
 // Each piece is memory of its own, which AddressSanitizer guards. It begins as NaN, not as 0.
 class shared_pieces {

@@ -32,6 +32,9 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+static inline uint2 make_uint2(unsigned x, unsigned y) {
+    return {x, y};
+}
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
     return {x, y, z, w};
 }
@@ -55,6 +58,8 @@ void barrier(const char * file, int line);
 uint64_t exchange(uint64_t value, unsigned from);
 // Bit i is that of lane i.
 uint32_t ballot(bool bit);
+// mma.m16n8k16 of a warp: c += a b, whose parts a lane has as struct fragment (block.h) says.
+void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
 // Calls `body` once for each thread of each block.
 void run_grid(dim3 grid, unsigned threads, size_t shared, const std::function<void()> & body);
 

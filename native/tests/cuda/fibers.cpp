@@ -73,6 +73,7 @@ enum fiber_state : uint8_t { READY, AT_BARRIER, DONE };
 // begins the next but one before all have finished this one.
 struct warp_state {
     uint64_t values[2][host::WARP_LANES];
+    host::fragment fragments[2][host::WARP_LANES];
     unsigned arrived[2];
 };
 
@@ -173,16 +174,40 @@ void host::barrier(const char * file, int line) {
     }
 }
 
-// Puts a value, and returns when all lanes have.
-static const uint64_t * put(uint64_t value) {
-    warp_state * warp = &b.warps[host::here.thread / host::WARP_LANES];
+static warp_state * this_warp() {
+    return &b.warps[host::here.thread / host::WARP_LANES];
+}
+
+// Puts something into the lane's slot, and returns when all lanes have. finish(slot) comes after that, once.
+template <class Put, class Finish> static unsigned together(Put put, Finish finish) {
+    warp_state * warp = this_warp();
     const unsigned operation = b.operations[host::here.thread]++, slot = operation % 2;
-    warp->values[slot][host::here.thread % host::WARP_LANES] = value;
+    const unsigned all = host::WARP_LANES * (operation / 2 + 1);
+    put(slot, host::here.thread % host::WARP_LANES);
     warp->arrived[slot] += 1;
-    while (warp->arrived[slot] < host::WARP_LANES * (operation / 2 + 1)) {
+    if (warp->arrived[slot] == all) {
+        finish(slot);
+    }
+    while (warp->arrived[slot] < all) {
         pause(READY);
     }
-    return warp->values[slot];
+    return slot;
+}
+
+static const uint64_t * put(uint64_t value) {
+    warp_state * warp = this_warp();
+    const auto store = [&](unsigned slot, unsigned lane) { warp->values[slot][lane] = value; };
+    return warp->values[together(store, [](unsigned) {})];
+}
+
+void host::mma(float c[4], const uint32_t a[4], const uint32_t b_part[2]) {
+    warp_state * warp = this_warp();
+    const unsigned slot = together(
+        [&](unsigned at, unsigned lane) {
+            warp->fragments[at][lane] = {{a[0], a[1], a[2], a[3]}, {b_part[0], b_part[1]}, {c[0], c[1], c[2], c[3]}};
+        },
+        [&](unsigned at) { multiply_fragments(warp->fragments[at]); });
+    memcpy(c, warp->fragments[slot][here.thread % WARP_LANES].c, 4 * sizeof(float));
 }
 
 uint64_t host::exchange(uint64_t value, unsigned from) {

@@ -16,6 +16,7 @@ struct host_stream {
 struct host_event {
     host_stream * stream; // the last one that it was recorded on
     unsigned pending;     // records that are not reached yet
+    unsigned recorded;    // records in all
     std::chrono::steady_clock::time_point reached;
 };
 
@@ -307,10 +308,22 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     return cudaSuccess;
 }
 
-// Events of this library are recorded on one stream, which keeps the order; another library computes at once.
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+// Another library computes at once, so that its events are never waited for. A missing wait: TSFFN_PLANT_WAIT leaves
+// out all others.
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     COUNT_CALL(cudaErrorUnknown);
-    return event != nullptr ? cudaSuccess : cudaErrorInvalidValue;
+    static const bool is_left_out = !host::planted("TSFFN_PLANT_WAIT").empty();
+    if (event == nullptr) {
+        return cudaErrorInvalidValue;
+    }
+    if (event->recorded > 0 && event->stream != stream && !is_left_out) {
+        stream->steps.emplace_back([event, upto = event->recorded] {
+            while (event->recorded - event->pending < upto) {
+                step(event->stream);
+            }
+        });
+    }
+    return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) {
@@ -330,6 +343,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     COUNT_CALL(cudaErrorUnknown);
     event->stream = stream;
     event->pending += 1;
+    event->recorded += 1;
     stream->steps.emplace_back([event] {
         event->pending -= 1;
         event->reached = std::chrono::steady_clock::now();

@@ -1,5 +1,7 @@
 // The CUDA module, compiled for the host, through its C interface: masks bit for bit the CPU's, h and y against
-// doubles. usage: test_cuda LIBRARY [tiny]
+// doubles. usage: test_cuda LIBRARY [tiny | prefill]
+//
+// LIBRARY is that of the host, or the one for GPUs: then no failures are tested.
 #include "harness.h"
 
 static bool is_tiny;
@@ -83,7 +85,7 @@ static void check_bits(const struct device * d, const struct random_layer * made
     const struct tsffn_layer * layer = &made->layer;
     const size_t n = (size_t)layer->n_embd, words = mask_words(layer);
     struct results other = new_results(layer);
-    memcpy(other.rows, r->rows, sizeof(other.rows));
+    memcpy(other.rows, r->rows, (size_t)n_rows * sizeof(other.rows[0]));
     for (int64_t i = 0; i < n_rows; ++i) {
         other.rows[i].y = other.y + (size_t)i * n;
         other.rows[i].h = other.h + i * layer->n_ff;
@@ -373,6 +375,8 @@ static void test_failures(void) {
     free_layer(made);
 }
 
+#include "prefill.h"
+
 // For a thread of the host per thread of the device: one small layer of each kind, few neurons on.
 static void test_tiny(void) {
     static const int64_t tokens[] = {2};
@@ -388,20 +392,28 @@ static void test_tiny(void) {
         test_calls(made, ALL, tokens, 1, -1, &n_exact);
         free_layer(made);
     }
+    test_prefill_tiny();
 }
 
 int main(int argc, char ** argv) {
-    CHECK(argc >= 2, "usage: test_cuda LIBRARY [tiny]");
+    CHECK(argc >= 2, "usage: test_cuda LIBRARY [tiny | prefill]");
     load(argv[1]);
     is_tiny = argc > 2;
-    if (is_tiny) {
+    if (is_tiny && strcmp(argv[2], "prefill") == 0) {
+        test_prefill();
+    } else if (is_tiny) {
         test_tiny();
     } else {
         test_neurons();
         test_predictors();
         test_large();
-        test_refusals();
-        test_failures();
+        test_prefill();
+        if (is_host) {
+            test_refusals();
+            test_failures();
+            test_prefill_refusals();
+            test_prefill_failures();
+        }
     }
     printf("%s: ok\n", module->name);
     return 0;

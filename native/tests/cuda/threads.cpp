@@ -14,6 +14,7 @@ constexpr unsigned BLOCKS_AT_ONCE = 2;
 struct warp_state {
     pthread_barrier_t barrier;
     uint64_t values[host::WARP_LANES];
+    host::fragment fragments[host::WARP_LANES];
 };
 
 struct block_state {
@@ -57,6 +58,18 @@ uint32_t host::ballot(bool bit) {
     }
     pthread_barrier_wait(&warp->barrier);
     return result;
+}
+
+void host::mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+    warp_state * warp = &block->warps[here.thread / WARP_LANES];
+    const unsigned lane = here.thread % WARP_LANES;
+    warp->fragments[lane] = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+    pthread_barrier_wait(&warp->barrier);
+    if (lane == 0) {
+        multiply_fragments(warp->fragments);
+    }
+    pthread_barrier_wait(&warp->barrier);
+    memcpy(c, warp->fragments[lane].c, 4 * sizeof(float));
 }
 
 void * host_take_shared(unsigned piece, unsigned bytes) {
