@@ -25,8 +25,9 @@ extern "C" {
 
 // Limits of the file format (docs/format.md).
 #define TSFFN_MODEL_VERSION 2   // newest turbosparse.format_version of a model,
-#define TSFFN_SIDECAR_VERSION 3 // and of a sidecar;
-#define TSFFN_Q3_NL_VERSION 3   // that of a sidecar with a matrix of q3_nl
+#define TSFFN_SIDECAR_VERSION 4 // and of a sidecar;
+#define TSFFN_Q3_NL_VERSION 3   // that of a sidecar with a matrix of q3_nl,
+#define TSFFN_FORM_VERSION 4    // and with a form, or with thresholds of neurons
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)
@@ -236,7 +237,7 @@ TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * us
 TSFFN_API bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance,
                                     const uint16_t * d, uint8_t * rows);
 
-// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"; "neon", "neondot". It is the best one
+// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512popcnt", "amx"; "neon", "neondot". It is the best one
 // of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the same as long as
 // the process lives.
 TSFFN_API const char * tsffn_isa_name(void);

@@ -323,8 +323,8 @@ static void test_half(void) {
     CHECK(tsffn_f16_to_f32(0x8000) == 0.0f && signbit(tsffn_f16_to_f32(0x8000)), "negative zero");
 }
 
-static const char * const isa_names[TSFFN_ISA_COUNT] = {"ref",        "avx2", "avxvnni", "avx512",
-                                                        "avx512vnni", "amx",  "neon",    "neondot"};
+static const char * const isa_names[TSFFN_ISA_COUNT] = {"ref",          "avx2", "avxvnni", "avx512", "avx512vnni",
+                                                        "avx512popcnt", "amx",  "neon",    "neondot"};
 
 static bool is_built(enum tsffn_isa isa) {
 #if defined(TSFFN_HAVE_X86)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tsconv.errors import ModelFileError
-from tsconv.format import layouts, order
+from tsconv.format import forms, layouts, order
 from tsconv.format.header import Header, TensorEntry, read_header
 from tsconv.format.keys import ARCHITECTURE, FINGERPRINT, PredictorKind
 from tsconv.transform import q3_nl
@@ -17,7 +17,7 @@ from tsconv.transform.quantize import type_name
 SIDECAR_SUFFIX = ".predictor.gguf"
 PAIR_ID = re.compile(r"[0-9a-f]{32}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_fc[12])\.\d+\.weight$")
+EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_(?:fc[12]|gate|up))\.\d+\.weight$")
 
 # What both files have, and have alike.
 SHARED = (
@@ -98,6 +98,13 @@ def open_pair(model: Path) -> Pair:
     return Pair(header, read_sidecar(header) if sidecar_path(model).exists() else None)
 
 
+def has_predictor(model: Header, sidecar: Path | None = None) -> bool:
+    """Whether a model runs with predictors where nothing else is asked for: with its own, those of `sidecar`, or those
+    that were made for it later."""
+    own = model.keys.get("turbosparse.predictor.kind") not in (None, "none")
+    return own or sidecar is not None or sidecar_path(model.path).exists()
+
+
 def sidecar_path(model: Path) -> Path:
     """Where the sidecar of `model` is: NAME.predictor.gguf beside NAME.gguf."""
     return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
@@ -117,7 +124,7 @@ def check_keys(header: Header) -> None:
     expected: dict[str, tuple[Any, ...]]
     if is_sidecar(header):
         has_q3_nl = any(tensor.kind == q3_nl.KIND for tensor in header.tensors)
-        versions = (layouts.Q3_NL_VERSION,) if has_q3_nl else layouts.SIDECAR_VERSIONS
+        versions = (layouts.Q3_NL_VERSION, layouts.FORM_VERSION) if has_q3_nl else layouts.SIDECAR_VERSIONS
         expected = {"turbosparse.format_version": versions}
     else:
         expected = {
@@ -145,6 +152,7 @@ def check_keys(header: Header) -> None:
     layout_of(header)
     if is_sidecar(header):
         order.kind_of(header)
+        forms.form_of(header)
     else:
         order.neuron_order(header)
 

@@ -45,7 +45,7 @@ DEFAULTS = {
 FALLBACKS = {T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
 ROUTER = re.compile(r"\.ffn_gate_inp\.weight$")
-PREDICTOR = re.compile(r"\.ffn_pred_fc[12]\.")
+PREDICTOR = re.compile(r"\.ffn_pred_(fc[12]|gate|up)\.")
 FC1, FC2 = ".ffn_pred_fc1.", ".ffn_pred_fc2."  # in the names of the two matrices
 OF_EXPERT = re.compile(r"(\.ffn_pred_fc[12])\.\d+(?=\.weight$)")
 

@@ -102,7 +102,7 @@ struct tsffn_device {
     bool (*compute)(void * scratch, const void * prepared, const struct tsffn_call * call,
                     struct tsffn_counts * counts);
 };
-enum { TSFFN_DEVICE_VERSION = 5 };
+enum { TSFFN_DEVICE_VERSION = 6 };
 
 // cpu/device.c
 extern const struct tsffn_device tsffn_cpu_device;

@@ -98,7 +98,7 @@ static void count_share(const struct tsffn_hybrid * h, struct tsffn_gpu_share * 
     for (int64_t i = 0; i < h->plan.n_layer; ++i) {
         const struct tsffn_layer * layer = &h->layers[i];
         share->predictors += h->plan.predictor[i];
-        share->n_predictors += layer->ffns[0].fc1.data != NULL;
+        share->n_predictors += tsffn_has_predictor(layer);
         share->n_neurons += (uint64_t)(layer->n_ffns * layer->n_ff);
         for (int64_t e = 0; e < layer->n_ffns; ++e) {
             share->neurons += (uint64_t)h->plan.range[i * layer->n_ffns + e].end;
@@ -290,7 +290,7 @@ enum outcome {
 static enum outcome share_call(struct sharing * s, struct tsffn_counts * of_gpu, uint64_t * ns_waiting) {
     struct tsffn_hybrid * h = s->h;
     const struct tsffn_cuda_module * module = h->module;
-    const bool has_predictor = s->layer->ffns[0].fc1.data != NULL;
+    const bool has_predictor = tsffn_has_predictor(s->layer);
     const bool predicts = has_predictor && h->plan.predictor[s->layer - h->layers];
     const uint32_t * masks = NULL;
     if (has_predictor && !predicts) {
@@ -435,7 +435,7 @@ bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct t
 // ---- calls in the GPU's memory
 
 bool tsffn_hybrid_takes_resident(const struct tsffn_hybrid * h, int64_t layer, const struct tsffn_call * call) {
-    const bool has_predictor = h->layers[layer].ffns[0].fc1.data != NULL;
+    const bool has_predictor = tsffn_has_predictor(&h->layers[layer]);
     return tsffn_hybrid_takes(h, layer, call) && h->compared[layer] && (!has_predictor || h->plan.predictor[layer]);
 }
 

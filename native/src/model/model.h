@@ -9,10 +9,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-// The predictor of one layer, or of one expert of it; data NULL in exact mode.
+// The predictor of one layer, or of one expert of it, as in ffn/layer.h; nothing in exact mode.
 struct tsffn_predictor {
-    struct tsffn_weights fc1; // [rank][n_embd]
-    struct tsffn_weights fc2; // [n_ff][rank]
+    struct tsffn_weights fc1, fc2, fc3;
+    const float * thresholds;
 };
 
 struct tsffn_region;
@@ -51,6 +51,8 @@ struct tsffn_model {
     size_t sidecar_size;
     int sidecar_fd;
     struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
+    enum tsffn_predictor_form form;      // of all predictors
+    int input_bits;                      // of what they are multiplied with, for weights of bits1 and bits2
     const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
     float * threshold;                   // [n_layer]
     bool on_when_equal;
