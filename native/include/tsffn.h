@@ -178,6 +178,21 @@ TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_
 // The same for squares [TSFFN_N_SQUARES][n_ffn][n_ff].
 TSFFN_API bool tsffn_model_read_squares(const struct tsffn_model * model, int32_t layer, double * squares);
 
+// Recording of activations. `record` is called by the thread that computes, each time an FFN of a layer in [first, end)
+// has been computed as a whole, on the CPU. What it is given is valid during the call. NULL instead of `record` ends
+// it. Call this while nothing computes. False: no model, or no such layers.
+struct tsffn_activations {
+    int32_t layer;
+    int64_t n_rows;       // tokens, times the routed experts of each, sorted by expert
+    int64_t n_embd, n_ff; //
+    const int32_t * ffn;  // [n_rows] the expert, 0 in a dense layer
+    const float * x;      // [n_rows][n_embd] what goes into gate and up
+    const float * h;      // [n_rows][n_ff] relu(gate . x) * relu(up . x), 0 where the neuron was left out
+};
+typedef void (*tsffn_record_fn)(const struct tsffn_activations * activations, void * user);
+TSFFN_API bool tsffn_model_record(struct tsffn_model * model, int32_t first, int32_t end, tsffn_record_fn record,
+                                  void * user);
+
 // Bytes that this process can come to use without swapping: MemAvailable, and what is left in each of its control
 // groups (v1 and v2). Page cache counts as free. proc: where the proc file system is, NULL for /proc. 0: not known.
 // tsconv/machine/limits.py says the same in Python.

@@ -66,6 +66,11 @@ struct tsffn_model {
     pthread_mutex_t profile_mutex;    // held while a call adds to the profile
     uint64_t * profile;               // [n_layer][profile_per_layer], see profile.c; NULL when it is off
     size_t profile_per_layer;
+    struct {
+        int32_t first, end; // layers
+        tsffn_record_fn record;
+        void * user;
+    } recording; // changes only while nothing computes
 };
 
 struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
@@ -92,6 +97,11 @@ void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
 // tsffn_model_unlock_profile.
 bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile);
 void tsffn_model_unlock_profile(struct tsffn_model * model);
+
+// Whether activations of a layer are to be recorded.
+static inline bool tsffn_model_records(const struct tsffn_model * model, int64_t layer) {
+    return model->recording.record != NULL && layer >= model->recording.first && layer < model->recording.end;
+}
 
 // Adds what the neurons of one computation cost that were not in memory.
 struct tsffn_cache_counts;
