@@ -85,7 +85,9 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
             }
             break;
         }
-        case TSFFN_FORMAT_Q3_NL: // has panels only
+        case TSFFN_FORMAT_Q3_NL: // these have panels only
+        case TSFFN_FORMAT_BITS1:
+        case TSFFN_FORMAT_BITS2:
         case TSFFN_FORMAT_COUNT:
             break;
         }

@@ -57,7 +57,7 @@ static void random_panel_bits(int n_bits, int64_t n, int extreme, uint32_t * pan
     for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
         for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
             for (int k = 0; k < n_bits; ++k) {
-                const uint32_t word = extreme == 0 ? random_bits() ^ random_bits() << 16 : i % 2 == 0 ? 0 : ~(uint32_t)0;
+                const uint32_t word = extreme == 0 ? (uint32_t)(random_bits() ^ random_bits() << 16) : i % 2 == 0 ? 0 : ~(uint32_t)0;
                 panel[(b * n_bits + k) * TSFFN_PANEL_ROWS + i] = word;
                 for (int j = 0; j < TSFFN_BLOCK_SIZE; ++j) {
                     double * weight = &w[b * TSFFN_BLOCK_SIZE + j][i];

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import ModelFileError, TsconvError
+from tsconv.errors import TsconvError
 from tsconv.eval.windows import Windows
-from tsconv.format import layouts
-from tsconv.format.header import Header, TensorEntry
+from tsconv.format.header import Header
 from tsconv.format.order import shape_of
-from tsconv.format.pair import layout_of
+from tsconv.format.rows import ffn_rows
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 from tsconv.runtime.sparsity import parse_sparsity
 from tsconv.stats.counts import COUNTS, HISTOGRAMS, N_BINS
-from tsconv.transform.bundles import PARTS
 
 Floats = npt.NDArray[np.float64]
 
@@ -124,44 +121,10 @@ def down_energies(header: Header) -> Iterator[Floats]:
         ModelFileError: the file cannot be read.
     """
     n_layer, n_ffn, n_ff = shape_of(header)
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    bundles = layout_of(header) == layouts.FFN.other
+    step = max(1, PIECE // header.keys["llama.embedding_length"])
     for n in range(n_layer):
-        names = [
-            f"blk.{n}.ffn_{part}{'_exps' if header.keys.get('llama.expert_count') else ''}.weight" for part in PARTS
-        ]
-        pieces = [tensors[name] for name in (names if bundles else names[-1:])]
-        yield _squares(header, pieces, n_ffn * n_ff).reshape(n_ffn, n_ff)
-
-
-def _squares(header: Header, pieces: list[TensorEntry], n_rows: int) -> Floats:
-    """|row|^2 of n_rows rows of down, which are the last part of bundles where there are several pieces."""
-    kind, n_embd = pieces[-1].kind, pieces[-1].n_weights // n_rows
-    row_bytes = sum(piece.n_bytes for piece in pieces) // n_rows
-    step = max(1, PIECE // n_embd)
-    squares = np.empty(n_rows)
-    for start in range(0, n_rows, step):
-        n = min(step, n_rows - start)
-        raw = _read(header, pieces, start * row_bytes, n * row_bytes).reshape(n, len(pieces), -1)[:, -1]
-        rows = gguf.dequantize(np.ascontiguousarray(raw), kind).reshape(n, n_embd)
-        squares[start : start + n] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    return squares
-
-
-def _read(header: Header, pieces: list[TensorEntry], start: int, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Bytes of the pieces, as if they were one tensor. Raises ModelFileError."""
-    data, before = [], 0
-    try:
-        with open(header.path, "rb") as file:
-            for piece in pieces:
-                begin, end = max(start, before), min(start + n_bytes, before + piece.n_bytes)
-                if begin < end:
-                    file.seek(piece.offset + begin - before)
-                    data.append(file.read(end - begin))
-                before += piece.n_bytes
-    except OSError as error:
-        raise ModelFileError(f"cannot be read: {error.strerror}", where=header.path) from None
-    joined = b"".join(data)
-    if len(joined) != n_bytes:
-        raise ModelFileError("became shorter while it was read", where=header.path, fix="start again")
-    return np.frombuffer(joined, np.uint8)
+        squares = np.empty(n_ffn * n_ff)
+        for start in range(0, len(squares), step):
+            rows = ffn_rows(header, n, "down", start, min(step, len(squares) - start))
+            squares[start : start + step] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        yield squares.reshape(n_ffn, n_ff)
