@@ -63,13 +63,13 @@ def read_model(path: Path) -> Header:
     return header
 
 
-def read_sidecar(model: Header) -> Header:
-    """The header of the sidecar beside `model`.
+def read_sidecar(model: Header, path: Path | None = None) -> Header:
+    """The header of the sidecar beside `model`, or of the one at `path`.
 
     Raises:
         ModelFileError: it is missing, damaged, or another model's.
     """
-    path = sidecar_path(model.path)
+    path = path or sidecar_path(model.path)
     header = read_header(path)
     if header.keys.get("general.architecture") != ARCHITECTURE or not is_sidecar(header):
         raise ModelFileError(
