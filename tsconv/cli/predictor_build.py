@@ -38,7 +38,9 @@ from tsconv.cli.output import echo, json_text, say
     metavar="builtin|fineweb|FILE|FOLDER|OWNER/NAME",
     help="Text on which the neurons' margins are chosen.  [default: none, margins are 0]",
 )
-@click.option("--tokens", "n_tokens", type=click.IntRange(min=64), default=4096, show_default=True, help="Of that text.")
+@click.option(
+    "--tokens", "n_tokens", type=click.IntRange(min=64), default=4096, show_default=True, help="Of that text."
+)
 @click.option(
     "--target-miss",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

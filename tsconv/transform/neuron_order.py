@@ -1,7 +1,7 @@
 """The order of the neurons in the files: which tensors follow it, and permuting with it. Pure functions of arrays.
 
 An order is an int32 array [n_layer, n_ffn, n_ff], n_ffn = max(1, n_expert): position i of an FFN holds the neuron
-order[layer, ffn, i] of the checkpoint. Gate and up rows, neuron-major down rows and the rows of the predictor's matrices
+order[layer, ffn, i] of the checkpoint. Gate and up rows, neuron-major down rows and the predictor's rows of neurons
 move together, whole, and so does the function stay, and every block of a quantized row.
 """
 

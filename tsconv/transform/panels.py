@@ -58,8 +58,9 @@ def _same(rows: Rows, stored: Rows, kind: GGMLQuantizationType) -> Iterator[tupl
     """Views of plain rows and of panels, field by field, that hold the same at the same indices."""
     if kind in bits.NAMES:
         words = rows.view("<u4").reshape(-1, PANEL_ROWS, rows.shape[1] // 4)
-        yield words.swapaxes(1, 2), stored.reshape(-1, stored.shape[1] * PANEL_ROWS).view("<u4").reshape(
-            -1, rows.shape[1] // 4, PANEL_ROWS
+        yield (
+            words.swapaxes(1, 2),
+            stored.reshape(-1, stored.shape[1] * PANEL_ROWS).view("<u4").reshape(-1, rows.shape[1] // 4, PANEL_ROWS),
         )
         return
     if kind == q3_nl.KIND:
