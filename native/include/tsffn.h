@@ -252,9 +252,9 @@ TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * us
 TSFFN_API bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance,
                                     const uint16_t * d, uint8_t * rows);
 
-// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512popcnt", "amx"; "neon", "neondot". It is the best one
-// of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the same as long as
-// the process lives.
+// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512popcnt", "amx"; "neon", "neondot". It
+// is the best one of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the
+// same as long as the process lives.
 TSFFN_API const char * tsffn_isa_name(void);
 
 // The ggml version this library was built for.

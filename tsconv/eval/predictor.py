@@ -12,15 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.errors import TsconvError
+from tsconv.errors import ModelFileError, TsconvError
 from tsconv.eval.windows import Windows
-from tsconv.format.header import Header
+from tsconv.format import forms
+from tsconv.format.header import Header, TensorEntry
 from tsconv.format.order import shape_of
 from tsconv.format.rows import ffn_rows
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 from tsconv.runtime.sparsity import parse_sparsity
 from tsconv.stats.counts import COUNTS, HISTOGRAMS, N_BINS
+from tsconv.transform.bundles import PARTS
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,6 +37,7 @@ class Sums:
         tokens: that an FFN saw.
         neurons: n_ff for each token.
         predicted, active, both: neurons that the predictor lets through, that are active, that are both.
+        predicted_gate: predicted, and gate . x > 0: those whose row of up is read.
         energy, missed: of all active neurons, of those that the predictor leaves out.
     """
 
@@ -43,6 +46,7 @@ class Sums:
     predicted: Floats
     active: Floats
     both: Floats
+    predicted_gate: Floats
     energy: Floats
     missed: Floats
 
@@ -109,9 +113,42 @@ def measure_predictor(model: SparseLlama, found: Windows, progress: Callable[[in
         predicted=of("predicted"),
         active=of("active"),
         both=of("predicted_active"),
+        predicted_gate=of("predicted_gate"),
         energy=energies[:, 0],
         missed=energies[:, 1],
     )
+
+
+def bytes_per_token(model: Header, sidecar: Header, sums: Sums) -> tuple[float, float]:
+    """Weight bytes that decoding a token reads, on average over the text: of predictors, and of gate, up and down.
+
+    Args:
+        sums: [n_layer, n_ffn].
+
+    Raises:
+        ModelFileError: tensors are missing.
+    """
+    n_layer, n_ffn, n_ff = shape_of(model)
+    is_moe = bool(model.keys.get("llama.expert_count"))
+    named = {tensor.name: tensor for tensor in (*model.tensors, *sidecar.tensors)}
+    of_predictors = of_neurons = 0.0
+    for n in range(n_layer):
+        tokens = sums.tokens[n].sum() / max(1, model.keys.get("llama.expert_used_count", 1) if is_moe else 1)
+        scale = named.get(forms.tensor_name(n, "scale"))
+        of_predictors += 0 if scale is None else scale.n_bytes
+        for e in range(n_ffn):
+            names = forms.tensors_of(sidecar, n, e if is_moe else None)
+            of_predictors += sums.tokens[n, e] / tokens * sum(_named(named, sidecar, name).n_bytes for name in names)
+        for part, count in zip(PARTS, (sums.predicted, sums.predicted_gate, sums.both), strict=True):
+            name = f"blk.{n}.ffn_{part}{'_exps' if is_moe else ''}.weight"
+            of_neurons += count[n].sum() / tokens * _named(named, model, name).n_bytes / (n_ffn * n_ff)
+    return float(of_predictors), float(of_neurons)
+
+
+def _named(named: dict[str, TensorEntry], header: Header, name: str) -> TensorEntry:
+    if name not in named:
+        raise ModelFileError("the tensor is missing", where=f"{header.path}: {name}", fix="convert again")
+    return named[name]
 
 
 def down_energies(header: Header) -> Iterator[Floats]:

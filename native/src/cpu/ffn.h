@@ -27,7 +27,7 @@ struct tsffn_cpu_layer {
     const struct tsffn_row_type * types[TSFFN_N_PARTS]; // of the rows of gate, up and down
     struct tsffn_activation activation;
     enum tsffn_predictor_form form;
-    int input_bits; // of p, for weights of bits1 and bits2
+    int input_bits;           // of p, for weights of bits1 and bits2
     const float * pred_scale; // [n_embd], or NULL for p = x
     float threshold;
     bool on_when_equal; // logit >= threshold instead of logit > threshold

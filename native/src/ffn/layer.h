@@ -21,8 +21,8 @@ enum {
 #define TSFFN_Q3_NL_HEADER 2 // and of a row before its blocks
 enum {
     TSFFN_Q3_NL_MAX_COLUMNS = 1 << 17, // whose sums an int32 holds: 2^17 * 127 * 8 * 15 < 2^31
-    TSFFN_BITS_MAX_COLUMNS = 1 << 20, // of bits1 and bits2: 2^20 * 3 * 255 < 2^31
-    TSFFN_BITS_MAX_INPUT = 8,         // bits of the activations that these are multiplied with
+    TSFFN_BITS_MAX_COLUMNS = 1 << 20,  // of bits1 and bits2: 2^20 * 3 * 255 < 2^31
+    TSFFN_BITS_MAX_INPUT = 8,          // bits of the activations that these are multiplied with
     TSFFN_PANEL_ROWS = 16,
 };
 
@@ -80,7 +80,7 @@ struct tsffn_layer {
     int64_t n_ffns; // experts; 1 for a dense layer. All have the same types and shapes, but for the rank
     struct tsffn_ffn_weights * ffns;
     enum tsffn_predictor_form form;
-    int input_bits; // of p, where fc2 is of bits1 or bits2: 1 to TSFFN_BITS_MAX_INPUT
+    int input_bits;           // of p, where fc2 is of bits1 or bits2: 1 to TSFFN_BITS_MAX_INPUT
     int types[TSFFN_N_PARTS]; // of the rows of gate, up and down
     struct tsffn_activation activation;
     const float * pred_scale; // [n_embd], or NULL for p = x

@@ -20,10 +20,11 @@ static bool resolve_sparsity(const struct tsffn_identity * id, const char * mode
     const bool has_predictor =
         strcmp(id->predictor_kind, "none") != 0 || sidecar_path != NULL || tsffn_has_sidecar(model_path);
     if (model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
-        return tsffn_fail(error, error_size,
-                          "%s: the model has no predictor; run with exact sparsity, convert with --predictor, or make one with "
-                          "tsconv predictor build",
-                          model_path);
+        return tsffn_fail(
+            error, error_size,
+            "%s: the model has no predictor; run with exact sparsity, convert with --predictor, or make one with "
+            "tsconv predictor build",
+            model_path);
     }
     if (model->sparsity.kind == TSFFN_SPARSITY_DEFAULT) {
         tsffn_parse_sparsity("", has_predictor ? "predictor" : "exact", &model->sparsity, error, error_size);

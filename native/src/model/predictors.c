@@ -115,11 +115,12 @@ static bool map_q3_nl(const struct tsffn_gguf * file, const struct tsffn_model *
 static bool map_bits(const struct tsffn_gguf * file, const struct tsffn_model * model, const char * name,
                      int64_t n_cols, int64_t n_rows, enum tsffn_layout layout, struct tsffn_weights * matrix) {
     if (layout != TSFFN_LAYOUT_PANELS || n_cols % TSFFN_BLOCK_SIZE != 0 || n_rows % TSFFN_PANEL_ROWS != 0) {
-        return tsffn_fail(file->error, file->error_size,
-                          "%s: %s: weights of 1 or 2 bits need panels16, an n_embd that is a multiple of %d and an n_ff "
-                          "that is a multiple of %d, found %s, %" PRId64 ", %" PRId64 "; build the predictor again",
-                          file->path, name, TSFFN_BLOCK_SIZE, TSFFN_PANEL_ROWS,
-                          layout == TSFFN_LAYOUT_PANELS ? "panels16" : "rows", n_cols, n_rows);
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: %s: weights of 1 or 2 bits need panels16, an n_embd that is a multiple of %d and an n_ff "
+            "that is a multiple of %d, found %s, %" PRId64 ", %" PRId64 "; build the predictor again",
+            file->path, name, TSFFN_BLOCK_SIZE, TSFFN_PANEL_ROWS, layout == TSFFN_LAYOUT_PANELS ? "panels16" : "rows",
+            n_cols, n_rows);
     }
     const int n_bits = is_of_type(file, name, GGML_TYPE_I16) ? 1 : 2;
     const int type = n_bits == 1 ? TSFFN_TYPE_BITS1 : TSFFN_TYPE_BITS2;
@@ -302,8 +303,7 @@ static bool check_types(const struct tsffn_gguf * file, const struct tsffn_model
 static bool read_predictor(const struct tsffn_gguf * file, struct tsffn_model * model, int64_t layer, int64_t expert,
                            int64_t rank, enum tsffn_layout layout, bool has_thresholds) {
     const struct form * form = &forms[model->form];
-    struct tsffn_predictor * predictor =
-        &model->predictors[layer * tsffn_model_ffns_per_layer(model) + expert];
+    struct tsffn_predictor * predictor = &model->predictors[layer * tsffn_model_ffns_per_layer(model) + expert];
     struct tsffn_weights * matrices[TSFFN_N_PREDICTOR_MATRICES] = {&predictor->fc1, &predictor->fc2, &predictor->fc3};
     char name[TSFFN_TENSOR_NAME_SIZE];
     for (int k = 0; k < TSFFN_N_PREDICTOR_MATRICES; ++k) {
@@ -340,9 +340,8 @@ static bool read_ranks(const struct tsffn_gguf * file, const struct tsffn_model 
     for (int64_t layer = 0; layer < model->n_layer; ++layer) {
         const int32_t rank = (*ranks)[layer];
         if (rank < 1 || rank > TSFFN_MAX_DIM) {
-            return tsffn_fail(file->error, file->error_size,
-                              "%s: key %s: expected 1 to %d, found %d in layer %" PRId64, file->path, key,
-                              TSFFN_MAX_DIM, rank, layer);
+            return tsffn_fail(file->error, file->error_size, "%s: key %s: expected 1 to %d, found %d in layer %" PRId64,
+                              file->path, key, TSFFN_MAX_DIM, rank, layer);
         }
     }
     return true;
@@ -366,8 +365,7 @@ static bool find_thresholds(const struct tsffn_gguf * file, const struct tsffn_m
 bool tsffn_read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
     bool pre_norm, in_panels, has_thresholds;
     const int32_t * ranks;
-    if (!read_form(file, model) ||
-        !tsffn_read_layout(file, "turbosparse.predictor.layout", "panels16", &in_panels) ||
+    if (!read_form(file, model) || !tsffn_read_layout(file, "turbosparse.predictor.layout", "panels16", &in_panels) ||
         !read_decision(file, model, &pre_norm) || !read_ranks(file, model, &ranks) ||
         !find_thresholds(file, model, pre_norm, &has_thresholds)) {
         return false;

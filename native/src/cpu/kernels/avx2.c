@@ -301,8 +301,8 @@ TSFFN_INLINED __m256i differing(__m256i w, const uint32_t * planes, int n_planes
     return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
 
-TSFFN_INLINED void panel_of_planes(int n_bits, int n_planes, int64_t n, const uint8_t * panel, const void * x, float * s,
-                                   const struct tsffn_asks * asks) {
+TSFFN_INLINED void panel_of_planes(int n_bits, int n_planes, int64_t n, const uint8_t * panel, const void * x,
+                                   float * s, const struct tsffn_asks * asks) {
     const uint32_t * planes = tsffn_bits_words(x);
     const int64_t n_blocks = n / TSFFN_BLOCK_SIZE;
     struct tsffn_asking asking = tsffn_asking_begin(asks, n_blocks);

@@ -79,8 +79,10 @@ static int machine_has(enum tsffn_isa isa) {
 static const struct tsffn_kernels * const tiers[TSFFN_ISA_COUNT] = {
     [TSFFN_ISA_REF] = &tsffn_kernels_ref,
 #if defined(TSFFN_HAVE_X86)
-    [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,     [TSFFN_ISA_AVXVNNI] = &tsffn_kernels_avxvnni,
-    [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512, [TSFFN_ISA_AVX512VNNI] = &tsffn_kernels_avx512vnni,
+    [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,
+    [TSFFN_ISA_AVXVNNI] = &tsffn_kernels_avxvnni,
+    [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512,
+    [TSFFN_ISA_AVX512VNNI] = &tsffn_kernels_avx512vnni,
     [TSFFN_ISA_AVX512POPCNT] = &tsffn_kernels_avx512popcnt,
     [TSFFN_ISA_AMX] = &tsffn_kernels_amx,
 #elif defined(TSFFN_HAVE_NEON)

@@ -42,8 +42,8 @@ enum tsffn_format {
 //        float d; 60 bytes of padding; uint8 hi[n]; uint8 lo[n]
 //   BITS: x_j = d * q_j, q = sum_k 2^k (1 - 2 (bit j of b[k])), an odd number, for P bits k = 0 to P - 1:
 //        float d; int32 P; 56 bytes of padding; for each 32 columns uint32 b[P]
-//        P = 1: the sign alone, d = 1. Else d = max |x| / (2^P - 1), q the odd number below which x_j / d is by less than
-//        2, at most 2^P - 1
+//        P = 1: the sign alone, d = 1. Else d = max |x| / (2^P - 1), q the odd number below which x_j / d is by less
+//        than 2, at most 2^P - 1
 // Of activations behind a ReLU no sign is kept; so they can be the unsigned factor of VPDPBUSD, the weights the signed
 // one, and 16 products with weights of at most 15 fit 16 bits.
 enum tsffn_x_format {
@@ -66,10 +66,10 @@ enum {
 };
 
 static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
-    return format == TSFFN_FORMAT_Q3_NL                                 ? TSFFN_X_U14
+    return format == TSFFN_FORMAT_Q3_NL                                   ? TSFFN_X_U14
            : format == TSFFN_FORMAT_BITS1 || format == TSFFN_FORMAT_BITS2 ? TSFFN_X_BITS
-           : format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16
-                                                                        : TSFFN_X_F32;
+           : format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0   ? TSFFN_X_I16
+                                                                          : TSFFN_X_F32;
 }
 
 // Bits of a weight of BITS1 or BITS2.
@@ -82,14 +82,14 @@ static inline int tsffn_weight_bits(enum tsffn_format format) {
 
 enum tsffn_isa {
     TSFFN_ISA_REF,
-    TSFFN_ISA_AVX2,       // AVX2, FMA, F16C
-    TSFFN_ISA_AVXVNNI,    // and AVX-VNNI
-    TSFFN_ISA_AVX512,     // AVX-512 F, BW, DQ, VL
-    TSFFN_ISA_AVX512VNNI, // and VNNI
+    TSFFN_ISA_AVX2,         // AVX2, FMA, F16C
+    TSFFN_ISA_AVXVNNI,      // and AVX-VNNI
+    TSFFN_ISA_AVX512,       // AVX-512 F, BW, DQ, VL
+    TSFFN_ISA_AVX512VNNI,   // and VNNI
     TSFFN_ISA_AVX512POPCNT, // and VPOPCNTDQ
-    TSFFN_ISA_AMX,        // and AMX: panels, dense products (gemm.h)
-    TSFFN_ISA_NEON,       // AArch64
-    TSFFN_ISA_NEONDOT,    // and the dot-product extension of ARMv8.2
+    TSFFN_ISA_AMX,          // and AMX: panels, dense products (gemm.h)
+    TSFFN_ISA_NEON,         // AArch64
+    TSFFN_ISA_NEONDOT,      // and the dot-product extension of ARMv8.2
     TSFFN_ISA_COUNT,
 };
 

@@ -413,7 +413,8 @@ void tsffn_panel_q3_nl_neon(int64_t n, const void * panel, int n_x, const void *
     }
 }
 
-// BITS1, BITS2: bits of bytes (CNT), of a lane's four added in 16 bits, whose 8 bits of activations are at most 255 * 16.
+// BITS1, BITS2: bits of bytes (CNT), of a lane's four added in 16 bits, whose 8 bits of activations are at most 255
+// * 16.
 static inline uint32x4_t differing(uint32x4_t w, const uint32_t * planes, int n_planes) {
     uint16x8_t sum = vdupq_n_u16(0);
     for (int l = n_planes - 1; l >= 0; --l) {

@@ -20,8 +20,8 @@
 // A panel's products (tsffn_panel): row i of the panel times x[t], for n_x vectors of n values. All tiers give the same
 // bits. Q8_0, Q4_0: the products of a block are summed in integers, the blocks in order, each with one fused
 // multiply-add. Q3_NL: all products are summed in integers, those with hi and those with lo; then
-// s = (128 * hi + lo) * d * scale of x, the first with one rounding. BITS1, BITS2: with weights and activations of B and P
-// bits, s = sum * d, d that of x, of the integer
+// s = (128 * hi + lo) * d * scale of x, the first with one rounding. BITS1, BITS2: with weights and activations of B
+// and P bits, s = sum * d, d that of x, of the integer
 //   sum = (2^B - 1) (2^P - 1) n - 2 sum_{k < B, l < P} 2^(k + l) popcount(w_k xor x_l)
 // since a product of signs is -1 where they differ.
 #ifndef TSFFN_PANELS_H
