@@ -103,6 +103,12 @@ def sidecar_path(model: Path) -> Path:
     return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
 
 
+def has_predictor(model: Header) -> bool:
+    """Whether a model runs with predictors unless something else is asked for: the checkpoint had some, or there is a
+    sidecar beside it, which may have been made later."""
+    return model.keys.get("turbosparse.predictor.kind") not in (None, "none") or sidecar_path(model.path).exists()
+
+
 def is_sidecar(header: Header) -> bool:
     return header.keys.get("general.type") == "predictor"
 

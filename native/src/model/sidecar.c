@@ -265,6 +265,11 @@ static bool default_sidecar_path(const char * model_path, char * out, size_t siz
     return snprintf(out, size, "%.*s.predictor.gguf", (int)stem, model_path) < (int)size;
 }
 
+bool tsffn_has_sidecar_beside(const char * model_path) {
+    char beside[PATH_MAX];
+    return default_sidecar_path(model_path, beside, sizeof(beside)) && access(beside, F_OK) == 0;
+}
+
 bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, const char * sidecar_path,
                         const struct tsffn_identity * id, char * error, size_t error_size) {
     char beside[PATH_MAX];
