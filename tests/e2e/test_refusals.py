@@ -218,9 +218,7 @@ def without_predictor() -> Path:
 def test_predictor_that_is_not_there():
     model = without_predictor()
     line = refusal(model, sparsity="predictor")
-    assert_in(
-        line, f"{model}: the model has no predictor; run with exact sparsity, convert with --predictor, or make one "
-    )
+    assert_in(line, f"{model}: the model has no predictor; run with exact sparsity, or convert with --predictor")
     llama = tsconv.load(model, n_threads=1)
     assert llama.sparsity == "exact"
     llama.close()

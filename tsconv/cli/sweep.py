@@ -113,7 +113,8 @@ def command(
     path = Path(model.find())
     header = read_model(path)
     sidecar = None if loading["predictor_path"] is None else Path(loading["predictor_path"])
-    wanted = wanted_sparsities(DEFAULT_TOPK if topk is None else topk, thresholds, has_predictor(header, sidecar))
+    predicts = sidecar is not None or has_predictor(header)
+    wanted = wanted_sparsities(DEFAULT_TOPK if topk is None else topk, thresholds, predicts)
     for sparsity in wanted:  # before anything is computed
         open_model(path, sidecar, sparsity, header).close()
     _check_outputs(csv_file, plot, report)

@@ -418,6 +418,7 @@ class _Trainer:
                     start = None if begin_with is None else self._start(begin_with, n, e, ranks[n])
                     layer.append(found or self._fit(n, e, energies[n][e], ranks[n], types[n], start))
                 ready.append(layer)
+                self.folder.forget_layer(n)
         return ready
 
     def _start(self, begin_with: Header, n: int, e: int, rank: int) -> Start | None:

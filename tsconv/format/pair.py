@@ -98,16 +98,15 @@ def open_pair(model: Path) -> Pair:
     return Pair(header, read_sidecar(header) if sidecar_path(model).exists() else None)
 
 
-def has_predictor(model: Header, sidecar: Path | None = None) -> bool:
-    """Whether a model runs with predictors where nothing else is asked for: with its own, those of `sidecar`, or those
-    that were made for it later."""
-    own = model.keys.get("turbosparse.predictor.kind") not in (None, "none")
-    return own or sidecar is not None or sidecar_path(model.path).exists()
-
-
 def sidecar_path(model: Path) -> Path:
     """Where the sidecar of `model` is: NAME.predictor.gguf beside NAME.gguf."""
     return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
+
+
+def has_predictor(model: Header) -> bool:
+    """Whether a model runs with predictors unless something else is asked for: the checkpoint had some, or there is a
+    sidecar beside it, which may have been made later."""
+    return model.keys.get("turbosparse.predictor.kind") not in (None, "none") or sidecar_path(model.path).exists()
 
 
 def is_sidecar(header: Header) -> bool:

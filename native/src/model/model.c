@@ -14,16 +14,16 @@
 static _Thread_local struct tsffn_model * armed_by_thread;
 static _Atomic(struct tsffn_model *) armed_for_process;
 
-// A model that was converted without predictors may have got some since.
+// Predictors may be made for a model that was converted without any.
 static bool resolve_sparsity(const struct tsffn_identity * id, const char * model_path, const char * sidecar_path,
                              struct tsffn_model * model, char * error, size_t error_size) {
     const bool has_predictor =
-        strcmp(id->predictor_kind, "none") != 0 || sidecar_path != NULL || tsffn_has_sidecar(model_path);
+        strcmp(id->predictor_kind, "none") != 0 || sidecar_path != NULL || tsffn_has_sidecar_beside(model_path);
     if (model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
         return tsffn_fail(
             error, error_size,
-            "%s: the model has no predictor; run with exact sparsity, convert with --predictor, or make one with "
-            "tsconv predictor build",
+            "%s: the model has no predictor; run with exact sparsity, or convert with --predictor, or make one "
+            "with tsconv predictor",
             model_path);
     }
     if (model->sparsity.kind == TSFFN_SPARSITY_DEFAULT) {

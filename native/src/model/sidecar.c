@@ -84,7 +84,7 @@ static bool default_sidecar_path(const char * model_path, char * out, size_t siz
     return snprintf(out, size, "%.*s.predictor.gguf", (int)stem, model_path) < (int)size;
 }
 
-bool tsffn_has_sidecar(const char * model_path) {
+bool tsffn_has_sidecar_beside(const char * model_path) {
     char beside[PATH_MAX];
     return default_sidecar_path(model_path, beside, sizeof(beside)) && access(beside, F_OK) == 0;
 }

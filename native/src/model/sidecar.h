@@ -4,8 +4,8 @@
 
 #include "model_file.h"
 
-// Whether there is a file NAME.predictor.gguf beside NAME.gguf.
-bool tsffn_has_sidecar(const char * model_path);
+// Whether there is NAME.predictor.gguf beside NAME.gguf.
+bool tsffn_has_sidecar_beside(const char * model_path);
 
 // Opens, checks and maps the sidecar of a model that was read; path NULL looks for NAME.predictor.gguf beside
 // NAME.gguf.

@@ -93,14 +93,16 @@ def write(
     predictors: Sequence[Sequence[Stored]],
     about: str,
     force: bool,
+    threshold: float = THRESHOLD,
 ) -> int:
     """Writes the sidecar of a model, all or nothing. Returns its bytes.
 
     Args:
         ranks, types: of each layer.
-        predictors: of each layer and FFN, for normed inputs and a threshold of 1.
+        predictors: of each layer and FFN, for normed inputs.
         about: how they were made, for people.
         force: replace an existing file.
+        threshold: that their logits must pass.
 
     Raises:
         OutputError: the file exists, or cannot be written.
@@ -121,7 +123,7 @@ def write(
     header.add_string("turbosparse.predictor.input", "normed")
     header.add_array("turbosparse.predictor.rank", list(ranks))
     header.add_key_value(
-        "turbosparse.predictor.threshold", [THRESHOLD] * n_layer, GGUFValueType.ARRAY, GGUFValueType.FLOAT32
+        "turbosparse.predictor.threshold", [threshold] * n_layer, GGUFValueType.ARRAY, GGUFValueType.FLOAT32
     )
     header.add_string("turbosparse.predictor.comparison", "gt")
     header.add_string("turbosparse.predictor.training", about)

@@ -1,5 +1,6 @@
 """The folder of a training that may be killed at any time: what is there is whole, and what is whole is not made again.
 
+lock           is locked by the process that works here
 task.json      what is trained; another task is refused
 tokens.npy     the text
 ranks.json     of each layer, where they were chosen
@@ -25,6 +26,9 @@ from tsconv.errors import OutputError, TsconvError
 from tsconv.predictor.train.calibrate import Figures
 from tsconv.predictor.train.fit import Fitted, State, restored, saved
 from tsconv.predictor.train.rounding import Stored
+from tsconv.write.writer import lock
+
+FIRST_FILES = ("lock", "task.json", "tokens.npy")
 
 
 class Work:
@@ -35,7 +39,7 @@ class Work:
 
     Raises:
         TsconvError: the folder is of another task.
-        OutputError: it cannot be made.
+        OutputError: it cannot be made, or another process works in it.
     """
 
     def __init__(self, path: Path, task: dict[str, Any]) -> None:
@@ -45,9 +49,13 @@ class Work:
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"the folder of the work cannot be made: {error.strerror}", where=path) from None
+        try:
+            self._lock = lock(path / "lock")
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", where=path) from None
         there = self._json("task.json")
-        if there is None:
-            if any(path.iterdir()):
+        if there is None or not (path / "tokens.npy").exists():
+            if any(entry.name.removesuffix(".part") not in FIRST_FILES for entry in path.iterdir()):
                 raise OutputError("is not a folder of this command", where=path, fix="name another --work")
             self._write("task.json", lambda file: file.write(json.dumps(task, indent=1).encode()))
         elif there != task:
@@ -133,6 +141,7 @@ class Work:
     def close(self) -> None:
         """Removes the folder: its task is done."""
         shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
     # ---- files
 
