@@ -11,6 +11,8 @@ import pytest
 
 import tsconv
 from support import CHECKPOINTS, tiny
+from support.edited import edited
+from tsconv.errors import ModelFileError
 from tsconv.format.header import Header, read_header
 from tsconv.runtime.layers import LayersContext
 from tsconv.stats.counts import COUNTS, HISTOGRAMS, N_BINS
@@ -230,6 +232,53 @@ def test_bad_options(tmp_path, options, said):
     assert done.returncode != 0 and "Traceback" not in line and not list(tmp_path.iterdir())
     for part in said:
         assert part in line, line
+
+
+GATE, THRESHOLD = "blk.1.ffn_pred_gate.weight", "blk.1.ffn_pred_threshold.weight"
+BITS = "turbosparse.predictor.input_bits"
+UP = "blk.1.ffn_pred_up.weight"
+EDITS = {
+    "no bits": ({"without": [BITS]}, f"key {BITS} is missing"),
+    "many bits": ({"keys": {BITS: (9, gguf.GGUFValueType.UINT32)}}, f"key {BITS}: expected 1 to 8, found 9"),
+    "rows": (
+        {"keys": {"turbosparse.predictor.layout": "rows"}},
+        "weights of 1 or 2 bits need panels16, an n_embd that is a multiple of 32 and an n_ff that is a multiple of 16"
+        ", found rows, 128, 512",
+    ),
+    "nan": (
+        {"data": {THRESHOLD: np.full((2, 512, 1), np.nan, np.float32)}},
+        f"{THRESHOLD}: expected numbers, found nan for neuron 0; build the predictor again",
+    ),
+    "another type of up": (
+        {"without": [UP], "extra": {UP: np.zeros((512, 128), np.float32)}},
+        f"{UP}: expected type bits1, as gate has, found f32",
+    ),
+    "shape": (
+        {"without": [GATE], "extra": {GATE: np.zeros((512, 9), np.int16)}},
+        f"{GATE}: wrong shape: expected [8, 512, 1], found [9, 512, 1]",
+    ),
+    "no margins in a layer": (
+        {"without": [THRESHOLD], "extra": {"more": np.zeros((2, 512, 1), np.float32)}},
+        f"{THRESHOLD}: the tensor is missing",
+    ),
+    "version": (
+        {"keys": {"turbosparse.format_version": (3, gguf.GGUFValueType.UINT32)}},
+        "wrong number of tensors: expected 12, found 18",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_sidecars_are_refused(tmp_path, edit):
+    """In one line, which names file, key or tensor, expected and found."""
+    model = tiny.converted(NAMES["dense"])
+    sidecar = build(model, tmp_path / "p.predictor.gguf", *KINDS["sign-margins"])
+    change, line = EDITS[edit]
+    other = edited(sidecar, tmp_path / "other.predictor.gguf", **change)
+    with pytest.raises(ModelFileError) as caught:
+        tsconv.load(model, predictor_path=other, n_ctx=32, n_threads=1)
+    assert str(other) in str(caught.value) and line in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_existing_sidecar_stays(tmp_path):

@@ -22,7 +22,7 @@ COMMANDS = {
     "profile": ("tsconv.cli.profile", "Count which neurons are active on a text; measure this machine."),
     "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),
     "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),
-    "predictor": ("tsconv.cli.predictor", "Train the predictors of a converted model."),
+    "predictor": ("tsconv.cli.predictor", "Make predictors for a converted model: train, or build without training."),
     "inspect": ("tsconv.cli.inspect", "Show what is in a converted model, sidecar or statistics."),
     "eval": ("tsconv.cli.eval", "Measure how good a model is: perplexity, KL divergence."),
     "perplexity": ("tsconv.cli.perplexity", "Another name of tsconv eval ppl."),

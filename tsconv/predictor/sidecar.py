@@ -22,7 +22,6 @@ from tsconv.write.writer import OutputFiles, StreamedFile
 
 # What a sidecar says as its model does, where the model says it.
 COPIED = ("general.name", "general.license", "turbosparse.source.repo", "turbosparse.source.revision", *SHARED)
-ELEMENTS = 2  # numbers of a tensor's shape that are those of rows: how many, and elements of each
 
 
 @dataclass(frozen=True)

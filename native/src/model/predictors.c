@@ -174,7 +174,8 @@ static const struct form forms[TSFFN_N_PREDICTOR_FORMS] = {
     [TSFFN_PREDICTOR_GATE_UP] = {"gate_up", {NULL, "gate", "up"}},
 };
 
-static bool read_form(const struct tsffn_gguf * file, struct tsffn_model * model) {
+// *has_form: the file is of a version that has forms, and thresholds of neurons.
+static bool read_form(const struct tsffn_gguf * file, struct tsffn_model * model, bool * has_form) {
     const char key[] = "turbosparse.predictor.form";
     uint32_t version;
     const char * name;
@@ -182,7 +183,8 @@ static bool read_form(const struct tsffn_gguf * file, struct tsffn_model * model
         return false;
     }
     model->form = TSFFN_PREDICTOR_MLP;
-    if (version < TSFFN_FORM_VERSION) {
+    *has_form = version >= TSFFN_FORM_VERSION;
+    if (!*has_form) {
         return true;
     }
     if (!tsffn_gguf_string(file, key, &name)) {
@@ -348,11 +350,11 @@ static bool read_ranks(const struct tsffn_gguf * file, const struct tsffn_model 
 }
 
 // Whether the file has thresholds of neurons; all of its FFNs have then.
-static bool find_thresholds(const struct tsffn_gguf * file, const struct tsffn_model * model, bool pre_norm,
-                            bool * has_thresholds) {
+static bool find_thresholds(const struct tsffn_gguf * file, const struct tsffn_model * model, bool has_form,
+                            bool pre_norm, bool * has_thresholds) {
     char name[TSFFN_TENSOR_NAME_SIZE];
     name_tensor(model, 0, "threshold", 0, name);
-    *has_thresholds = gguf_find_tensor(file->ctx, name) >= 0;
+    *has_thresholds = has_form && gguf_find_tensor(file->ctx, name) >= 0;
     if (*has_thresholds && pre_norm) {
         return tsffn_fail(file->error, file->error_size,
                           "%s: %s: expected no thresholds, because only the sign of a pre-norm predictor survives the "
@@ -363,11 +365,12 @@ static bool find_thresholds(const struct tsffn_gguf * file, const struct tsffn_m
 }
 
 bool tsffn_read_predictors(const struct tsffn_gguf * file, struct tsffn_model * model) {
-    bool pre_norm, in_panels, has_thresholds;
+    bool has_form, pre_norm, in_panels, has_thresholds;
     const int32_t * ranks;
-    if (!read_form(file, model) || !tsffn_read_layout(file, "turbosparse.predictor.layout", "panels16", &in_panels) ||
+    if (!read_form(file, model, &has_form) ||
+        !tsffn_read_layout(file, "turbosparse.predictor.layout", "panels16", &in_panels) ||
         !read_decision(file, model, &pre_norm) || !read_ranks(file, model, &ranks) ||
-        !find_thresholds(file, model, pre_norm, &has_thresholds)) {
+        !find_thresholds(file, model, has_form, pre_norm, &has_thresholds)) {
         return false;
     }
     int n_matrices = 0;
