@@ -111,4 +111,4 @@ def _add_keys(header: gguf.GGUFWriter, model: Header, decision: Decision) -> Non
         "turbosparse.predictor.threshold", decision.thresholds, GGUFValueType.ARRAY, GGUFValueType.FLOAT32
     )
     header.add_string("turbosparse.predictor.comparison", decision.comparison)
-    header.add_string("turbosparse.predictor.made_by", decision.about)
+    header.add_string("turbosparse.predictor.training", decision.about)
