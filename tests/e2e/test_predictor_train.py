@@ -344,3 +344,32 @@ def test_without_torch(tmp_path):
     arguments = ("predictor", "train", tiny.converted(), "--out", tmp_path / "o.predictor.gguf")
     done = tiny.run(*arguments, env={"PYTHONPATH": str(tmp_path)})
     assert "pip install 'tsconv[train]'" in tiny.error_line(done)
+
+
+# ---- model_N.pt
+
+
+def test_export_and_import(tmp_path):
+    """The checkpoint's own predictors, written as separate ones and converted again, are the same function."""
+    model = tiny.converted()
+    own = model.with_name(f"{model.stem}.predictor.gguf")
+    done = tiny.run("predictor", "export", own, "--out", tmp_path / "pt")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "pt" / "model_1.pt", weights_only=True)
+    reference = Reference.load(CHECKPOINTS / NAMES[0]).model.layers[1].ffns[0].predictor
+    for name, weight in (("fc1", reference.fc1.weight), ("fc2", reference.fc2.weight)):
+        torch.testing.assert_close(state[f"{name}.weight"].float(), weight.detach(), rtol=1e-3, atol=1e-6)
+    again = tsconv.convert(dense(tmp_path), tmp_path / "again.gguf", "f32", predictor=tmp_path / "pt")
+    assert again.predictor_kind == "external"
+    logits = []
+    for path in (model, again.model):
+        llama = tsconv.load(path, n_threads=1)
+        logits.append(llama.token_logits([1, *range(40, 60)]))
+        llama.close()
+    assert tiny.nmse(logits[1], logits[0]) < 1e-4
+    line = tiny.error_line(tiny.run("predictor", "export", own, "--out", tmp_path / "pt"))
+    assert "output exists" in line
+    experts = tiny.converted(NAMES[1])
+    experts = experts.with_name(f"{experts.stem}.predictor.gguf")
+    line = tiny.error_line(tiny.run("predictor", "export", experts, "--out", tmp_path / "other"))
+    assert "one predictor for each layer" in line and not (tmp_path / "other").exists()

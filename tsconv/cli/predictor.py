@@ -8,6 +8,7 @@ from tsconv.cli.lazy import LazyGroup
 
 MODULES = {
     "train": ("tsconv.cli.predictor_train", "Train the predictors of a converted model on a text."),
+    "export": ("tsconv.cli.predictor_export", "Write predictors as model_N.pt files."),
 }
 
 
