@@ -29,11 +29,11 @@ from tsconv.runtime.layers import LayersContext
 
 NAMES = ("tiny-turbosparse-mistral", "tiny-turbosparse-mixtral")
 HELDOUT = CHECKPOINTS / "heldout.txt"
-OPTIONS = ("--calib", HELDOUT, "--tokens", "8k", "--chunk", 128, "--rank", 32, "--epochs", 3, "-t", 1)
+OPTIONS = ("--calib", HELDOUT, "--tokens", "8k", "--chunk", 128, "--rank", 32, "--epochs", 8, "-t", 1)
 
 
 def trained(model: Path, out: Path, **options: object) -> TrainResult:
-    arguments = {"n_tokens": 8000, "chunk": 128, "rank": 32, "epochs": 3, "n_threads": 1, "outtype": "q3_nl"}
+    arguments = {"n_tokens": 8000, "chunk": 128, "rank": 32, "epochs": 8, "n_threads": 1, "outtype": "q3_nl"}
     return train(model, str(HELDOUT), out, **arguments | options)  # type: ignore[arg-type]
 
 
@@ -141,14 +141,16 @@ def test_the_mask_is_what_the_matrices_say(made):
 
 def test_it_keeps_its_promise(made):
     """The held-out share that is missed is the one asked for, and no layer computes everything for it."""
-    _, _, result = made
-    assert len(result.layers) == (6 if len(result.layers[0].experts) == 0 else 3)
+    name, _, result = made
+    n_layer, n_ff = (6, 512) if name == NAMES[0] else (3, 192)
+    assert len(result.layers) == n_layer
     for layer in result.layers:
-        assert layer.figures.missed <= 0.0101 and layer.rank == 32
-        assert layer.figures.active < layer.figures.predicted
+        assert layer.figures.missed <= 0.01 and layer.rank == 32
+        assert layer.figures.predicted < 0.8 * n_ff
     assert result.n_bytes == result.outfile.stat().st_size > sum(layer.n_bytes for layer in result.layers)
     assert not result.outfile.with_name(f"{result.outfile.name}.work").exists()
     assert any("part of its function" in note for note in result.notes)
+    assert not any("miss more than" in note for note in result.notes)
 
 
 def test_a_token_sees_nearly_the_same_model(made):

@@ -199,7 +199,7 @@ def train(
         seconds=time.perf_counter() - started,
         type_fc1=type_name(types[0].fc1),
         type_fc2=type_name(types[0].fc2),
-        notes=(*_notes(header, path, target, tokens.size, n_tokens), *corpus.notes),
+        notes=(*_notes(header, path, target, tokens.size, n_tokens), *_beyond(ready, target_miss), *corpus.notes),
     )
 
 
@@ -296,6 +296,18 @@ def _notes(header: Header, model: Path, target: Path, n_tokens: int, wanted: int
     if target != sidecar_path(model):
         notes.append(f"the model finds these predictors with --predictor {target}")
     return notes
+
+
+def _beyond(ready: Sequence[Sequence[tuple[Fitted, float]]], target_miss: float) -> list[str]:
+    """A line where predictors miss more than they were to."""
+    missed = [fitted.figures.missed for layer in ready for fitted, _ in layer]
+    beyond = [share for share in missed if share > target_miss * 1.001]
+    if not beyond:
+        return []
+    return [
+        f"{len(beyond)} of {len(missed)} predictors miss more than {target_miss:.2%}, up to {max(beyond):.2%}:"
+        " give more --tokens, more --epochs, or a higher --rank"
+    ]
 
 
 def _layer_result(n: int, rank: int, layer: Sequence[tuple[Fitted, float]], shape: _Shape) -> LayerResult:

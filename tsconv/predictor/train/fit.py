@@ -23,7 +23,8 @@ from tsconv.predictor.train.samples import BLOCK, Samples, values_of_codes
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH = 1024  # rows of a step
+MIN_BATCH, MAX_BATCH = 128, 1024  # rows of a step,
+STEPS = 32  # of which an epoch of few samples has so many
 MAX_VALUES = 1 << 22  # of h that are looked at together where nothing is trained
 HELD_ROWS = 16_384  # that results are judged by, at most
 RATE = 0.11  # of AdamW, over sqrt(n_embd)
@@ -129,7 +130,8 @@ class Fit:
         self.state = self._begin(start) if state is None else state
         for name in ("parameters", "means", "squares"):
             setattr(self.state, name, [tensor.to(self.device) for tensor in getattr(self.state, name)])
-        self.n_steps = recipe.epochs * -(-trained.n_blocks // (BATCH // BLOCK))
+        self.batch = max(MIN_BATCH, min(MAX_BATCH, trained.n // STEPS // BLOCK * BLOCK))
+        self.n_steps = recipe.epochs * -(-trained.n_blocks // (self.batch // BLOCK))
 
     def run(self, epoch: Epoch = lambda state, figures: None) -> Fitted:
         """Trains to the end. `epoch` is called with the state behind each epoch, and what it reached.
@@ -200,7 +202,7 @@ class Fit:
 
     def _epoch(self) -> None:
         state = self.state
-        for x, h in self.trained.batches(BATCH, self._order(state.epoch)):
+        for x, h in self.trained.batches(self.batch, self._order(state.epoch)):
             inputs, e = self._tensors(x, h)
             self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
 
@@ -219,7 +221,7 @@ class Fit:
 
     def _share(self, step: int) -> float:
         """Of the rate: up in the beginning, then down along a cosine."""
-        return min(1.0, step / WARM_UP) * (
+        return min(1.0, step / min(WARM_UP, self.n_steps / 10)) * (
             LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
         )
 
