@@ -1,4 +1,4 @@
-"""What training one predictor of the 7B shape costs: seconds of an epoch and of what ends it, memory, bytes on disk.
+"""What training one predictor of the 7B shape costs: seconds of CPU for an epoch and for judging it, memory, bytes on disk.
 
 usage, in tests/: python -m experiments.train_cost ROWS RANK THREADS
 
@@ -40,14 +40,14 @@ def main(n_rows: int, rank: int, n_threads: int) -> None:
         print(f"samples: {N_EMBD * 2 + N_FF:,} bytes a row", flush=True)
         trained, held = (open_samples(folder, 0, 0, split, N_EMBD, N_FF) for split in (TRAINED, HELD))
         types = Types(GGMLQuantizationType.Q4_0, q3_nl.KIND)
-        began = [time.perf_counter()]
+        began = [time.process_time()]
 
         def told(state, figures) -> None:
-            seconds = time.perf_counter() - began[0]
+            seconds = time.process_time() - began[0]
             rounded = "rounded" if state.rounds else "float"
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-            print(f"epoch {state.epoch}, {rounded}: {seconds:.1f} s, peak memory {peak:.2f} GiB", flush=True)
-            began[0] = time.perf_counter()
+            print(f"epoch {state.epoch}, {rounded}: {seconds:.1f} s of CPU, peak memory {peak:.2f} GiB", flush=True)
+            began[0] = time.process_time()
 
         Fit(trained, held, rng.random(N_FF), Recipe(rank, types, 0.01, 3, 0)).run(told)
 

@@ -49,9 +49,10 @@ def test_the_least_value_is_the_expected_energy():
 
 
 def test_shares():
-    h, down = torch.tensor([[1.0, 2.0], [0.1, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 1.0])
-    # energies 4 + 4 and 0.04; typical 1: the second token adds little, and counts little
-    torch.testing.assert_close(objective.shares(h, down, 1.0), torch.tensor([[0.5, 0.5], [0.04, 0.0], [0.0, 0.0]]))
+    h, down = torch.tensor([[2.0, 4.0], [0.1, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 1.0])
+    # energies 16 + 16 = 32 and 0.04; typical 2: the first token is 16 times as large as most, and counts as 4 of them;
+    # the second adds little, and counts little
+    torch.testing.assert_close(objective.shares(h, down, 2.0), torch.tensor([[2.0, 2.0], [0.02, 0.0], [0.0, 0.0]]))
 
 
 def test_the_price_of_what_may_be_missed():
