@@ -29,6 +29,7 @@ from tsconv.runtime.layers import LayersContext
 
 NAMES = ("tiny-turbosparse-mistral", "tiny-turbosparse-mixtral")
 HELDOUT = CHECKPOINTS / "heldout.txt"
+SMALL = ("--calib", HELDOUT, "--tokens", "6k", "--chunk", 128, "--rank", 32, "--epochs", 2, "-t", 1)
 OPTIONS = ("--calib", HELDOUT, "--tokens", "8k", "--chunk", 128, "--rank", 32, "--epochs", 8, "-t", 1)
 
 
@@ -264,13 +265,21 @@ def dense(folder: Path) -> Path:
 # ---- runs that end early
 
 
-def begun(model: Path, out: Path, *more: object) -> list[str]:
-    return [*tiny.TSCONV, "predictor", "train", *map(str, (model, "--out", out, "--outtype", "q3_nl", *OPTIONS, *more))]
+def begun(model: Path, out: Path) -> list[str]:
+    return [*tiny.TSCONV, "predictor", "train", *map(str, (model, "--out", out, "--outtype", "q3_nl", *SMALL))]
 
 
-def test_a_killed_run_goes_on(made, tmp_path):
+@pytest.fixture(scope="module", params=NAMES)
+def whole(request, tmp_path_factory) -> tuple[Path, bytes]:
+    """A model, and the file that a run makes that nothing cuts."""
+    model, out = tiny.converted(request.param), tmp_path_factory.mktemp("whole") / "whole.predictor.gguf"
+    subprocess.run(begun(model, out), capture_output=True, cwd=ROOT, check=True)
+    return model, out.read_bytes()
+
+
+def test_a_killed_run_goes_on(whole, tmp_path):
     """Killed while layer 1 is trained, again a little later, and then let run: bit for bit the same file."""
-    _, model, result = made
+    model, expected = whole
     out = tmp_path / "killed.predictor.gguf"
     for wait in (0.0, 0.7):
         with subprocess.Popen(begun(model, out), stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
@@ -282,21 +291,21 @@ def test_a_killed_run_goes_on(made, tmp_path):
                     break
         assert process.returncode == -signal.SIGKILL and not out.exists()
     done = subprocess.run(begun(model, out), capture_output=True, cwd=ROOT, check=True, text=True)
-    assert out.read_bytes() == result.outfile.read_bytes()
+    assert out.read_bytes() == expected
     assert "layer 0:" not in done.stderr and "layer 0 expert 0:" not in done.stderr  # it was ready
     assert os.listdir(tmp_path) == [out.name]
 
 
-def test_a_full_disk(made, tmp_path):
+def test_a_full_disk(whole, tmp_path):
     """One line says so; what is ready stays, and the same command goes on."""
-    _, model, result = made
+    model, expected = whole
     out = tmp_path / "full.predictor.gguf"
     shell = ["bash", "-c", 'ulimit -f 300; exec "$@"', "limited", *begun(model, out)]
     done = subprocess.run(shell, capture_output=True, cwd=ROOT, check=False)
     line = tiny.error_line(done)
     assert "cannot be written: File too large" in line.splitlines()[-1] and not out.exists()
     subprocess.run(begun(model, out), capture_output=True, cwd=ROOT, check=True)
-    assert out.read_bytes() == result.outfile.read_bytes()
+    assert out.read_bytes() == expected
 
 
 # ---- what cannot be
