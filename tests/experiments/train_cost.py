@@ -1,4 +1,4 @@
-"""What training one predictor of the 7B shape costs: seconds of CPU for an epoch and for judging it, memory, bytes on disk.
+"""What training one predictor of the 7B shape costs: CPU seconds of an epoch and of judging it, memory, bytes on disk.
 
 usage, in tests/: python -m experiments.train_cost ROWS RANK THREADS
 
