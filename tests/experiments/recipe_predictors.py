@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
@@ -19,10 +18,9 @@ import tsconv
 from support.predictor_recipe import train_recipe
 from tsconv.format.order import shape_of
 from tsconv.predictor.train import sidecar
-from tsconv.predictor.train.record import record
+from tsconv.predictor.train.record import record, take_chunks
 from tsconv.predictor.train.rounding import Types
 from tsconv.predictor.train.samples import HELD, TRAINED, open_samples
-from tsconv.stats.text.chunks import chunks
 from tsconv.stats.text.corpus import open_corpus
 from tsconv.transform import q3_nl
 
@@ -34,12 +32,7 @@ def main(model: Path, out: Path, text: str, n_tokens: int, epochs: int, ranks: l
     llama = tsconv.load(model, sparsity="exact", n_ctx=1, n_batch=1)
     n_layer, n_ffn, n_ff = shape_of(llama.header)
     n_embd = llama.header.keys["llama.embedding_length"]
-    rows = []
-    for row in chunks(lambda t: llama.tokenize(t, False, False), llama.token_bos(), open_corpus(text), CHUNK):
-        rows.append(row)
-        if len(rows) * CHUNK >= n_tokens:
-            break
-    tokens = np.array(rows, np.int32)[np.random.default_rng(0).permutation(len(rows))]
+    tokens = take_chunks(llama, open_corpus(text, 0), CHUNK, n_tokens, 0)
     predictors = []
     with tempfile.TemporaryDirectory() as name:
         record(llama, tokens, range(n_layer), (n_ffn, n_embd, n_ff), Path(name))

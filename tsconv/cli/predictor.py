@@ -9,6 +9,7 @@ from tsconv.cli.lazy import LazyGroup
 MODULES = {
     "build": ("tsconv.cli.predictor_build", "Make predictors of the weights alone, without training."),
     "train": ("tsconv.cli.predictor_train", "Train the predictors of a converted model on a text."),
+    "export": ("tsconv.cli.predictor_export", "Write predictors as model_N.pt files."),
 }
 
 

@@ -27,14 +27,15 @@ from tsconv.predictor.train import sidecar
 from tsconv.predictor.train.calibrate import Figures, together
 from tsconv.predictor.train.fit import Fit, Fitted, Recipe, Start, State, use_threads
 from tsconv.predictor.train.ranks import PROBE_EXPERTS, Layout, choose_ranks, probe_ranks, probe_tokens
-from tsconv.predictor.train.record import groups, record
+from tsconv.predictor.train.record import groups, record, take_chunks
 from tsconv.predictor.train.rounding import Types
-from tsconv.predictor.train.samples import BLOCK, HELD, HELD_EVERY, TRAINED, open_samples
+from tsconv.predictor.train.samples import BLOCK, HELD, TRAINED, open_samples
 from tsconv.predictor.train.work import Work
 from tsconv.transform.quantize import TYPES, type_name
 
 if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
+    from tsconv.stats.text.corpus import Corpus
 
 DEFAULT_TOKENS = 400_000
 DEFAULT_CHUNK = 512
@@ -147,6 +148,8 @@ def train(
         HubError: the text cannot be reached.
     """
     require("torch", "training predictors", "train")
+    from tsconv.stats.text.corpus import open_corpus
+
     started = time.perf_counter()
     path = Path(model)
     header = read_model(path)
@@ -158,7 +161,7 @@ def train(
     begin_with = _begin_with(path, predictor_path) if refresh else None
     n_threads = n_threads or usable_cores()
     use_threads(n_threads)
-    corpus = _open(calib, text_field)
+    corpus = open_corpus(calib, seed if Path(calib).exists() else None, text_field)
     task = {
         "pair_id": header.keys["turbosparse.pair_id"],
         "text": [corpus.dataset, corpus.config, corpus.revision],
@@ -199,7 +202,7 @@ def train(
         seconds=time.perf_counter() - started,
         type_fc1=type_name(types[0].fc1),
         type_fc2=type_name(types[0].fc2),
-        notes=(*_notes(header, path, target, tokens.size, n_tokens), *corpus.notes),
+        notes=(*_notes(header, path, target, tokens.size, n_tokens), *_beyond(ready, target_miss), *corpus.notes),
     )
 
 
@@ -278,12 +281,6 @@ def _begin_with(model: Path, predictor_path: str | Path | None) -> Header:
     return read_sidecar(read_model(model), Path(predictor_path) if predictor_path else None)
 
 
-def _open(calib: str, text_field: str | None) -> Any:
-    from tsconv.stats.text.corpus import open_corpus
-
-    return open_corpus(calib, None, text_field)
-
-
 def _notes(header: Header, model: Path, target: Path, n_tokens: int, wanted: int) -> list[str]:
     notes = []
     if n_tokens < wanted:
@@ -296,6 +293,18 @@ def _notes(header: Header, model: Path, target: Path, n_tokens: int, wanted: int
     if target != sidecar_path(model):
         notes.append(f"the model finds these predictors with --predictor {target}")
     return notes
+
+
+def _beyond(ready: Sequence[Sequence[tuple[Fitted, float]]], target_miss: float) -> list[str]:
+    """A line where predictors miss more than they were to."""
+    missed = [fitted.figures.missed for layer in ready for fitted, _ in layer]
+    beyond = [share for share in missed if share > target_miss * 1.001]
+    if not beyond:
+        return []
+    return [
+        f"{len(beyond)} of {len(missed)} predictors miss more than {target_miss:.2%}, up to {max(beyond):.2%}:"
+        " give more --tokens, more --epochs, or a higher --rank"
+    ]
 
 
 def _layer_result(n: int, rank: int, layer: Sequence[tuple[Fitted, float]], shape: _Shape) -> LayerResult:
@@ -329,26 +338,10 @@ class _Trainer:
     tell: Tell
     count: Count
 
-    def tokens(self, corpus: Any, chunk: int, n_tokens: int) -> npt.NDArray[np.int32]:
-        """The text in chunks, [n, chunk]."""
-        from tsconv.stats.text.chunks import chunks
-
-        found: list[list[int]] = []
+    def tokens(self, corpus: Corpus, chunk: int, n_tokens: int) -> npt.NDArray[np.int32]:
+        """Chunks of the text."""
         with _Model(self.path, self.n_threads) as llama:
-            bos = llama.token_bos() if llama.token_bos() >= 0 else None
-            for row in chunks(lambda text: llama.tokenize(text, add_bos=False, special=False), bos, corpus, chunk):
-                found.append(row)
-                if len(found) * chunk >= n_tokens:
-                    break
-        if len(found) < 2 * HELD_EVERY:
-            raise TsconvError(
-                "the text is too short to train on",
-                expected=f"at least {2 * HELD_EVERY * chunk:,} tokens",
-                found=f"{len(found) * chunk:,} in whole chunks",
-                fix="take a longer text, or lower --chunk",
-            )
-        order = np.random.default_rng(self.seed).permutation(len(found))  # what is held out is of the whole text
-        return np.array(found, np.int32)[order]
+            return take_chunks(llama, corpus, chunk, n_tokens, self.seed)
 
     def record(self, tokens: npt.NDArray[np.int32], layers: range) -> None:
         """The samples of some layers, and of no others."""

@@ -49,9 +49,10 @@ def test_the_least_value_is_the_expected_energy():
 
 
 def test_shares():
-    h, down = torch.tensor([[1.0, 2.0], [0.1, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 1.0])
-    # energies 4 + 4 and 0.04; typical 1: the second token adds little, and counts little
-    torch.testing.assert_close(objective.shares(h, down, 1.0), torch.tensor([[0.5, 0.5], [0.04, 0.0], [0.0, 0.0]]))
+    h, down = torch.tensor([[2.0, 4.0], [0.1, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 1.0])
+    # energies 16 + 16 = 32 and 0.04; typical 2: the first token is 16 times as large as most, and counts as 4 of them;
+    # the second adds little, and counts little
+    torch.testing.assert_close(objective.shares(h, down, 2.0), torch.tensor([[2.0, 2.0], [0.02, 0.0], [0.0, 0.0]]))
 
 
 def test_the_price_of_what_may_be_missed():
@@ -113,11 +114,11 @@ def test_the_curve_counts_what_loops_count():
     curve = Curve()
     for part in np.array_split(np.arange(40), 3):
         curve.add(logits[part], e[part], h[part])
-    threshold = curve.threshold(0.4)
+    threshold = curve.threshold(0.7)  # negative logits alone miss a half
     found, on = curve.at(threshold), logits >= threshold
-    assert found.missed == pytest.approx(e[~on].sum() / e.sum(), abs=1e-6) and found.missed <= 0.4
+    assert found.missed == pytest.approx(e[~on].sum() / e.sum(), abs=1e-6) and found.missed <= 0.7
     assert found.predicted == on.sum() / 40 and found.active == h.sum() / 40 and found.both == (on & (h > 0)).sum() / 40
-    assert curve.at(threshold * 2 ** (1 / 64)).missed > 0.4 * 0.9
+    assert curve.at(threshold * 2 ** (1 / 64)).missed > 0.6
     assert together([found, Figures(0, 9, 9, 9, 9)]) == found
 
 
@@ -155,7 +156,7 @@ def test_ranks_that_cost_least():
     assert choose_ranks([hard, easy], layout, lambda rank: types, 2 * size[32]) == [32, 32]
     with pytest.raises(TsconvError, match="the budget is too small"):
         choose_ranks([hard, easy], layout, lambda rank: types, 2 * size[32] - 1)
-    assert candidates(4096) == [256, 512, 768, 1024, 1536, 2048] and candidates(64) == [32]
+    assert candidates(4096) == [256, 512, 768, 1024, 1536, 2048] and candidates(128) == [32, 64, 96]
 
 
 def test_layers_that_are_recorded_together():

@@ -18,13 +18,15 @@ import numpy.typing as npt
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures
 from tsconv.predictor.train.rounding import MIN_BIAS, THRESHOLD, Stored, Types
-from tsconv.predictor.train.samples import Samples, values_of_codes
+from tsconv.predictor.train.samples import BLOCK, Samples, values_of_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH = 1024  # rows of a step
-MAX_ROWS = 4096  # that are looked at together where nothing is trained
+MIN_BATCH, MAX_BATCH = 128, 1024  # rows of a step,
+STEPS = 32  # of which an epoch of few samples has so many
+MAX_VALUES = 1 << 22  # of h that are looked at together where nothing is trained
+HELD_ROWS = 16_384  # that results are judged by, at most
 RATE = 0.11  # of AdamW, over sqrt(n_embd)
 WARM_UP = 50  # steps
 LAST_RATE = 0.02  # share of the rate that is left at the end
@@ -33,7 +35,7 @@ MAX_Q = 100.0  # what missing a neuron costs, in units of its price, counts at m
 FIRST_BIAS = 3.0  # a neuron that nothing is known of is off, log(price / E[e])
 PRICE_SHARE = 0.3  # the first price is that at which an observer who knows e misses this share of the target
 MAX_SHIFT = 0.3  # of log(price) behind an epoch
-PRICE_ROWS = 8192  # that the first price and E are taken from
+PRICE_VALUES = 1 << 22  # of h that the first price and E are taken from
 PATIENCE = 3  # epochs without a better result that end a phase
 
 
@@ -128,7 +130,8 @@ class Fit:
         self.state = self._begin(start) if state is None else state
         for name in ("parameters", "means", "squares"):
             setattr(self.state, name, [tensor.to(self.device) for tensor in getattr(self.state, name)])
-        self.n_steps = recipe.epochs * -(-trained.n_blocks // (BATCH // 64))
+        self.batch = max(MIN_BATCH, min(MAX_BATCH, trained.n // STEPS // BLOCK * BLOCK))
+        self.n_steps = recipe.epochs * -(-trained.n_blocks // (self.batch // BLOCK))
 
     def run(self, epoch: Epoch = lambda state, figures: None) -> Fitted:
         """Trains to the end. `epoch` is called with the state behind each epoch, and what it reached.
@@ -160,8 +163,8 @@ class Fit:
         import torch
 
         recipe, n_embd, n_ff = self.recipe, self.trained.n_embd, self.trained.n_ff
-        x, h = next(self.trained.batches(PRICE_ROWS, self._order(-1)))
-        values = self.values[torch.from_numpy(h.astype(np.int64)).to(self.device)]
+        x, h = self._some_rows()
+        values = self.values[torch.from_numpy(h).to(self.device).int()]
         typical = float((values.square() * self.down).sum(dim=1).median())
         e = objective.shares(values, self.down, typical)
         if start is None:
@@ -180,6 +183,9 @@ class Fit:
             typical=typical,
         )
 
+    def _some_rows(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+        return next(self.trained.batches(PRICE_VALUES // self.trained.n_ff, self._order(-1)))
+
     def _seed(self, epoch: int) -> int:
         return int(np.random.SeedSequence([self.recipe.seed, epoch + 2]).generate_state(1)[0])
 
@@ -196,7 +202,7 @@ class Fit:
 
     def _epoch(self) -> None:
         state = self.state
-        for x, h in self.trained.batches(BATCH, self._order(state.epoch)):
+        for x, h in self.trained.batches(self.batch, self._order(state.epoch)):
             inputs, e = self._tensors(x, h)
             self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
 
@@ -215,7 +221,7 @@ class Fit:
 
     def _share(self, step: int) -> float:
         """Of the rate: up in the beginning, then down along a cosine."""
-        return min(1.0, step / WARM_UP) * (
+        return min(1.0, step / min(WARM_UP, self.n_steps / 10)) * (
             LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
         )
 
@@ -249,8 +255,7 @@ class Fit:
         state = self.state
         fc1, fc2, _ = state.parameters
         total = torch.zeros(self.recipe.rank, device=self.device)
-        x, h = next(self.trained.batches(PRICE_ROWS, self._order(-1)))
-        total += (self._tensors(x, h)[0] @ fc1.T).relu_().mean(dim=0)
+        total += (self._tensors(*self._some_rows())[0] @ fc1.T).relu_().mean(dim=0)
         length = fc1.square().sum(dim=1).sqrt()
         scale = torch.where(total > 1e-3 * length, total, torch.where(length > 0, length, torch.ones_like(length)))
         fc1 /= scale[:, None]
@@ -295,7 +300,8 @@ class Fit:
         else:
             fc1, fc2 = (torch.from_numpy(w).to(self.device) for w in self.recipe.types.read(stored))
         curve = Curve()
-        for x, h in self.held.batches(max(64, min(MAX_ROWS, (64 << 20) // self.held.n_ff))):
+        blocks = range(min(self.held.n_blocks, HELD_ROWS // BLOCK))
+        for x, h in self.held.batches(MAX_VALUES // self.held.n_ff, blocks):
             inputs, e = self._tensors(x, h)
             logits = (inputs @ fc1.T).relu_() @ fc2.T
             curve.add(logits.cpu().numpy(), e.cpu().numpy(), h)

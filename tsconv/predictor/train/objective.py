@@ -2,11 +2,12 @@
 
 Neuron i adds h_i * down_i to the output of its FFN for a token t. Leaving it out costs the token the share
 
-    e_ti = w_t (h_ti |down_i|)^2,  w_t = 1 / max(E_t, E),  E_t = sum_i (h_ti |down_i|)^2,  E = median of E_t
+    e_ti = w_t (h_ti |down_i|)^2,  w_t = 1 / sqrt(E max(E_t, E)),  E_t = sum_i (h_ti |down_i|)^2,  E = median of E_t
 
-of its output's energy. Without w_t a few tokens would be all that counts: trained models have some whose activations
-are thousands of times those of others (Sun et al., "Massive Activations in Large Language Models", 2024). A token that
-adds less than most do counts less.
+Trained models have a few tokens whose activations are hundreds of times those of others, as a rule the first ones of a
+text, which others then attend to (Sun et al., "Massive Activations in Large Language Models", 2024). By energy alone
+they would be all that counts. By their share of a token's energy they could all be missed. The root is between the two:
+such a token counts as many, and does not decide everything. A token that adds less than most do counts less.
 
 Reading a neuron costs `price`, in the same unit. With z the logit, minimised is the sum over tokens and neurons of
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 def token_weights(energies: Tensor, typical: float) -> Tensor:
     """w_t [n] of the energies E_t [n] of tokens, `typical` being E."""
-    return 1 / energies.clamp(min=max(typical, 1e-30))
+    typical = max(typical, 1e-30)
+    return (energies.clamp(min=typical) * typical).rsqrt_()
 
 
 def shares(h: Tensor, down: Tensor, typical: float) -> Tensor:

@@ -21,7 +21,7 @@ from tsconv.predictor.train.rounding import Types
 from tsconv.predictor.train.samples import Samples
 from tsconv.transform.quantize import row_bytes
 
-SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of n_embd: the ranks that are tried
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of n_embd: the ranks that are tried
 STEP = 32  # ranks are multiples of it: blocks of all types that panels have
 FIRST_EPOCHS, EPOCHS = 8, 3  # of the highest rank, and of each that is cut from the one above
 PROBE_SHARE, PROBE_TOKENS = 8, 65_536  # a probe takes one token in so many, or so many where that is fewer
@@ -56,7 +56,8 @@ class Layout:
 
 def candidates(n_embd: int) -> list[int]:
     """Ranks that are tried, ascending."""
-    return sorted({max(STEP, round(share * n_embd / STEP) * STEP) for share in SHARES})
+    found = {max(STEP, round(share * n_embd / STEP) * STEP) for share in SHARES}
+    return sorted(rank for rank in found if rank <= max(3 * STEP, n_embd // 2))
 
 
 def probe_tokens(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tsconv.errors import TsconvError
 from tsconv.predictor.train.samples import HELD, HELD_EVERY, TRAINED, SampleFiles
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
+from tsconv.stats.text.chunks import chunks
+from tsconv.stats.text.corpus import Corpus
+
+SPREAD = 16  # a text is read to so many times the tokens that are taken of it
 
 
 def record(
     model: SparseLlama,
-    chunks: npt.NDArray[np.int32],
+    tokens: npt.NDArray[np.int32],
     layers: range,
     shape: tuple[int, int, int],
     folder: Path,
@@ -25,7 +30,7 @@ def record(
 
     Args:
         model: opened with exact sparsity, so that what is seen is what the predictors are to find.
-        chunks: tokens [n, chunk], each chunk computed from an empty context.
+        tokens: [n, chunk], each chunk computed from an empty context.
         shape: n_ffn, n_embd, n_ff.
         folder: where the files go; there are none of these layers.
         progress: called with the number of tokens done.
@@ -36,13 +41,37 @@ def record(
     """
     files = SampleFiles(folder, layers, *shape)
     try:
-        with LayersContext(model, chunks.shape[1]) as context, model.recording(layers, files):
-            for i, chunk in enumerate(chunks.tolist()):
+        with LayersContext(model, tokens.shape[1]) as context, model.recording(layers, files):
+            for i, chunk in enumerate(tokens.tolist()):
                 files.split = HELD if i % HELD_EVERY == HELD_EVERY - 1 else TRAINED
                 context.compute(chunk)
                 progress((i + 1) * len(chunk))
     finally:
         files.close()
+
+
+def take_chunks(model: SparseLlama, corpus: Corpus, chunk: int, n_tokens: int, seed: int) -> npt.NDArray[np.int32]:
+    """`n_tokens` tokens, rounded up to whole chunks, from all over a text: int32 [n, chunk], in random order.
+
+    Raises:
+        TsconvError: the text is too short.
+        HubError: it cannot be reached.
+    """
+    bos = model.token_bos() if model.token_bos() >= 0 else None
+    found: list[list[int]] = []
+    for row in chunks(lambda text: model.tokenize(text, add_bos=False, special=False), bos, corpus, chunk):
+        found.append(row)
+        if len(found) * chunk >= SPREAD * n_tokens:
+            break
+    if len(found) < 2 * HELD_EVERY:
+        raise TsconvError(
+            "the text is too short to train on",
+            expected=f"at least {2 * HELD_EVERY * chunk:,} tokens",
+            found=f"{len(found) * chunk:,} in whole chunks",
+            fix="take a longer text, or lower --chunk",
+        )
+    order = np.random.default_rng(seed).permutation(len(found))
+    return np.array(found, np.int32)[order[: -(-n_tokens // chunk)]]
 
 
 def groups(n_layer: int, layer_bytes: int, room: int) -> Sequence[range]:

@@ -47,18 +47,25 @@ def read_start(sidecar: Header, layer: int, ffn: int) -> tuple[Floats, Floats, F
     Raises:
         ModelFileError: matrices are missing, or the file cannot be read.
     """
-    keys, n_expert = sidecar.keys, sidecar.keys.get("llama.expert_count", 0)
-    tensors = {tensor.name: tensor for tensor in sidecar.tensors}
-    fc1, fc2 = (_matrix(sidecar, tensors, matrix_name(layer, ffn, n_expert, k)) for k in (1, 2))
+    keys = sidecar.keys
+    fc1, fc2 = read_matrices(sidecar, layer, ffn)
     if keys.get("turbosparse.predictor.input") == "pre_norm":
         name = f"blk.{layer}.ffn_pred_scale.weight"
-        fc1 = fc1 * _raw(sidecar, tensors, name).view(np.float32)
+        fc1 = fc1 * _raw(sidecar, {tensor.name: tensor for tensor in sidecar.tensors}, name).view(np.float32)
     threshold = float(keys["turbosparse.predictor.threshold"][layer])
     # fc1 reads inputs of length sqrt(n_embd): what a logit varies by is told by the matrices
     size = float(np.sqrt(np.einsum("re,re->r", fc1, fc1) @ np.square(fc2).mean(axis=0))) or 1.0
     factor = STEEPNESS / size
     bias = np.full(len(fc2), max(MIN_BIAS, threshold * factor), np.float32)
     return fc1, fc2 * np.float32(factor), bias
+
+
+def read_matrices(sidecar: Header, layer: int, ffn: int) -> tuple[Floats, Floats]:
+    """fc1 [r, n_embd] and fc2 [n_ff, r] as they are stored; raises as `read_start`."""
+    n_expert = sidecar.keys.get("llama.expert_count", 0)
+    tensors = {tensor.name: tensor for tensor in sidecar.tensors}
+    fc1, fc2 = (_matrix(sidecar, tensors, matrix_name(layer, ffn, n_expert, k)) for k in (1, 2))
+    return fc1, fc2
 
 
 def _raw(sidecar: Header, tensors: dict[str, TensorEntry], name: str) -> npt.NDArray[np.uint8]:
