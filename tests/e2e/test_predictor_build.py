@@ -281,6 +281,16 @@ def test_edited_sidecars_are_refused(tmp_path, edit):
     assert "\n" not in str(caught.value)
 
 
+def test_what_takes_two_matrices_refuses_the_others(tmp_path):
+    model = tiny.converted(NAMES["dense"])
+    for kind in ("sign", "svd"):
+        sidecar = build(model, tmp_path / f"{kind}.predictor.gguf", *KINDS[kind])
+        done = tiny.run("predictor", "export", sidecar, "--out", tmp_path / "out")
+        said = done.stderr.decode()
+        assert done.returncode != 0 and f"{sidecar}: " in said and "expected turbosparse.predictor.form 'mlp'" in said
+        assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_an_existing_sidecar_stays(tmp_path):
     model = tiny.converted(NAMES["dense"])
     beside = model.with_name(model.name.removesuffix(".gguf") + ".predictor.gguf")

@@ -76,3 +76,19 @@ def neuron_tensors(sidecar: Header) -> dict[str, int]:
 
 def has_thresholds(sidecar: Header) -> bool:
     return any(f".ffn_pred_{THRESHOLD}." in tensor.name for tensor in sidecar.tensors)
+
+
+def check_is_mlp(sidecar: Header) -> None:
+    """Refuses predictors that are more, or something else, than fc1 and fc2 with a ReLU between.
+
+    Raises:
+        ModelFileError: they have another form, or thresholds of neurons.
+    """
+    form, more = form_of(sidecar), has_thresholds(sidecar)
+    if form is not MLP or more:
+        raise ModelFileError(
+            "predictors of another form",
+            where=sidecar.path,
+            expected=f"{KEY} {MLP.name!r}, without thresholds of neurons",
+            found=f"{form.name!r}, {'with' if more else 'without'} them",
+        )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from tsconv.errors import ModelFileError
-from tsconv.format import layouts, order
+from tsconv.format import forms, layouts, order
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.keys import ARCHITECTURE
 from tsconv.format.pair import SHARED, layout_of
@@ -33,6 +33,7 @@ def matrix_name(layer: int, ffn: int, n_expert: int, matrix: int) -> str:
 
 def read_ranks(sidecar: Header) -> list[int]:
     """Of each layer. Raises ModelFileError where they do not fit the sidecar."""
+    forms.check_is_mlp(sidecar)
     ranks = sidecar.keys.get("turbosparse.predictor.rank")
     n_layer = order.shape_of(sidecar)[0]
     if not isinstance(ranks, list) or len(ranks) != n_layer or not all(type(r) is int and r > 0 for r in ranks):
@@ -62,6 +63,7 @@ def read_start(sidecar: Header, layer: int, ffn: int) -> tuple[Floats, Floats, F
 
 def read_matrices(sidecar: Header, layer: int, ffn: int) -> tuple[Floats, Floats]:
     """fc1 [r, n_embd] and fc2 [n_ff, r] as they are stored; raises as `read_start`."""
+    forms.check_is_mlp(sidecar)
     n_expert = sidecar.keys.get("llama.expert_count", 0)
     tensors = {tensor.name: tensor for tensor in sidecar.tensors}
     fc1, fc2 = (_matrix(sidecar, tensors, matrix_name(layer, ffn, n_expert, k)) for k in (1, 2))
