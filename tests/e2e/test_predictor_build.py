@@ -263,7 +263,7 @@ EDITS = {
     ),
     "version": (
         {"keys": {"turbosparse.format_version": (3, gguf.GGUFValueType.UINT32)}},
-        "wrong number of tensors: expected 12, found 18",
+        "key turbosparse.predictor.form: expected from format version 4 on, found in version 3",
     ),
 }
 

@@ -184,6 +184,12 @@ static bool read_form(const struct tsffn_gguf * file, struct tsffn_model * model
     }
     model->form = TSFFN_PREDICTOR_MLP;
     *has_form = version >= TSFFN_FORM_VERSION;
+    if (!*has_form && gguf_find_key(file->ctx, key) >= 0) {
+        return tsffn_fail(
+            file->error, file->error_size,
+            "%s: key %s: expected from format version %d on, found in version %u; build the predictor again",
+            file->path, key, TSFFN_FORM_VERSION, version);
+    }
     if (!*has_form) {
         return true;
     }
