@@ -10,8 +10,8 @@ from tsconv.errors import TsconvError
 EXTRAS = {"lm_eval": "eval", "matplotlib": "report", "pyarrow": "parquet", "torch": "separate-predictors"}
 
 
-def require(library: str, what: str) -> None:
-    """Imports a library of EXTRAS, which `what` needs.
+def require(library: str, what: str, extra: str | None = None) -> None:
+    """Imports a library of EXTRAS, which `what` needs. `extra`: another one that installs it.
 
     Raises:
         TsconvError: it is missing or broken; says how to install it.
@@ -21,5 +21,5 @@ def require(library: str, what: str) -> None:
     except ImportError as error:
         raise TsconvError(
             f"{what} needs {library}, which cannot be imported ({error})",
-            fix=f"install it: pip install 'tsconv[{EXTRAS[library]}]'",
+            fix=f"install it: pip install 'tsconv[{extra or EXTRAS[library]}]'",
         ) from None

@@ -25,8 +25,9 @@ extern "C" {
 
 // Limits of the file format (docs/format.md).
 #define TSFFN_MODEL_VERSION 2   // newest turbosparse.format_version of a model,
-#define TSFFN_SIDECAR_VERSION 3 // and of a sidecar;
-#define TSFFN_Q3_NL_VERSION 3   // that of a sidecar with a matrix of q3_nl
+#define TSFFN_SIDECAR_VERSION 4 // and of a sidecar;
+#define TSFFN_Q3_NL_VERSION 3   // that of a sidecar with a matrix of q3_nl,
+#define TSFFN_FORM_VERSION 4    // and with a form, or with thresholds of neurons
 #define TSFFN_MAX_LAYERS 512
 #define TSFFN_MAX_EXPERTS 1024
 #define TSFFN_MAX_DIM (1 << 20)
@@ -182,6 +183,21 @@ TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_
 // The same for squares [TSFFN_N_SQUARES][n_ffn][n_ff].
 TSFFN_API bool tsffn_model_read_squares(const struct tsffn_model * model, int32_t layer, double * squares);
 
+// Recording of activations. `record` is called by the thread that computes, each time an FFN of a layer in [first, end)
+// has been computed as a whole, on the CPU. What it is given is valid during the call. NULL instead of `record` ends
+// it. Call this while nothing computes. False: no model, or no such layers.
+struct tsffn_activations {
+    int32_t layer;
+    int64_t n_rows;       // tokens, times the routed experts of each, sorted by expert
+    int64_t n_embd, n_ff; //
+    const int32_t * ffn;  // [n_rows] the expert, 0 in a dense layer
+    const float * x;      // [n_rows][n_embd] what goes into gate and up
+    const float * h;      // [n_rows][n_ff] relu(gate . x) * relu(up . x), 0 where the neuron was left out
+};
+typedef void (*tsffn_record_fn)(const struct tsffn_activations * activations, void * user);
+TSFFN_API bool tsffn_model_record(struct tsffn_model * model, int32_t first, int32_t end, tsffn_record_fn record,
+                                  void * user);
+
 // Bytes that this process can come to use without swapping: MemAvailable, and what is left in each of its control
 // groups (v1 and v2). Page cache counts as free. proc: where the proc file system is, NULL for /proc. 0: not known.
 // tsconv/machine/limits.py says the same in Python.
@@ -241,9 +257,9 @@ TSFFN_API bool tsffn_stop_before_output(const void * tensor, bool ask, void * us
 TSFFN_API bool tsffn_quantize_q3_nl(const float * w, int64_t n_rows, int64_t n_cols, const float * importance,
                                     const uint16_t * d, uint8_t * rows);
 
-// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"; "neon", "neondot". It is the best one
-// of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the same as long as
-// the process lives.
+// The ISA tier in use: "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512popcnt", "amx"; "neon", "neondot". It
+// is the best one of this machine, or, when the environment variable TSFFN_ISA names one, the best one up to that; the
+// same as long as the process lives.
 TSFFN_API const char * tsffn_isa_name(void);
 
 // The ggml version this library was built for.

@@ -3,7 +3,7 @@
 //
 //     h_i = f(gate_i . x) * g(up_i . x) * m_i,  y = sum_i h_i down_i
 //     f, g: the factors of the layer's activation; of dReLU both are relu
-//     m_i = [fc2_i . relu(fc1 . (x * scale)) > threshold], 1 without a predictor
+//     m_i = [logit_i > threshold], logits as ffn/layer.h has them; 1 without a predictor
 //     top-k: h_i = 0 unless fewer than `keep` neurons have a larger |h|, of equal ones those before i
 //
 // A module that TSFFN_DEVICE names.
@@ -116,18 +116,26 @@ static double factor(struct tsffn_factor f, double v) {
 // mask [n_ff]
 static void predict(const struct scratch * s, const struct tsffn_layer * layer, const struct tsffn_ffn_weights * ffn,
                     const double * x, double * p, double * hidden, bool * mask) {
-    if (ffn->fc1.data == NULL) {
+    if (ffn->fc2.data == NULL) {
         memset(mask, 1, (size_t)layer->n_ff * sizeof(*mask));
         return;
     }
     for (int64_t j = 0; j < layer->n_embd; ++j) {
         p[j] = layer->pred_scale != NULL ? x[j] * (double)layer->pred_scale[j] : x[j];
     }
-    for (int64_t k = 0; k < ffn->fc1.n_rows; ++k) {
-        hidden[k] = relu(dot(s, &ffn->fc1, k, p));
+    const bool direct = layer->form == TSFFN_PREDICTOR_GATE || layer->form == TSFFN_PREDICTOR_GATE_UP;
+    for (int64_t k = 0; !direct && k < ffn->fc1.n_rows; ++k) {
+        const double v = dot(s, &ffn->fc1, k, p);
+        hidden[k] = layer->form == TSFFN_PREDICTOR_LINEAR ? v : relu(v);
     }
+    const float * thresholds = ffn->thresholds;
     for (int64_t i = 0; i < layer->n_ff; ++i) {
-        const double logit = dot(s, &ffn->fc2, i, hidden);
+        double logit = dot(s, &ffn->fc2, i, direct ? p : hidden) - (thresholds != NULL ? (double)thresholds[i] : 0.0);
+        if (layer->form == TSFFN_PREDICTOR_GATE_UP) {
+            const double of_up =
+                dot(s, &ffn->fc3, i, p) - (thresholds != NULL ? (double)thresholds[layer->n_ff + i] : 0.0);
+            logit = of_up < logit ? of_up : logit;
+        }
         mask[i] = layer->on_when_equal ? logit >= (double)layer->threshold : logit > (double)layer->threshold;
     }
 }

@@ -15,6 +15,7 @@ static const int64_t ranks[N_EXPERT] = {32, 17, 40};
 struct expert {
     float gate[N_FF * N_EMBD], up[N_FF * N_EMBD], down[N_FF * N_EMBD];
     float fc1[40 * N_EMBD], fc2[N_FF * 40];
+    float rounded_gate[N_FF * N_EMBD], rounded_up[N_FF * N_EMBD], thresholds[2 * N_FF];
 };
 
 static struct expert experts[N_EXPERT];
@@ -79,6 +80,35 @@ static struct tsffn_matrix matrix(const struct tsffn_row_type * type, const floa
 
 static struct tsffn_ffn ffns[N_EXPERT];
 
+// The predictors that `describe` makes.
+static enum tsffn_predictor_form form;
+static bool has_thresholds;
+
+static void describe_predictor(const struct tsffn_row_type * gate_type, const struct tsffn_row_type * up_type, int e) {
+    const struct expert * w = &experts[e];
+    if (form == TSFFN_PREDICTOR_MLP || form == TSFFN_PREDICTOR_LINEAR) {
+        ffns[e].fc1 = matrix(gate_type, w->fc1, ranks[e], N_EMBD);
+        ffns[e].fc2 = matrix(up_type, w->fc2, N_FF, ranks[e]);
+    } else {
+        ffns[e].fc2 = matrix(gate_type, w->rounded_gate, N_FF, N_EMBD);
+    }
+    if (form == TSFFN_PREDICTOR_GATE_UP) {
+        ffns[e].fc3 = matrix(gate_type, w->rounded_up, N_FF, N_EMBD);
+    }
+    ffns[e].thresholds = has_thresholds ? w->thresholds : NULL;
+}
+
+// Bytes of the first expert's.
+static uint64_t predictor_bytes(void) {
+    uint64_t bytes = 0;
+    for (int k = 0; k < 3; ++k) {
+        const struct tsffn_matrix * m = k == 0 ? &ffns[0].fc1 : k == 1 ? &ffns[0].fc2 : &ffns[0].fc3;
+        bytes += m->data != NULL ? (uint64_t)(m->n_rows * m->n_cols) * sizeof(float) : 0;
+    }
+    const uint64_t of_thresholds = ffns[0].fc3.data != NULL ? 2 * N_FF : N_FF;
+    return bytes + (ffns[0].thresholds != NULL ? of_thresholds * sizeof(float) : 0);
+}
+
 static struct tsffn_cpu_layer describe(const struct tsffn_row_type * gate_type, const struct tsffn_row_type * up_type,
                                        bool predictor, bool scaled) {
     for (int e = 0; e < N_EXPERT; ++e) {
@@ -89,11 +119,11 @@ static struct tsffn_cpu_layer describe(const struct tsffn_row_type * gate_type, 
             ffns[e].neurons.rows[part] = tsffn_rows_at(parts[part], N_FF, N_EMBD * sizeof(float));
         }
         if (predictor) {
-            ffns[e].fc1 = matrix(gate_type, w->fc1, ranks[e], N_EMBD);
-            ffns[e].fc2 = matrix(up_type, w->fc2, N_FF, ranks[e]);
+            describe_predictor(gate_type, up_type, e);
         }
     }
     return (struct tsffn_cpu_layer){
+        .form = form,
         .n_embd = N_EMBD,
         .n_ff = N_FF,
         .n_ffns = N_EXPERT,
@@ -147,12 +177,22 @@ static void reference(const struct tsffn_cpu_layer * layer, const struct expert 
         p[j] = (double)row[j] * (layer->pred_scale != NULL ? (double)pred_scale[j] : 1.0);
         y[j] = 0.0;
     }
-    const bool predictor = layer->ffns[0].fc1.data != NULL;
+    const bool predictor = layer->ffns[0].fc2.data != NULL;
+    const bool has_hidden = form == TSFFN_PREDICTOR_MLP || form == TSFFN_PREDICTOR_LINEAR;
+    const double shift = has_thresholds ? 1.0 : 0.0;
     for (int64_t k = 0; predictor && k < rank; ++k) {
-        h1[k] = fmax(0.0, dot_double(w->fc1 + k * N_EMBD, p, N_EMBD));
+        const double sum = dot_double(w->fc1 + k * N_EMBD, p, N_EMBD);
+        h1[k] = form == TSFFN_PREDICTOR_LINEAR ? sum : fmax(0.0, sum);
     }
     for (int64_t i = 0; i < N_FF; ++i) {
-        const bool on = !predictor || dot_double(w->fc2 + i * rank, h1, rank) > (double)layer->threshold;
+        double logit =
+            has_hidden ? dot_double(w->fc2 + i * rank, h1, rank) : dot_double(w->rounded_gate + i * N_EMBD, p, N_EMBD);
+        logit -= shift * (double)w->thresholds[i];
+        if (form == TSFFN_PREDICTOR_GATE_UP) {
+            const double of_up = dot_double(w->rounded_up + i * N_EMBD, p, N_EMBD);
+            logit = fmin(logit, of_up - shift * (double)w->thresholds[N_FF + i]);
+        }
+        const bool on = !predictor || logit > (double)layer->threshold;
         gate[i] = on ? dot_double(w->gate + i * N_EMBD, v, N_EMBD) : 0.0;
         up[i] = dot_double(w->up + i * N_EMBD, v, N_EMBD);
         counts[0] += on;
@@ -248,8 +288,7 @@ static void test_call(struct tsffn_workspace * ws, const struct tsffn_cpu_layer 
         const uint64_t row_bytes = N_EMBD * sizeof(float);
         CHECK(counts.bytes_ffn == row_bytes * (want_counts[0] + want_counts[1] + want_counts[2]), "bytes of the FFN");
         CHECK(counts.bytes_dense == 3 * row_bytes * N_FF, "bytes of a dense FFN");
-        const uint64_t fc_bytes = ffns[0].fc1.data != NULL ? (uint64_t)ranks[0] * (N_EMBD + N_FF) * sizeof(float) : 0;
-        CHECK(counts.bytes_predictor == fc_bytes, "bytes of the predictor");
+        CHECK(counts.bytes_predictor == predictor_bytes(), "bytes of the predictor");
     }
 }
 
@@ -369,7 +408,7 @@ static void test_sharing(struct tsffn_workspace * ws, const struct tsffn_cpu_lay
         rows[r].h = h + r * N_FF;
     }
     CHECK(tsffn_compute(ws, layer, &call, &of_masked), "out of memory");
-    if (layer->ffns[0].fc1.data != NULL) { // else threads share the neurons in another way
+    if (layer->ffns[0].fc2.data != NULL) { // else threads share the neurons in another way
         CHECK(memcmp(y, whole, (size_t)(n_rows * N_EMBD) * sizeof(*y)) == 0, "y with masks");
     }
     CHECK(of_masked.bytes_predictor == 0 && of_masked.predicted == of_whole.predicted, "counts with masks");
@@ -447,6 +486,18 @@ int main(void) {
             test_overlap(ws, &layer);
         }
         test_comparison(ws, layer);
+        for (int variant = 0; variant < 2 * TSFFN_N_PREDICTOR_FORMS; ++variant) {
+            form = (enum tsffn_predictor_form)(variant / 2);
+            has_thresholds = variant % 2 != 0;
+            layer = describe(variant % 3 == 0 ? &host_type : &own_type, &own_type, true, !has_thresholds);
+            for (size_t b = 0; b < sizeof(batches) / sizeof(batches[0]); ++b) {
+                test_call(ws, &layer, b % 2 != 0, batches[b], 1 + (int)b % 3);
+            }
+            test_sharing(ws, &layer, true, 65, 2);
+            test_overlap(ws, &layer);
+        }
+        form = TSFFN_PREDICTOR_MLP;
+        has_thresholds = false;
         layer = describe(&own_type, &host_type, true, true);
         on_small_stack(test_small_stack, &layer);
         for (int variant = 0; variant < 16; variant += 5) {

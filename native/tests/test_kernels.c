@@ -85,7 +85,9 @@ static void random_row(enum tsffn_format format, int64_t n, uint8_t * row, doubl
             }
             break;
         }
-        case TSFFN_FORMAT_Q3_NL: // has panels only
+        case TSFFN_FORMAT_Q3_NL: // these have panels only
+        case TSFFN_FORMAT_BITS1:
+        case TSFFN_FORMAT_BITS2:
         case TSFFN_FORMAT_COUNT:
             break;
         }
@@ -323,8 +325,8 @@ static void test_half(void) {
     CHECK(tsffn_f16_to_f32(0x8000) == 0.0f && signbit(tsffn_f16_to_f32(0x8000)), "negative zero");
 }
 
-static const char * const isa_names[TSFFN_ISA_COUNT] = {"ref",        "avx2", "avxvnni", "avx512",
-                                                        "avx512vnni", "amx",  "neon",    "neondot"};
+static const char * const isa_names[TSFFN_ISA_COUNT] = {"ref",          "avx2", "avxvnni", "avx512", "avx512vnni",
+                                                        "avx512popcnt", "amx",  "neon",    "neondot"};
 
 static bool is_built(enum tsffn_isa isa) {
 #if defined(TSFFN_HAVE_X86)

@@ -53,6 +53,76 @@ static void random_panel_q3_nl(int64_t n, int extreme, uint8_t * panel, double (
     }
 }
 
+static void random_panel_bits(int n_bits, int64_t n, int extreme, uint32_t * panel, double (*w)[TSFFN_PANEL_ROWS]) {
+    for (int64_t b = 0; b < n / TSFFN_BLOCK_SIZE; ++b) {
+        for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            for (int k = 0; k < n_bits; ++k) {
+                const uint32_t word = extreme == 0 ? (uint32_t)(random_bits() ^ random_bits() << 16)
+                                      : i % 2 == 0 ? 0
+                                                   : ~(uint32_t)0;
+                panel[(b * n_bits + k) * TSFFN_PANEL_ROWS + i] = word;
+                for (int j = 0; j < TSFFN_BLOCK_SIZE; ++j) {
+                    double * weight = &w[b * TSFFN_BLOCK_SIZE + j][i];
+                    *weight = (k == 0 ? 0.0 : *weight) + (1 << k) * ((word >> j & 1) != 0 ? -1.0 : 1.0);
+                }
+            }
+        }
+    }
+}
+
+// The activations are those of the BITS format, read back: the integers are exact.
+static void test_panel_bits(int n_bits, int n_planes, int64_t n, int n_x, int extreme) {
+    static uint32_t memory[MAX_N / TSFFN_BLOCK_SIZE * 2 * TSFFN_PANEL_ROWS + 1];
+    static double w[MAX_N][TSFFN_PANEL_ROWS];
+    static float x[MAX_N];
+    static _Alignas(
+        64) char converted[MAX_X][TSFFN_BITS_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_BITS_MAX_BLOCK_BYTES];
+    const enum tsffn_format format = n_bits == 1 ? TSFFN_FORMAT_BITS1 : TSFFN_FORMAT_BITS2;
+    uint32_t * panel = memory + (random_bits() & 1);
+    random_panel_bits(n_bits, n, extreme, panel, w);
+    const void * pointers[MAX_X] = {NULL};
+    float expected[MAX_X][TSFFN_PANEL_ROWS];
+    for (int t = 0; t < n_x; ++t) {
+        for (int64_t j = 0; j < n; ++j) {
+            x[j] = extreme == 0 ? random_float() : t % 2 == 0 ? -2.0f : 2.0f;
+        }
+        tsffn_convert_bits(x, converted[t], n, n_planes);
+        pointers[t] = converted[t];
+        double sums[TSFFN_PANEL_ROWS] = {0.0};
+        for (int64_t j = 0; j < n; ++j) {
+            int q = 0;
+            for (int k = 0; k < n_planes; ++k) {
+                const uint32_t word = tsffn_bits_words(converted[t])[j / TSFFN_BLOCK_SIZE * n_planes + k];
+                q += (1 << k) * ((word >> j % TSFFN_BLOCK_SIZE & 1) != 0 ? -1 : 1);
+            }
+            for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+                sums[i] += w[j][i] * q;
+            }
+        }
+        for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            expected[t][i] = (float)sums[i] * tsffn_bits_scale(converted[t]);
+        }
+    }
+    const struct tsffn_asks asks = {.stream = (const uint8_t *)panel, .n_stream = 11};
+    for (int isa = TSFFN_ISA_REF; isa < TSFFN_ISA_COUNT; ++isa) {
+        const struct tsffn_kernels * kernels = tsffn_kernels_for((enum tsffn_isa)isa);
+        for (int ask = 0; kernels != NULL && ask < 2; ++ask) {
+            float s[MAX_X + 1][TSFFN_PANEL_ROWS];
+            memset(s, 0x55, sizeof(s));
+            kernels->panel[format](n, panel, n_x, pointers, s, ask != 0 ? &asks : NULL);
+            for (int t = 0; t < n_x; ++t) {
+                for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+                    CHECK(s[t][i] == expected[t][i], "%s bits%d n=%d, %d bits of x: row %d, vector %d: %.9g not %.9g",
+                          kernels->name, n_bits, (int)n, n_planes, i, t, (double)s[t][i], (double)expected[t][i]);
+                }
+            }
+            uint32_t behind;
+            memcpy(&behind, s[n_x], sizeof(behind));
+            CHECK(behind == 0x55555555, "%s bits%d: wrote behind %d vectors", kernels->name, n_bits, n_x);
+        }
+    }
+}
+
 // Fills a panel of n columns with random weights, or with the two extreme ones, and w with what they are.
 static void random_panel(enum tsffn_format format, int64_t n, int extreme, uint8_t * panel,
                          double (*w)[TSFFN_PANEL_ROWS]) {
@@ -191,16 +261,50 @@ static void test_convert_u14(int64_t n) {
     CHECK(tsffn_u14_hi(converted)[n / 2] == 127 && tsffn_u14_lo(converted, n)[n / 2] == 127, "the largest");
 }
 
+// What is made of x: a sign alone, or the nearest of the odd numbers from -(2^P - 1) to 2^P - 1, times d.
+static void test_convert_bits(int64_t n, int n_planes) {
+    static float x[MAX_N];
+    static _Alignas(64) char converted[TSFFN_BITS_HEADER + MAX_N / TSFFN_BLOCK_SIZE * TSFFN_BITS_MAX_BLOCK_BYTES];
+    const int most = (1 << n_planes) - 1;
+    for (int64_t j = 0; j < n; ++j) {
+        x[j] = random_float();
+    }
+    x[n / 2] = 1.5f;
+    x[n / 3] = -1.5f;
+    x[n / 4] = -0.0f;
+    tsffn_convert_bits(x, converted, n, n_planes);
+    const double d = (double)tsffn_bits_scale(converted);
+    CHECK(tsffn_bits_planes(converted) == n_planes, "%d bits", tsffn_bits_planes(converted));
+    CHECK(n_planes == 1 ? d == 1.0 : fabs(d * most - 1.5) < 1e-6, "scale %g", d);
+    for (int64_t j = 0; j < n; ++j) {
+        int q = 0;
+        for (int k = 0; k < n_planes; ++k) {
+            const uint32_t word = tsffn_bits_words(converted)[j / TSFFN_BLOCK_SIZE * n_planes + k];
+            q += (1 << k) * ((word >> j % TSFFN_BLOCK_SIZE & 1) != 0 ? -1 : 1);
+        }
+        const double v = (double)x[j];
+        const bool right = n_planes == 1 ? q == (v >= 0.0 ? 1 : -1) : fabs(d * q - v) <= 1.001 * d;
+        CHECK(right, "%d bits: %d instead of %g", n_planes, q, v / d);
+    }
+}
+
 int main(void) {
     static const int64_t sizes[] = {32, 64, 96, 160, MAX_N};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
         test_convert(sizes[i]);
         test_convert_u14(sizes[i]);
+        for (int n_planes = 1; n_planes <= TSFFN_BITS_MAX_INPUT; ++n_planes) {
+            test_convert_bits(sizes[i], n_planes);
+        }
         for (int n_x = 1; n_x <= MAX_X; ++n_x) {
             for (int extreme = 0; extreme < 2; ++extreme) {
                 test_panel(TSFFN_FORMAT_Q8_0, sizes[i], n_x, extreme);
                 test_panel(TSFFN_FORMAT_Q4_0, sizes[i], n_x, extreme);
                 test_panel(TSFFN_FORMAT_Q3_NL, sizes[i], n_x, extreme);
+                for (int n_planes = 1; n_planes <= TSFFN_BITS_MAX_INPUT && (n_x <= 5 || n_x == MAX_X); ++n_planes) {
+                    test_panel_bits(1, n_planes, sizes[i], n_x, extreme);
+                    test_panel_bits(2, n_planes, sizes[i], n_x, extreme);
+                }
             }
         }
     }

@@ -22,6 +22,7 @@ N_EMBD, N_FF, N_LAYER = 128, 512, 6
 FC2 = "blk.1.ffn_pred_fc2.weight"
 GATE, FC1, SCALE = "blk.1.ffn_gate.weight", "blk.1.ffn_pred_fc1.weight", "blk.1.ffn_pred_scale.weight"
 THRESHOLD, RANK = "turbosparse.predictor.threshold", "turbosparse.predictor.rank"
+FORM, THRESHOLDS = "turbosparse.predictor.form", "blk.0.ffn_pred_threshold.weight"
 USED = "llama.expert_used_count"
 EPSILON, TOKENS = "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens"
 UINT32, UINT64, FLOAT32 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64, gguf.GGUFValueType.FLOAT32
@@ -138,8 +139,25 @@ SIDECAR_EDITS = {
         {"without": [SCALE], "extra": {SCALE: np.ones(N_EMBD, np.float16)}},
         f"{SCALE}: wrong type: expected f32, found f16",
     ),
-    "format version": ({"keys": {VERSION: 4}}, "unknown format version: expected 1 to 3, found 4; install the tsconv"),
-    "version 0": ({"keys": {VERSION: 0}}, "unknown format version: expected 1 to 3, found 0; install the tsconv"),
+    "format version": ({"keys": {VERSION: 5}}, "unknown format version: expected 1 to 4, found 5; install the tsconv"),
+    "version 0": ({"keys": {VERSION: 0}}, "unknown format version: expected 1 to 4, found 0; install the tsconv"),
+    "version 4 without a form": ({"keys": {VERSION: 4, LAYOUT: "rows"}}, f"key {FORM} is missing"),
+    "form": (
+        {"keys": {VERSION: 4, LAYOUT: "rows", FORM: "forest"}},
+        f"key {FORM}: expected 'mlp', 'linear', 'gate' or 'gate_up', found 'forest'; install the tsconv that wrote",
+    ),
+    "another form": (
+        {"keys": {VERSION: 4, LAYOUT: "rows", FORM: "gate_up"}},
+        "blk.0.ffn_pred_gate.weight: the tensor is missing; ",
+    ),
+    "thresholds of a pre-norm predictor": (
+        {"keys": {VERSION: 4, LAYOUT: "rows", FORM: "mlp"}, "extra": {THRESHOLDS: np.zeros((N_FF, 1), np.float32)}},
+        f"{THRESHOLDS}: expected no thresholds, because only the sign of a pre-norm predictor survives the norm",
+    ),
+    "thresholds before version 4": (
+        {"extra": {THRESHOLDS: np.zeros((N_FF, 1), np.float32)}},
+        "wrong number of tensors: expected 18, found 19",
+    ),
     "version 2 without a layout": ({"keys": {VERSION: 2}}, f"key {LAYOUT} is missing"),
     "layout": (
         {"keys": {VERSION: 2, LAYOUT: "panels8"}},

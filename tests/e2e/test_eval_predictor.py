@@ -39,6 +39,7 @@ def expected(name: str, texts: Windows, bos: int) -> dict[str, np.ndarray]:
             ("predicted", on),
             ("active", active),
             ("both", on & active),
+            ("predicted_gate", on & (gate > 0)),
             ("energy", energy),
             ("missed", energy * ~on),
         ):

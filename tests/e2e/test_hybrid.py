@@ -77,6 +77,33 @@ def test_budgets(model, sparsity):
     assert any(0 < row["neurons"] < 1 for row in found["rows"] if row["neurons"])
 
 
+FORMS = """
+path, sidecar = sys.argv[1:]
+reference, counted, *_ = logits_of(path, predictor_path=sidecar, n_gpu_layers=0)
+logits, stats, share, complaint, used = logits_of(path, predictor_path=sidecar, vram_budget=1 << 29)
+print(json.dumps({
+    "nmse": float(tiny.nmse(logits, reference)),
+    "predicted": [stats[0]["predicted"], counted[0]["predicted"]],
+    "predictors": [share.predictors, share.n_predictors],
+    "on_gpu": sum(layer["gpu_neurons"] for layer in stats),
+    "said": str(share),
+}))
+"""
+
+
+@pytest.mark.parametrize("kind", [("sign",), ("quant", "--both"), ("svd",)], ids=" ".join)
+def test_predictors_that_the_gpu_has_no_kernels_for(model, kind, tmp_path):
+    """The CPU computes their masks, the GPU its neurons; what is said names the predictors that it has."""
+    sidecar = tmp_path / "p.predictor.gguf"
+    options = ("--kind", *kind, "--calib", "builtin", "--tokens", 128)
+    done = tiny.run("predictor", "build", model, "--out", sidecar, *options)
+    assert done.returncode == 0, done.stderr
+    found = python(FORMS, model, sidecar)
+    assert found["nmse"] <= MAX_NMSE and found["predicted"][0] == found["predicted"][1] > 0
+    assert found["predictors"][0] == 0 < found["predictors"][1] and found["on_gpu"] > 0
+    assert f"predictors of 0 of {found['predictors'][1]} layers" in found["said"]
+
+
 TOPK = """
 path, = sys.argv[1:]
 reference = logits_of(path, sparsity="topk:0.9", n_gpu_layers=0)[0]

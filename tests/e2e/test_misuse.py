@@ -97,6 +97,7 @@ USES = {
     "native profile": "native.profile(True)",
     "native read_profile": "native.read_profile(0, *arrays)",
     "native read_squares": "native.read_squares(0)",
+    "native recording": "native.recording(range(1), print).__enter__()",
     "layers": "layers.compute([1])",
     "generation": "next(iter(Generation(m, [1])))",
     "begun generation": "next(begun)",

@@ -181,7 +181,7 @@ def test_f32_from_a_file(tmp_path, text, name, chunk):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_f16(tmp_path, text, name):
-    stats = profile(tiny.converted(name, "f16"), text, tmp_path / "s.gguf", chunk=256)
+    stats = profile(tiny.converted(name, "f16", "f16"), text, tmp_path / "s.gguf", chunk=256)
     assert_nearly_same(stats, expected(name, text, 256), 0.005, limit_of_tokens=0.005)
 
 

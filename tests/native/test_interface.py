@@ -39,6 +39,8 @@ CALLS = {
     "read_profile": ["tsffn_model_read_profile(None, 0, *full)"]
     + [f"tsffn_model_read_profile(model, 0, *full[:{k}], None, *full[{k + 1}:])" for k in range(3)],
     "read_squares": ["tsffn_model_read_squares(None, 0, full[0])", "tsffn_model_read_squares(model, 0, None)"],
+    "record": ["tsffn_model_record(None, 0, 1, None, None)"]
+    + [f"tsffn_model_record(model, {first}, {end}, full[0], None)" for first, end in ((1, 1), (0, 99), (-1, 1))],
     "place": [
         "tsffn_model_place(None, full[0], 1, 0, Placed(), full[1], 9)",
         "tsffn_model_place(model, None, 1, 0, Placed(), full[1], 9)",

@@ -21,8 +21,10 @@ def naive_rows(stored: bytes, n_rows: int, kind: GGMLQuantizationType) -> np.nda
     """Plain rows of a matrix in panels: uint8 [n_rows, row_bytes]."""
     if kind == q3_nl.KIND:
         return q3_nl.plain_rows(stored, n_rows)
-    block = GGML_QUANT_SIZES[kind][1]
     row_bytes = len(stored) // n_rows
+    if kind in (GGMLQuantizationType.I16, GGMLQuantizationType.I32):  # bits1, bits2: words alone
+        return rows_of_words(stored, n_rows, row_bytes)
+    block = GGML_QUANT_SIZES[kind][1]
     rows = bytearray(stored)
     for row in range(n_rows // 16 * 16):
         i = row % 16
@@ -33,6 +35,16 @@ def naive_rows(stored: bytes, n_rows: int, kind: GGMLQuantizationType) -> np.nda
             for g in range((block - 2) // 4):
                 at = source + 32 + 64 * g + 4 * i
                 rows[target + 2 + 4 * g : target + 6 + 4 * g] = stored[at : at + 4]
+    return np.frombuffer(bytes(rows), np.uint8).reshape(n_rows, row_bytes)
+
+
+def rows_of_words(stored: bytes, n_rows: int, row_bytes: int) -> np.ndarray:
+    """Plain rows where a panel has word after word of its 16 rows."""
+    rows = bytearray(stored)
+    for row in range(n_rows // 16 * 16):
+        for word in range(row_bytes // 4):
+            at, to = row // 16 * 16 * row_bytes + word * 64 + row % 16 * 4, row * row_bytes + 4 * word
+            rows[to : to + 4] = stored[at : at + 4]
     return np.frombuffer(bytes(rows), np.uint8).reshape(n_rows, row_bytes)
 
 

@@ -79,4 +79,5 @@ def test_extras_are_those_of_the_package() -> None:
     named = {requirement.partition(">=")[0]: name for name in EXTRAS.values() for requirement in extras[name]}
     assert named == EXTRAS
     assert extras["all"] == [f"tsconv[{','.join(sorted(EXTRAS.values()))}]"]
+    assert extras["train"] == extras["separate-predictors"]  # torch under the name of what else needs it
     assert "tsconv[all]" in extras["dev"]

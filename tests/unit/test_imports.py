@@ -35,6 +35,7 @@ LAYERS = (
     "placement",
     "report",
     "eval",
+    "predictor",
     "commands",
     "bench",
     "cli",

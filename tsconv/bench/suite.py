@@ -51,8 +51,8 @@ def _item(
     return Item(preset, outtype, n_layer, tuple(map(parse_workload, tests.split())), until, predictor_outtype)
 
 
-# The predictor of f16 models is q3_nl here: it is read whole for every token, and q3_nl takes 0.22 of the bytes
-# (docs/measurements.md has what that costs in accuracy, and the speed with q8_0).
+# The predictor of f16 models is q3_nl here: it is read whole for every token, and q3_nl takes 0.22 of the bytes of f16
+# where convert's default, q8_0, takes 0.53 (docs/measurements.md has what that costs in accuracy, and the speed).
 #
 # Two cores that read 20 GB/s generate the models of the full one in about 65, 50 and 75 s; a turn of each takes 100, 50
 # and 30 s.

@@ -22,6 +22,7 @@ COMMANDS = {
     "profile": ("tsconv.cli.profile", "Count which neurons are active on a text; measure this machine."),
     "reorder": ("tsconv.cli.reorder", "Put the hot neurons of a converted model first."),
     "place": ("tsconv.cli.place", "Decide which neurons live on the GPU, in RAM and on disk."),
+    "predictor": ("tsconv.cli.predictor", "Make predictors for a converted model: train, or build without training."),
     "inspect": ("tsconv.cli.inspect", "Show what is in a converted model, sidecar or statistics."),
     "eval": ("tsconv.cli.eval", "Measure how good a model is: perplexity, KL divergence."),
     "perplexity": ("tsconv.cli.perplexity", "Another name of tsconv eval ppl."),
@@ -30,7 +31,7 @@ COMMANDS = {
 }
 
 
-COMPUTE = ("run", "serve", "eval", "perplexity", "profile")  # their threads wait for one another
+COMPUTE = ("run", "serve", "eval", "perplexity", "profile", "predictor")  # their threads wait for one another
 LOOK_SECONDS = 0.1  # for which these look whether the machine is busy
 
 

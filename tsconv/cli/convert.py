@@ -24,7 +24,7 @@ TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, q3_K, i
 @click.option(
     "--predictor-outtype",
     metavar="TYPE",
-    help="Type of the predictor.  [default: OUTTYPE; q3_nl beside 4-bit, q8_0 beside 5- and 6-bit weights]",
+    help="Type of the predictor.  [default: q8_0; q3_nl beside 3- and 4-bit weights, f32 beside f32]",
 )
 @click.option("--predictor", metavar="DIR|REPO", help="Separate predictors (model_N.pt) of a Bamboo model.")
 @click.option("--profile", metavar="STATS", help="Statistics of this checkpoint (tsconv profile): hot neurons first.")

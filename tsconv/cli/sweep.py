@@ -107,14 +107,14 @@ def command(
     from tsconv.eval.sweep.file import SUFFIX, identity_of, open_file
     from tsconv.eval.sweep.measure import sweep
     from tsconv.eval.sweep.points import DEFAULT_TOPK, in_order, wanted_sparsities
-    from tsconv.format.pair import read_model
+    from tsconv.format.pair import has_predictor, read_model
     from tsconv.runtime.binding import open_model
 
     path = Path(model.find())
     header = read_model(path)
-    has_predictor = header.keys.get("turbosparse.predictor.kind") not in (None, "none")
-    wanted = wanted_sparsities(DEFAULT_TOPK if topk is None else topk, thresholds, has_predictor)
     sidecar = None if loading["predictor_path"] is None else Path(loading["predictor_path"])
+    predicts = sidecar is not None or has_predictor(header)
+    wanted = wanted_sparsities(DEFAULT_TOPK if topk is None else topk, thresholds, predicts)
     for sparsity in wanted:  # before anything is computed
         open_model(path, sidecar, sparsity, header).close()
     _check_outputs(csv_file, plot, report)

@@ -20,6 +20,7 @@ from gguf import GGML_QUANT_SIZES
 from tsconv.checkpoint.config import MAX_DIM
 from tsconv.errors import ModelFileError, OutputError
 from tsconv.format import checksums, layouts
+from tsconv.format.forms import neuron_tensors
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.keys import ARCHITECTURE, add_neuron_order
 from tsconv.format.order import HOT_FIRST, KEY, dimension, neuron_order
@@ -81,7 +82,8 @@ def reorder(
     stats.check_model(headers[0])
     stored = neuron_order(headers[0])
     wanted = hot_order(stats, stored.shape)
-    parts = by_tensor(between(stored, wanted), bool(headers[0].keys.get("llama.expert_count")))
+    is_moe = bool(headers[0].keys.get("llama.expert_count"))
+    parts = by_tensor(between(stored, wanted), is_moe, neuron_tensors(headers[1]) if len(headers) > 1 else {})
 
     targets = _targets(outfile, model, [*(header.path for header in headers), profile])
     files = [StreamedFile(path, ARCHITECTURE) for path in targets[: len(headers)]]

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from tsconv.errors import ModelFileError, TsconvError
 from tsconv.eval.windows import Windows
-from tsconv.format import layouts
+from tsconv.format import forms
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.order import shape_of
-from tsconv.format.pair import layout_of
+from tsconv.format.rows import ffn_rows
 from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 from tsconv.runtime.sparsity import parse_sparsity
@@ -38,6 +37,7 @@ class Sums:
         tokens: that an FFN saw.
         neurons: n_ff for each token.
         predicted, active, both: neurons that the predictor lets through, that are active, that are both.
+        predicted_gate: predicted, and gate . x > 0: those whose row of up is read.
         energy, missed: of all active neurons, of those that the predictor leaves out.
     """
 
@@ -46,6 +46,7 @@ class Sums:
     predicted: Floats
     active: Floats
     both: Floats
+    predicted_gate: Floats
     energy: Floats
     missed: Floats
 
@@ -112,9 +113,42 @@ def measure_predictor(model: SparseLlama, found: Windows, progress: Callable[[in
         predicted=of("predicted"),
         active=of("active"),
         both=of("predicted_active"),
+        predicted_gate=of("predicted_gate"),
         energy=energies[:, 0],
         missed=energies[:, 1],
     )
+
+
+def bytes_per_token(model: Header, sidecar: Header, sums: Sums) -> tuple[float, float]:
+    """Weight bytes that decoding a token reads, on average over the text: of predictors, and of gate, up and down.
+
+    Args:
+        sums: [n_layer, n_ffn].
+
+    Raises:
+        ModelFileError: tensors are missing.
+    """
+    n_layer, n_ffn, n_ff = shape_of(model)
+    is_moe = bool(model.keys.get("llama.expert_count"))
+    named = {tensor.name: tensor for tensor in (*model.tensors, *sidecar.tensors)}
+    of_predictors = of_neurons = 0.0
+    for n in range(n_layer):
+        tokens = sums.tokens[n].sum() / max(1, model.keys.get("llama.expert_used_count", 1) if is_moe else 1)
+        scale = named.get(forms.tensor_name(n, "scale"))
+        of_predictors += 0 if scale is None else scale.n_bytes
+        for e in range(n_ffn):
+            names = forms.tensors_of(sidecar, n, e if is_moe else None)
+            of_predictors += sums.tokens[n, e] / tokens * sum(_named(named, sidecar, name).n_bytes for name in names)
+        for part, count in zip(PARTS, (sums.predicted, sums.predicted_gate, sums.both), strict=True):
+            name = f"blk.{n}.ffn_{part}{'_exps' if is_moe else ''}.weight"
+            of_neurons += count[n].sum() / tokens * _named(named, model, name).n_bytes / (n_ffn * n_ff)
+    return float(of_predictors), float(of_neurons)
+
+
+def _named(named: dict[str, TensorEntry], header: Header, name: str) -> TensorEntry:
+    if name not in named:
+        raise ModelFileError("the tensor is missing", where=f"{header.path}: {name}", fix="convert again")
+    return named[name]
 
 
 def down_energies(header: Header) -> Iterator[Floats]:
@@ -124,44 +158,10 @@ def down_energies(header: Header) -> Iterator[Floats]:
         ModelFileError: the file cannot be read.
     """
     n_layer, n_ffn, n_ff = shape_of(header)
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    bundles = layout_of(header) == layouts.FFN.other
+    step = max(1, PIECE // header.keys["llama.embedding_length"])
     for n in range(n_layer):
-        names = [
-            f"blk.{n}.ffn_{part}{'_exps' if header.keys.get('llama.expert_count') else ''}.weight" for part in PARTS
-        ]
-        pieces = [tensors[name] for name in (names if bundles else names[-1:])]
-        yield _squares(header, pieces, n_ffn * n_ff).reshape(n_ffn, n_ff)
-
-
-def _squares(header: Header, pieces: list[TensorEntry], n_rows: int) -> Floats:
-    """|row|^2 of n_rows rows of down, which are the last part of bundles where there are several pieces."""
-    kind, n_embd = pieces[-1].kind, pieces[-1].n_weights // n_rows
-    row_bytes = sum(piece.n_bytes for piece in pieces) // n_rows
-    step = max(1, PIECE // n_embd)
-    squares = np.empty(n_rows)
-    for start in range(0, n_rows, step):
-        n = min(step, n_rows - start)
-        raw = _read(header, pieces, start * row_bytes, n * row_bytes).reshape(n, len(pieces), -1)[:, -1]
-        rows = gguf.dequantize(np.ascontiguousarray(raw), kind).reshape(n, n_embd)
-        squares[start : start + n] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    return squares
-
-
-def _read(header: Header, pieces: list[TensorEntry], start: int, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Bytes of the pieces, as if they were one tensor. Raises ModelFileError."""
-    data, before = [], 0
-    try:
-        with open(header.path, "rb") as file:
-            for piece in pieces:
-                begin, end = max(start, before), min(start + n_bytes, before + piece.n_bytes)
-                if begin < end:
-                    file.seek(piece.offset + begin - before)
-                    data.append(file.read(end - begin))
-                before += piece.n_bytes
-    except OSError as error:
-        raise ModelFileError(f"cannot be read: {error.strerror}", where=header.path) from None
-    joined = b"".join(data)
-    if len(joined) != n_bytes:
-        raise ModelFileError("became shorter while it was read", where=header.path, fix="start again")
-    return np.frombuffer(joined, np.uint8)
+        squares = np.empty(n_ffn * n_ff)
+        for start in range(0, len(squares), step):
+            rows = ffn_rows(header, n, "down", start, min(step, len(squares) - start))
+            squares[start : start + step] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        yield squares.reshape(n_ffn, n_ff)

@@ -8,10 +8,10 @@ from tsconv.errors import ModelFileError
 from tsconv.format.header import Header
 
 ROWS = "rows"
-# Format versions: without a layout key, with it, and with a matrix of q3_nl (sidecars).
-PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION = 1, 2, 3
+# Format versions: without a layout key, with it; of sidecars with a matrix of q3_nl, and with a form.
+PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION, FORM_VERSION = 1, 2, 3, 4
 MODEL_VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION)
-SIDECAR_VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION)
+SIDECAR_VERSIONS = (PLAIN_VERSION, LAYOUT_VERSION, Q3_NL_VERSION, FORM_VERSION)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tsconv.errors import ModelFileError
-from tsconv.format import layouts, order
+from tsconv.format import forms, layouts, order
 from tsconv.format.header import Header, TensorEntry, read_header
 from tsconv.format.keys import ARCHITECTURE, FINGERPRINT, PredictorKind
 from tsconv.transform import q3_nl
@@ -17,7 +17,7 @@ from tsconv.transform.quantize import type_name
 SIDECAR_SUFFIX = ".predictor.gguf"
 PAIR_ID = re.compile(r"[0-9a-f]{32}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_fc[12])\.\d+\.weight$")
+EXPERTS_MATRIX = re.compile(r"(blk\.\d+\.ffn_pred_(?:fc[12]|gate|up))\.\d+\.weight$")
 
 # What both files have, and have alike.
 SHARED = (
@@ -63,13 +63,13 @@ def read_model(path: Path) -> Header:
     return header
 
 
-def read_sidecar(model: Header) -> Header:
-    """The header of the sidecar beside `model`.
+def read_sidecar(model: Header, path: Path | None = None) -> Header:
+    """The header of the sidecar beside `model`, or of the one at `path`.
 
     Raises:
         ModelFileError: it is missing, damaged, or another model's.
     """
-    path = sidecar_path(model.path)
+    path = path or sidecar_path(model.path)
     header = read_header(path)
     if header.keys.get("general.architecture") != ARCHITECTURE or not is_sidecar(header):
         raise ModelFileError(
@@ -103,6 +103,12 @@ def sidecar_path(model: Path) -> Path:
     return model.with_name(model.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
 
 
+def has_predictor(model: Header) -> bool:
+    """Whether a model runs with predictors unless something else is asked for: the checkpoint had some, or there is a
+    sidecar beside it, which may have been made later."""
+    return model.keys.get("turbosparse.predictor.kind") not in (None, "none") or sidecar_path(model.path).exists()
+
+
 def is_sidecar(header: Header) -> bool:
     return header.keys.get("general.type") == "predictor"
 
@@ -117,7 +123,7 @@ def check_keys(header: Header) -> None:
     expected: dict[str, tuple[Any, ...]]
     if is_sidecar(header):
         has_q3_nl = any(tensor.kind == q3_nl.KIND for tensor in header.tensors)
-        versions = (layouts.Q3_NL_VERSION,) if has_q3_nl else layouts.SIDECAR_VERSIONS
+        versions = (layouts.Q3_NL_VERSION, layouts.FORM_VERSION) if has_q3_nl else layouts.SIDECAR_VERSIONS
         expected = {"turbosparse.format_version": versions}
     else:
         expected = {
@@ -145,6 +151,7 @@ def check_keys(header: Header) -> None:
     layout_of(header)
     if is_sidecar(header):
         order.kind_of(header)
+        forms.form_of(header)
     else:
         order.neuron_order(header)
 

@@ -14,7 +14,7 @@ from tsconv.errors import ModelFileError
 from tsconv.format.header import Header, TensorEntry, read_header
 from tsconv.format.keys import ARCHITECTURE
 from tsconv.format.pair import SIDECAR_SUFFIX, check_keys, is_sidecar, layout_of, sidecar_path
-from tsconv.transform import q3_nl
+from tsconv.transform import bits, q3_nl
 from tsconv.transform.quantize import type_name
 
 # Part of the model -> expression that finds its tensors; the first that matches counts.
@@ -145,7 +145,7 @@ def _group(name: str, tensors: Iterable[TensorEntry]) -> Group:
 def _n_weights(tensor: TensorEntry) -> int:
     if tensor.kind == q3_nl.KIND:
         return q3_nl.n_weights(tensor.shape[0]) * prod(tensor.shape[1:])
-    return tensor.n_weights
+    return tensor.n_weights * (bits.PER_ELEMENT if tensor.kind in bits.NAMES else 1)
 
 
 def _partner(header: Header) -> Partner | None:

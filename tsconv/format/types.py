@@ -22,11 +22,12 @@ T = GGMLQuantizationType
 # take q6_K, as llama.cpp's do, so that the two compare like with like: at 32000 x 4096 it is 107 MB where q8_0 is 139,
 # and ggml's q6_K product took 9.6 ms where q8_0's took 12.7 (2 cores, Sapphire-Rapids class, weights not in cache).
 # The predictor is read whole for every token, so its bytes weigh as much as those of the neurons it saves; only the
-# sign of its output counts, and three bits for fc2 and four for fc1 keep that: perplexity stays (docs/measurements.md).
+# sign of its output counts. Beside 4-bit weights three bits for fc2 and four for fc1 keep that, beside 16-bit weights
+# eight: KL divergence 0.0001 nats (docs/measurements.md).
 DEFAULTS = {
     T.F32: (T.F32, T.F32),
-    T.F16: (T.F16, T.F16),
-    T.BF16: (T.BF16, T.BF16),
+    T.F16: (T.F16, T.Q8_0),
+    T.BF16: (T.BF16, T.Q8_0),
     T.Q8_0: (T.Q8_0, T.Q8_0),
     T.Q4_0: (T.Q6_K, q3_nl.KIND),
     T.Q4_1: (T.Q6_K, q3_nl.KIND),
@@ -44,7 +45,7 @@ DEFAULTS = {
 FALLBACKS = {T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
 ROUTER = re.compile(r"\.ffn_gate_inp\.weight$")
-PREDICTOR = re.compile(r"\.ffn_pred_fc[12]\.")
+PREDICTOR = re.compile(r"\.ffn_pred_(fc[12]|gate|up)\.")
 FC1, FC2 = ".ffn_pred_fc1.", ".ffn_pred_fc2."  # in the names of the two matrices
 OF_EXPERT = re.compile(r"(\.ffn_pred_fc[12])\.\d+(?=\.weight$)")
 

@@ -65,6 +65,23 @@ class LayerStats(ctypes.Structure):
     )
 
 
+class Activations(ctypes.Structure):
+    """struct tsffn_activations (native/include/tsffn.h)."""
+
+    _fields_ = (
+        ("layer", ctypes.c_int32),
+        ("n_rows", ctypes.c_int64),
+        ("n_embd", ctypes.c_int64),
+        ("n_ff", ctypes.c_int64),
+        ("ffn", ctypes.POINTER(ctypes.c_int32)),
+        ("x", ctypes.POINTER(ctypes.c_float)),
+        ("h", ctypes.POINTER(ctypes.c_float)),
+    )
+
+
+RECORD = ctypes.CFUNCTYPE(None, ctypes.POINTER(Activations), ctypes.c_void_p)  # tsffn_record_fn
+
+
 class Placed(ctypes.Structure):
     """struct tsffn_placed (native/include/tsffn.h)."""
 
@@ -234,6 +251,7 @@ class Backend:
             "tsffn_model_profile": ([handle, ctypes.c_bool], ctypes.c_bool),
             "tsffn_model_read_profile": ([handle, ctypes.c_int32, handle, handle, handle], ctypes.c_bool),
             "tsffn_model_read_squares": ([handle, ctypes.c_int32, handle], ctypes.c_bool),
+            "tsffn_model_record": ([handle, ctypes.c_int32, ctypes.c_int32, handle, handle], ctypes.c_bool),
             "tsffn_model_place": (
                 [handle, handle, size, ctypes.c_uint32, ctypes.POINTER(Placed), text, size],
                 ctypes.c_bool,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tsconv.checkpoint.config import MAX_DIM
 from tsconv.errors import ModelFileError, TsconvError
+from tsconv.format import forms
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.kv_cache import kv_bytes_per_token, padded
 from tsconv.format.order import dimension, neuron_order, shape_of
@@ -388,8 +389,6 @@ class _Tensors:
         """(bytes, expected bytes read per token) of a layer's predictors; `share` of the tokens see each FFN."""
         scale = self.named.get(f"blk.{n}.ffn_pred_scale.weight")
         fixed = 0 if scale is None else scale.n_bytes
-        parts = [
-            sum(self.one(f"blk.{n}.ffn_pred_{matrix}{infix}.weight").n_bytes for matrix in ("fc1", "fc2"))
-            for infix in ([f".{e}" for e in range(len(share))] if is_moe else [""])
-        ]
+        experts = range(len(share)) if is_moe else [None]
+        parts = [sum(self.one(name).n_bytes for name in forms.tensors_of(self.header, n, e)) for e in experts]
         return fixed + sum(parts), fixed + float(np.dot(parts, share))

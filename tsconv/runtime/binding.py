@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,13 @@ from tsconv.errors import BackendError, ModelFileError
 from tsconv.format.header import Header, read_header
 from tsconv.format.order import shape_of
 from tsconv.format.pair import sidecar_path
-from tsconv.native.library import ERROR_SIZE, Backend, GpuShare, LayerStats, Placed, check_array, load_backend
+from tsconv.native.library import ERROR_SIZE, RECORD, Backend, GpuShare, LayerStats, Placed, check_array, load_backend
 from tsconv.native.log import quiet_unless
 from tsconv.runtime.guard import CLOSED, FORKED
 from tsconv.runtime.sparsity import parse_sparsity
 
 Ints = npt.NDArray[np.int64]
+Recorder = Callable[[int, npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]], None]
 
 N_SQUARES = 2  # TSFFN_N_SQUARES (native/include/tsffn.h)
 CACHE_PIECE = 64 << 20  # bytes of a file that are read before Ctrl-C is looked for
@@ -252,6 +254,43 @@ class NativeModel:
             if not self._lib.tsffn_model_read_squares(handle, layer, squares.ctypes.data):
                 raise BackendError("activations are not being counted")
         return squares
+
+    @contextmanager
+    def recording(self, layers: range, record: Recorder) -> Iterator[None]:
+        """While this holds, `record` is called each time an FFN of `layers` has been computed as a whole.
+
+        It gets the layer; int32 [n_rows], the expert of each row, sorted; float32 x [n_rows, n_embd], what goes into
+        gate and up; float32 h [n_rows, n_ff] = relu(gate . x) * relu(up . x) in the order of the file, 0 where the
+        neuron was left out. The arrays are views that end with the call. What it raises, if it does, is raised when
+        this ends; it is not called again then.
+
+        Raises:
+            BackendError: no such layers, or the model is closed.
+        """
+        raised: list[BaseException] = []
+
+        def told(address: Any, user: object) -> None:
+            if raised:
+                return
+            try:
+                a = address.contents
+                x = np.ctypeslib.as_array(a.x, (a.n_rows, a.n_embd))
+                h = np.ctypeslib.as_array(a.h, (a.n_rows, a.n_ff))
+                record(a.layer, np.ctypeslib.as_array(a.ffn, (a.n_rows,)), x, h)
+            except BaseException as error:  # C has nothing to raise it to
+                raised.append(error)
+
+        callback = RECORD(told)
+        with self._opened() as handle:
+            if not self._lib.tsffn_model_record(handle, layers.start, layers.stop, callback, None):
+                raise BackendError("layers to record", expected=f"some of 0 to {self.n_layer - 1}", found=layers)
+        try:
+            yield
+        finally:
+            with self._opened() as handle:
+                self._lib.tsffn_model_record(handle, 0, 0, None, None)
+        if raised:
+            raise raised[0]
 
     @functools.cached_property
     def header(self) -> Header:

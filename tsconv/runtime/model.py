@@ -28,7 +28,7 @@ from tsconv.native.ffn_gpus import NoGpuError
 from tsconv.native.library import gpu_module
 from tsconv.native.log import computing, quiet_unless
 from tsconv.native.threads import check_threads, use_threads
-from tsconv.runtime.binding import NativeModel, open_model
+from tsconv.runtime.binding import NativeModel, Recorder, open_model
 from tsconv.runtime.chat import ChatFormatter
 from tsconv.runtime.guard import CLOSED, FORKED, Gone, Guard
 from tsconv.runtime.hybrid import Share, memory_of, share
@@ -511,6 +511,10 @@ class SparseLlama(Offloading, llama_cpp.Llama):
             yield self._native
         finally:
             self._native.profile(False)
+
+    def recording(self, layers: range, record: Recorder) -> AbstractContextManager[None]:
+        """While this holds, `record` gets what the FFNs of `layers` compute; see `NativeModel.recording`."""
+        return self._native.recording(layers, record)
 
     def _decode(self) -> None:
         with computing(self.model_path, self.verbose):

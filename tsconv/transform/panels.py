@@ -1,4 +1,4 @@
-"""Panels: rows of the predictor's q4_0, q8_0 and q3_nl matrices, interleaved by 16 (docs/format.md).
+"""Panels: rows of the predictor's matrices of some types, interleaved by 16 (docs/format.md).
 
 Every row of them is multiplied for every token, and a panel lets one vector instruction serve 16 rows. Only bytes move:
 both directions are exact. Pure functions of arrays.
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from tsconv.transform import q3_nl
+from tsconv.transform import bits, q3_nl
 
 PANEL_ROWS = 16
-PANEL_TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, q3_nl.KIND)
+PANEL_TYPES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, q3_nl.KIND, *bits.NAMES)
 
 Rows = npt.NDArray[np.uint8]
 
@@ -56,6 +56,13 @@ def from_panels(stored: Rows, kind: GGMLQuantizationType) -> Rows:
 
 def _same(rows: Rows, stored: Rows, kind: GGMLQuantizationType) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Views of plain rows and of panels, field by field, that hold the same at the same indices."""
+    if kind in bits.NAMES:
+        words = rows.view("<u4").reshape(-1, PANEL_ROWS, rows.shape[1] // 4)
+        yield (
+            words.swapaxes(1, 2),
+            stored.reshape(-1, stored.shape[1] * PANEL_ROWS).view("<u4").reshape(-1, rows.shape[1] // 4, PANEL_ROWS),
+        )
+        return
     if kind == q3_nl.KIND:
         plain, panels = _plain_q3_nl(rows), _panels_q3_nl(stored)
         yield plain["d"], panels["d"]

@@ -23,6 +23,7 @@ KIND = GGMLQuantizationType.I8  # how a GGUF file declares it
 NAME = "q3_nl"
 BLOCK, BLOCK_BYTES, HEADER_BYTES = 32, 13, 2  # weights and bytes of a block; bytes of a row before them
 MAX_COLUMNS = 1 << 17  # the runtime sums a row's products in 32 bits
+LEVELS = (-15, -9, -5, -2, 1, 4, 8, 13)  # of the codes
 MAX_WEIGHT = 7 * 15  # in units of a row's d
 UNITS = np.finfo(np.float16)
 
@@ -105,3 +106,30 @@ def round_rows(rows: Floats, importance: Floats, units: npt.NDArray[np.float16],
     rounded = load_backend().lib.tsffn_quantize_q3_nl
     if not rounded(rows.ctypes.data, n, r, importance.ctypes.data, units.ctypes.data, out.ctypes.data):
         raise BackendError("no memory to quantize a row")
+
+
+def dequantize(rows: npt.NDArray[np.uint8]) -> Floats:
+    """The weights of plain rows, uint8 [n, row_bytes(r)]: float32 [n, r]."""
+    n, r = len(rows), n_weights(rows.shape[1])
+    units = np.ascontiguousarray(rows[:, :HEADER_BYTES]).view("<f2").astype(np.float32)
+    blocks = rows[:, HEADER_BYTES:].reshape(n, -1, BLOCK_BYTES)
+    nibbles = np.stack([blocks[..., 0] & 15, blocks[..., 0] >> 4], axis=-1).astype(np.int8)
+    scales = (np.where(nibbles < 8, nibbles, nibbles - 16) * units[:, :, None]).astype(np.float32)
+    q = blocks[..., 1:].reshape(n, -1, 3, 4)
+    codes = np.empty((n, r // BLOCK, 8, 4), np.uint8)
+    codes[:, :, 0:3] = q & 7
+    codes[:, :, 3:6] = q >> 3 & 7
+    codes[:, :, 6:8] = q[:, :, 0:2] >> 6
+    codes[:, :, 6] |= (q[:, :, 2] >> 6 & 1) << 2
+    codes[:, :, 7] |= (q[:, :, 2] >> 7) << 2
+    levels = np.array(LEVELS, np.float32)[codes].reshape(n, r // BLOCK, 2, BLOCK // 2)
+    return (levels * scales[..., None]).reshape(n, r)
+
+
+def scaled(rows: npt.NDArray[np.uint8], factors: Floats) -> npt.NDArray[np.uint8]:
+    """The rows [n, row_bytes(r)] with the weights of row i multiplied by factors[i] >= 0, as well as its f16 unit can
+    say so."""
+    out = rows.copy()
+    units = np.ascontiguousarray(rows[:, :HEADER_BYTES]).view("<f2")[:, 0].astype(np.float32) * factors
+    out[:, :HEADER_BYTES] = np.clip(units, 0, UNITS.max).astype("<f2")[:, None].view(np.uint8)
+    return out

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tsconv.errors import BackendError
-from tsconv.transform import q3_nl
+from tsconv.transform import bits, q3_nl
 
 # Types that ggml_quantize_chunk makes without an importance matrix and that the runtime has kernels for.
 TYPES = {
@@ -61,7 +61,9 @@ class BadWeightError(ValueError):
 
 
 def type_name(kind: GGMLQuantizationType) -> str:
-    """Name as the command line spells it: q4_0, q4_K, f16, q3_nl."""
+    """Name as the command line spells it: q4_0, q4_K, f16, q3_nl, bits1."""
+    if kind in bits.NAMES:
+        return bits.NAMES[kind]
     return q3_nl.NAME if kind == q3_nl.KIND else kind.name.lower().replace("_k", "_K")
 
 

@@ -37,6 +37,8 @@ static void * prepare(const struct tsffn_layer * layer) {
         .n_ffns = layer->n_ffns,
         .ffns = prepared->ffns,
         .activation = layer->activation,
+        .form = layer->form,
+        .input_bits = layer->input_bits,
         .pred_scale = layer->pred_scale,
         .threshold = layer->threshold,
         .on_when_equal = layer->on_when_equal,
@@ -50,6 +52,8 @@ static void * prepare(const struct tsffn_layer * layer) {
             .neurons = weights->neurons,
             .fc1 = matrix_of(&weights->fc1),
             .fc2 = matrix_of(&weights->fc2),
+            .fc3 = matrix_of(&weights->fc3),
+            .thresholds = weights->thresholds,
         };
     }
     return prepared;

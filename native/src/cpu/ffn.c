@@ -93,7 +93,7 @@ static int64_t hidden_bytes(const struct tsffn_cpu_layer * layer) {
     int64_t most = 0;
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
         const struct tsffn_matrix * fc2 = &layer->ffns[e].fc2;
-        most = max_i64(most, (int64_t)tsffn_x_bytes(fc2->type, fc2->n_cols));
+        most = layer->ffns[e].fc1.data != NULL ? max_i64(most, (int64_t)tsffn_x_bytes(fc2->type, fc2->n_cols)) : most;
     }
     return most;
 }
@@ -110,9 +110,12 @@ static int64_t max_rank(const struct tsffn_cpu_layer * layer) {
 // model, whose next layer computes with the same FFN.
 static const struct tsffn_cpu_layer * next_of(const struct tsffn_call * call, const struct tsffn_cpu_layer * layer) {
     const struct tsffn_cpu_layer * next = call->next;
-    const bool can = next != NULL && call->n_rows <= COPIED_ROWS && layer->n_ffns == 1 && next->n_ffns == 1 &&
-                     next->n_ff == layer->n_ff && next->ffns[0].fc1.data != NULL && layer->ffns[0].fc1.data != NULL &&
-                     next->ffns[0].fc1.type == layer->ffns[0].fc1.type;
+    if (next == NULL || call->n_rows > COPIED_ROWS || layer->n_ffns > 1) {
+        return NULL;
+    }
+    const struct tsffn_matrix * first = tsffn_first_matrix(&next->ffns[0]);
+    const bool can = next->n_ff == layer->n_ff && first->data != NULL && next->form == layer->form &&
+                     next->input_bits == layer->input_bits && first->type == tsffn_first_matrix(&layer->ffns[0])->type;
     return can ? next : NULL;
 }
 
@@ -131,7 +134,7 @@ static void lay_out_activations(struct shared * s, const struct mode * mode, cha
         s->x.up = carve_activations(base, used, call->n_tokens, tsffn_x_bytes(up, layer->n_embd));
     }
     if (s->predicts) {
-        const size_t p_bytes = tsffn_x_bytes(layer->ffns[0].fc1.type, layer->n_embd);
+        const size_t p_bytes = tsffn_x_bytes(tsffn_first_matrix(&layer->ffns[0])->type, layer->n_embd);
         const size_t h1_bytes = (size_t)max_i64(hidden_bytes(layer), s->next != NULL ? hidden_bytes(s->next) : 0);
         s->x.predictor = carve_activations(base, used, call->n_tokens, p_bytes);
         s->hidden.converted = carve_activations(base, used, min_i64(TILE_ROWS, call->n_rows), h1_bytes);
@@ -207,7 +210,7 @@ static struct shared with_copies_of(const struct shared * s, int ith) {
 
 // ---- activations
 
-// Token t's p = x * scale, in the format of fc1's dot.
+// Token t's p = x * scale, in the format of the first matrix's dot.
 static void convert_for_predictor(const struct shared * s, int64_t t, float * scaled) {
     const struct tsffn_cpu_layer * layer = s->layer;
     if (!s->predicts) {
@@ -220,7 +223,12 @@ static void convert_for_predictor(const struct shared * s, int64_t t, float * sc
         }
         p = scaled;
     }
-    tsffn_convert_x(layer->ffns[0].fc1.type, layer->n_embd, p, activations_of(s->x.predictor, t));
+    const struct tsffn_row_type * type = tsffn_first_matrix(&layer->ffns[0])->type;
+    if (type->convert_x_bits != NULL) {
+        type->convert_x_bits(p, activations_of(s->x.predictor, t), layer->n_embd, layer->input_bits);
+    } else {
+        tsffn_convert_x(type, layer->n_embd, p, activations_of(s->x.predictor, t));
+    }
 }
 
 void tsffn_convert_for_neurons(const struct shared * s, int64_t t) {
@@ -281,7 +289,7 @@ void tsffn_each_segment(const struct shared * s, const struct tile * tile,
 static void compute_thread(const struct shared * s, const struct mode * mode, int ith, int nth) {
     const struct tsffn_call * call = s->call;
     if (s->predicts) {
-        tsffn_ask_hidden_layer(s, &s->layer->ffns[call->rows[0].ffn], ith, nth);
+        tsffn_ask_predictor(s, &s->layer->ffns[call->rows[0].ffn], ith, nth);
     }
     if (s->copy_bytes != 0) { // for the neurons while other threads list theirs
         for (int64_t t = 0; t < call->n_tokens; ++t) {
@@ -331,7 +339,7 @@ bool tsffn_compute(struct tsffn_workspace * ws, const struct tsffn_cpu_layer * l
     struct shared s = {
         .call = call,
         .layer = layer,
-        .predicts = mode->predictor && layer->ffns[0].fc1.data != NULL && call->masks == NULL,
+        .predicts = mode->predictor && layer->ffns[0].fc2.data != NULL && call->masks == NULL,
         .stream_ahead = tsffn_stream_ahead(),
     };
     s.selects = s.predicts || call->masks != NULL || call->elsewhere != NULL;

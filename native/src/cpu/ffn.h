@@ -10,9 +10,15 @@
 // The FFN of a dense layer, or one expert of it.
 struct tsffn_ffn {
     struct tsffn_neurons neurons; // [n_ff]
-    struct tsffn_matrix fc1;      // predictor: [rank][n_embd]; data NULL in exact mode, where every neuron is on
-    struct tsffn_matrix fc2;      // [n_ff][rank]
+    // The predictor, as in ffn/layer.h.
+    struct tsffn_matrix fc1, fc2, fc3;
+    const float * thresholds;
 };
+
+// The matrix that p is multiplied with.
+static inline const struct tsffn_matrix * tsffn_first_matrix(const struct tsffn_ffn * ffn) {
+    return ffn->fc1.data != NULL ? &ffn->fc1 : &ffn->fc2;
+}
 
 // A layer for the CPU.
 struct tsffn_cpu_layer {
@@ -20,7 +26,8 @@ struct tsffn_cpu_layer {
     const struct tsffn_ffn * ffns;                      // [n_ffns]
     const struct tsffn_row_type * types[TSFFN_N_PARTS]; // of the rows of gate, up and down
     struct tsffn_activation activation;
-    // Neuron i is on when (fc2_i . relu(fc1 . p)) passes the threshold, p = x * pred_scale.
+    enum tsffn_predictor_form form;
+    int input_bits;           // of p, for weights of bits1 and bits2
     const float * pred_scale; // [n_embd], or NULL for p = x
     float threshold;
     bool on_when_equal; // logit >= threshold instead of logit > threshold

@@ -4,9 +4,10 @@
 
 #include "call.h"
 
-// predictor.c. Asks for what this thread reads first in phase A.
-void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth);
-// Phase A: the hidden layer of a tile, converted. All threads have done their share when this returns.
+// predictor.c. Asks for what this thread reads first of the predictor.
+void tsffn_ask_predictor(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth);
+// Phase A: the hidden layer of a tile, converted, if the predictor has one. All threads have done their share when this
+// returns.
 void tsffn_hidden_layer(const struct shared * s, const struct tile * tile);
 // Which of the neurons [i0, i1), at most CHUNK_NEURONS, are on, and computed here: bit r of mask[i - i0]. As the call's
 // masks say, else the predictor; all of them without either. i0 is a multiple of 32. `end`: of the stream of fc2's

@@ -1,12 +1,14 @@
-// Phases A and B of ffn.c: the predictor's two matrices, of which every row is read for every token.
+// Phases A and B of ffn.c: the predictor's matrices, of which every row is read for every token. A is the hidden layer,
+// which not all forms have (ffn/layer.h).
 #include "phases.h"
 
 #include <string.h>
 
 static void store_hidden(const struct shared * s, int64_t r0, int64_t r1, int64_t k, int64_t stride, const float * v) {
+    const bool linear = s->layer->form == TSFFN_PREDICTOR_LINEAR;
     for (int64_t r = r0; r < r1; ++r) {
         const float h = v[(r - r0) * stride];
-        s->hidden.values[r * s->hidden.max_rank + k] = h > 0.0f ? h : 0.0f;
+        s->hidden.values[r * s->hidden.max_rank + k] = h > 0.0f || linear ? h : 0.0f;
     }
 }
 
@@ -60,18 +62,29 @@ static void compute_hidden(const struct shared * s, const struct tile * tile, in
     s->own[tile->ith].counts.bytes_predictor += (uint64_t)n_rows * row_bytes;
 }
 
-void tsffn_ask_hidden_layer(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
-    const struct hidden_share mine = hidden_share(&ffn->fc1, ith, nth);
-    const int64_t panel = mine.first_panel * TSFFN_PANEL_ROWS, end_panel = mine.end_panel * TSFFN_PANEL_ROWS;
-    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
-    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
+static void ask_logits_of(const struct shared * s, const struct tsffn_matrix * matrix, int ith, int nth) {
+    const int64_t n_ff = s->layer->n_ff;
+    ask_stream_begin(s, tsffn_matrix_row(matrix, first_neuron(n_ff, ith, nth)),
+                     tsffn_matrix_row(matrix, first_neuron(n_ff, ith + 1, nth)));
 }
 
 // Asks for what this thread reads first in phase B.
 static void ask_logits(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
-    const int64_t n_ff = s->layer->n_ff;
-    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc2, first_neuron(n_ff, ith, nth)),
-                     tsffn_matrix_row(&ffn->fc2, first_neuron(n_ff, ith + 1, nth)));
+    ask_logits_of(s, &ffn->fc2, ith, nth);
+    if (ffn->fc3.data != NULL) {
+        ask_logits_of(s, &ffn->fc3, ith, nth);
+    }
+}
+
+void tsffn_ask_predictor(const struct shared * s, const struct tsffn_ffn * ffn, int ith, int nth) {
+    if (ffn->fc1.data == NULL) {
+        ask_logits(s, ffn, ith, nth);
+        return;
+    }
+    const struct hidden_share mine = hidden_share(&ffn->fc1, ith, nth);
+    const int64_t panel = mine.first_panel * TSFFN_PANEL_ROWS, end_panel = mine.end_panel * TSFFN_PANEL_ROWS;
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, panel), tsffn_matrix_row(&ffn->fc1, end_panel));
+    ask_stream_begin(s, tsffn_matrix_row(&ffn->fc1, mine.first), tsffn_matrix_row(&ffn->fc1, mine.end));
 }
 
 static void convert_hidden(const struct shared * s, const struct tile * tile, int64_t begin, int64_t end) {
@@ -83,6 +96,9 @@ static void convert_hidden(const struct shared * s, const struct tile * tile, in
 }
 
 void tsffn_hidden_layer(const struct shared * s, const struct tile * tile) {
+    if (s->layer->ffns[0].fc1.data == NULL) {
+        return;
+    }
     for (int64_t r0 = 0, r1; r0 < tile->n_rows; r0 = r1) {
         r1 = segment_end(tile->rows, r0, tile->n_rows);
         compute_hidden(s, tile, r0, r1);
@@ -129,39 +145,81 @@ static int64_t first_word(const struct segment * g, int64_t r) {
     return (g->rows - g->s->call->rows + r) * tsffn_mask_words(g->s->layer->n_ff);
 }
 
+// Logits of some neurons: logit[k] of the segment's k-th row.
+typedef float logits[TILE_ROWS][TSFFN_PANEL_ROWS];
+
+// Those of neuron i on, as one matrix has them: of the panel that begins there, or else of this one.
+static void logits_of(const struct segment * g, const struct tsffn_matrix * matrix, const float * thresholds, int64_t i,
+                      bool in_panel, int64_t end, const void * const * x, logits logit) {
+    const int n = (int)(g->r1 - g->r0);
+    const int64_t n_neurons = in_panel ? TSFFN_PANEL_ROWS : 1;
+    const uint8_t * w = tsffn_matrix_row(matrix, i);
+    const size_t bytes = (size_t)n_neurons * tsffn_matrix_row_bytes(matrix);
+    const struct tsffn_asks asks = stream_ahead(g->s, w, bytes, tsffn_matrix_row(matrix, end));
+    if (in_panel) {
+        matrix->type->own_panel(matrix->n_cols, w, n, x, logit, &asks);
+    } else {
+        float v[TILE_ROWS];
+        tsffn_row_dots(matrix->type, matrix->n_cols, w, n, x, v, &asks);
+        for (int k = 0; k < n; ++k) {
+            logit[k][0] = v[k];
+        }
+    }
+    for (int k = 0; thresholds != NULL && k < n; ++k) {
+        for (int64_t j = 0; j < n_neurons; ++j) {
+            logit[k][j] -= thresholds[i + j];
+        }
+    }
+}
+
+// ... as all matrices of the form have them.
+static void predictor_logits(const struct segment * g, int64_t i, bool in_panel, int64_t end, const void * const * x,
+                             logits logit) {
+    const struct tsffn_ffn * ffn = g->ffn;
+    logits_of(g, &ffn->fc2, ffn->thresholds, i, in_panel, end, x, logit);
+    if (ffn->fc3.data == NULL) {
+        return;
+    }
+    logits of_up;
+    const float * thresholds = ffn->thresholds != NULL ? ffn->thresholds + g->s->layer->n_ff : NULL;
+    logits_of(g, &ffn->fc3, thresholds, i, in_panel, end, x, of_up);
+    for (int64_t k = 0; k < g->r1 - g->r0; ++k) {
+        for (int64_t j = 0; j < (in_panel ? TSFFN_PANEL_ROWS : 1); ++j) {
+            logit[k][j] = of_up[k][j] < logit[k][j] ? of_up[k][j] : logit[k][j];
+        }
+    }
+}
+
 // tsffn_mask_neurons with a predictor.
 static void predict(const struct segment * g, int64_t i0, int64_t i1, int64_t end, uint64_t * mask) {
-    const struct tsffn_matrix * fc2 = &g->ffn->fc2;
+    const struct tsffn_ffn * ffn = g->ffn;
     const int n = (int)(g->r1 - g->r0);
-    const size_t row_bytes = tsffn_matrix_row_bytes(fc2);
-    const uint8_t * end_stream = tsffn_matrix_row(fc2, end);
-    const void * hidden[TILE_ROWS];
+    const void * x[TILE_ROWS];
     for (int k = 0; k < n; ++k) {
-        hidden[k] = activations_of(g->s->hidden.converted, g->r0 + k);
+        x[k] = ffn->fc1.data != NULL ? activations_of(g->s->hidden.converted, g->r0 + k)
+                                     : activations_of(g->s->x.predictor, g->rows[g->r0 + k].token);
     }
-    const int64_t end_panels = min_i64(i1, tsffn_matrix_panel_rows(fc2));
-    float panel[TILE_ROWS][TSFFN_PANEL_ROWS];
+    const int64_t end_panels = min_i64(i1, tsffn_matrix_panel_rows(&ffn->fc2));
+    logits logit;
     int64_t i = i0;
     for (; i < end_panels; i += TSFFN_PANEL_ROWS) {
-        const uint8_t * w = tsffn_matrix_row(fc2, i);
-        const struct tsffn_asks asks = stream_ahead(g->s, w, TSFFN_PANEL_ROWS * row_bytes, end_stream);
-        fc2->type->own_panel(fc2->n_cols, w, n, hidden, panel, &asks);
+        predictor_logits(g, i, true, end, x, logit);
         if (n == 1) {
-            decide_for_one_row(g, TSFFN_PANEL_ROWS, panel[0], mask + (i - i0));
+            decide_for_one_row(g, TSFFN_PANEL_ROWS, logit[0], mask + (i - i0));
             continue;
         }
-        for (int64_t k = 0; k < TSFFN_PANEL_ROWS; ++k) {
-            mask[i - i0 + k] = decide(g, n, TSFFN_PANEL_ROWS, &panel[0][k]);
+        for (int64_t j = 0; j < TSFFN_PANEL_ROWS; ++j) {
+            mask[i - i0 + j] = decide(g, n, TSFFN_PANEL_ROWS, &logit[0][j]);
         }
     }
-    float logit[TILE_ROWS];
     for (; i < i1; ++i) {
-        const uint8_t * w = tsffn_matrix_row(fc2, i);
-        const struct tsffn_asks asks = stream_ahead(g->s, w, row_bytes, end_stream);
-        tsffn_row_dots(fc2->type, fc2->n_cols, w, n, hidden, logit, &asks);
-        mask[i - i0] = decide(g, n, 1, logit);
+        predictor_logits(g, i, false, end, x, logit);
+        mask[i - i0] = decide(g, n, TSFFN_PANEL_ROWS, &logit[0][0]);
     }
-    g->own->counts.bytes_predictor += (uint64_t)(i1 - i0) * row_bytes;
+    const size_t of_fc3 = ffn->fc3.data != NULL ? tsffn_matrix_row_bytes(&ffn->fc3) : 0;
+    const size_t of_thresholds = ffn->thresholds != NULL ? (of_fc3 != 0 ? 2 : 1) * sizeof(float) : 0;
+    g->own->counts.bytes_predictor +=
+        (uint64_t)(i1 - i0) * (tsffn_matrix_row_bytes(&ffn->fc2) + of_fc3 + of_thresholds);
 }
 
 // ... with the call's masks.

@@ -25,6 +25,8 @@ struct tsffn_row_type {
     int64_t x_block_size;
     size_t x_block_bytes;
     void (*convert_x)(const float * x, void * converted, int64_t n); // NULL: they stay f32
+    // Instead, of a type whose activations can have several numbers of bits.
+    void (*convert_x_bits)(const float * x, void * converted, int64_t n, int n_bits);
 
     // Own kernels; NULL selects the host's functions below. A type that has neither dots nor the host's is of panels
     // only.

@@ -10,10 +10,10 @@
 #include <pthread.h>
 
 // x_format: below 0 for own kernels, the number of ggml's vec_dot_type for the others.
-enum { X_FORMAT_F32 = -1, X_FORMAT_I16 = -2, X_FORMAT_U14 = -3 };
+enum { X_FORMAT_F32 = -1, X_FORMAT_I16 = -2, X_FORMAT_U14 = -3, X_FORMAT_BITS = -4 };
 
 static struct tsffn_row_type row_types[GGML_TYPE_COUNT];
-static struct tsffn_row_type q3_nl;
+static struct tsffn_row_type q3_nl, bits1, bits2;
 
 typedef const struct ggml_type_traits_cpu * (*traits_cpu_fn)(enum ggml_type);
 
@@ -108,6 +108,21 @@ static void describe_q3_nl(const struct tsffn_kernels * kernels) {
     };
 }
 
+static struct tsffn_row_type bits_type(const char * name, enum tsffn_format format,
+                                       const struct tsffn_kernels * kernels) {
+    return (struct tsffn_row_type){
+        .name = name,
+        .block_size = TSFFN_BLOCK_SIZE,
+        .block_bytes = (size_t)tsffn_weight_bits(format) * sizeof(uint32_t),
+        .x_format = X_FORMAT_BITS,
+        .x_header_bytes = TSFFN_BITS_HEADER,
+        .x_block_size = TSFFN_BLOCK_SIZE,
+        .x_block_bytes = TSFFN_BITS_MAX_BLOCK_BYTES,
+        .convert_x_bits = tsffn_convert_bits,
+        .own_panel = kernels->panel[format],
+    };
+}
+
 static bool build_table(void) {
     const traits_cpu_fn traits_cpu = find_traits_cpu();
     if (traits_cpu == NULL) {
@@ -120,6 +135,8 @@ static bool build_table(void) {
         }
     }
     describe_q3_nl(kernels);
+    bits1 = bits_type("bits1", TSFFN_FORMAT_BITS1, kernels);
+    bits2 = bits_type("bits2", TSFFN_FORMAT_BITS2, kernels);
     return true;
 }
 
@@ -134,8 +151,15 @@ bool tsffn_row_types_init(void) {
 }
 
 const struct tsffn_row_type * tsffn_row_type_for(int type) {
-    if (type == TSFFN_TYPE_Q3_NL) {
+    switch (type) {
+    case TSFFN_TYPE_Q3_NL:
         return &q3_nl;
+    case TSFFN_TYPE_BITS1:
+        return &bits1;
+    case TSFFN_TYPE_BITS2:
+        return &bits2;
+    default:
+        break;
     }
     return type >= 0 && type < GGML_TYPE_COUNT && row_types[type].name != NULL ? &row_types[type] : NULL;
 }

@@ -29,7 +29,13 @@ static bool row_format(int type, int * format) {
 
 static bool supports_predictor(const struct tsffn_layer * layer, struct tsffn_cuda_formats * formats, char * error,
                                size_t error_size) {
+    if (layer->form != TSFFN_PREDICTOR_MLP) {
+        return tsffn_fail(error, error_size, "CUDA: no kernel for a predictor of form %d", layer->form);
+    }
     for (int64_t e = 0; e < layer->n_ffns; ++e) {
+        if (layer->ffns[e].thresholds != NULL) {
+            return tsffn_fail(error, error_size, "CUDA: no kernel for a predictor with a threshold for each neuron");
+        }
         const struct tsffn_weights *fc1 = &layer->ffns[e].fc1, *fc2 = &layer->ffns[e].fc2;
         if (fc1->data == NULL || fc2->data == NULL) {
             return tsffn_fail(error, error_size, "CUDA: FFN %" PRId64 ": expected a predictor, found none", e);
@@ -278,7 +284,7 @@ static bool describe(struct tsffn_cuda_layer * made, const struct tsffn_layer * 
     made->n_embd = layer->n_embd;
     made->n_ff = layer->n_ff;
     made->n_ffns = layer->n_ffns;
-    made->always_on = layer->ffns[0].fc1.data == NULL;
+    made->always_on = !tsffn_has_predictor(layer);
     made->complete = true;
     made->activation = layer->activation;
     made->threshold = layer->threshold;

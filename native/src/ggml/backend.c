@@ -25,6 +25,7 @@ static void backend_free(ggml_backend_t backend) {
         stream->device->close(stream->scratch);
     }
     free(stream->rows);
+    tsffn_recorder_free(&stream->recorder);
     free(stream);
     free(backend);
 }

@@ -196,7 +196,8 @@ static void complain(struct tsffn_hybrid * hybrid) {
 static bool compute_call(struct tsffn_stream * stream, const struct tsffn_weight * weight, const void * prepared,
                          const struct tsffn_call * call, struct tsffn_counts * counts) {
     struct tsffn_hybrid * hybrid = tsffn_loaded_hybrid(weight);
-    if (hybrid == NULL || !tsffn_hybrid_takes(hybrid, weight->layer, call)) {
+    const bool records = tsffn_model_records(weight->model, weight->layer);
+    if (hybrid == NULL || records || !tsffn_hybrid_takes(hybrid, weight->layer, call)) {
         return stream->device->compute(stream->scratch, prepared, call, counts);
     }
     for (int64_t r = 0; r < call->n_rows; ++r) {
@@ -260,11 +261,13 @@ static enum ggml_status compute_here(struct tsffn_stream * stream, enum tsffn_op
     }
     struct tsffn_profile profile;
     const bool profiling = op == TSFFN_OP_FUSED && tsffn_model_lock_profile(weight->model, weight->layer, &profile);
+    const bool records = op == TSFFN_OP_FUSED && tsffn_model_records(weight->model, weight->layer);
     call.rows = stream->rows;
     call.profile = profiling ? &profile : NULL;
     struct tsffn_counts counts = {0};
+    const bool has_room = !records || tsffn_recorder_begin(&stream->recorder, weight, stream->rows, &call);
     begin_reading(weight, &call);
-    const bool computed = compute_call(stream, weight, layer, &call, &counts);
+    const bool computed = has_room && compute_call(stream, weight, layer, &call, &counts);
     const bool read = end_reading(weight);
     if (profiling) {
         tsffn_model_unlock_profile(weight->model);
@@ -274,6 +277,9 @@ static enum ggml_status compute_here(struct tsffn_stream * stream, enum tsffn_op
     }
     if (!read) {
         return GGML_STATUS_FAILED;
+    }
+    if (records) {
+        tsffn_recorder_end(&stream->recorder, weight, call.n_rows);
     }
     count_call(stream, weight, &call, start_ns, &counts);
     return GGML_STATUS_SUCCESS;
@@ -342,7 +348,7 @@ static enum ggml_status compute(struct tsffn_stream * stream, enum tsffn_op op, 
     struct tsffn_hybrid * hybrid = tsffn_loaded_hybrid(weight);
     const bool is_there = tsffn_resident_has(r, tsffn_resident_real(r, x)) && tsffn_resident_has(r, out);
     if (op == TSFFN_OP_FUSED && hybrid != NULL && is_there && weight->model->profile == NULL &&
-        compute_there(stream, hybrid, weight, x, ids, out)) {
+        !tsffn_model_records(weight->model, weight->layer) && compute_there(stream, hybrid, weight, x, ids, out)) {
         return GGML_STATUS_SUCCESS;
     }
     tsffn_tensor host_x, host_ids, host_out;

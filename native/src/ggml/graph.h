@@ -3,6 +3,7 @@
 #define TSFFN_GRAPH_H
 
 #include "buffer.h"
+#include "record.h"
 #include "resident.h"
 
 // The context of one backend instance (one llama_context): its threads and its scratch memory.
@@ -15,6 +16,7 @@ struct tsffn_stream {
     bool is_lost;                       // what it computed, as was seen when the graph had ended
     struct tsffn_row * rows;            // [n_rows]
     int64_t n_rows;
+    struct tsffn_recorder recorder;
     int64_t next_layer; // the one after that whose FFN was computed last as a whole; 0: none was
     uint64_t last_end_ns;
 };

@@ -119,7 +119,7 @@ static void run_workers(int n_threads, int64_t n, void (*body)(void * context, i
 enum outcome tsffn_share_call(struct sharing * s, struct tsffn_counts * of_gpu, uint64_t * ns_waiting) {
     struct tsffn_hybrid * h = s->h;
     const struct tsffn_cuda_module * module = h->module;
-    const bool has_predictor = s->layer->ffns[0].fc1.data != NULL;
+    const bool has_predictor = tsffn_has_predictor(s->layer);
     const bool predicts = has_predictor && h->plan.predictor[s->layer - h->layers];
     const uint32_t * masks = NULL;
     if (has_predictor && !predicts) {
@@ -278,7 +278,7 @@ bool tsffn_hybrid_compute(struct tsffn_hybrid * h, int64_t layer, const struct t
 // ---- calls in the GPU's memory
 
 bool tsffn_hybrid_takes_resident(const struct tsffn_hybrid * h, int64_t layer, const struct tsffn_call * call) {
-    const bool has_predictor = h->layers[layer].ffns[0].fc1.data != NULL;
+    const bool has_predictor = tsffn_has_predictor(&h->layers[layer]);
     return is_small(call) && tsffn_hybrid_takes(h, layer, call) && h->compared[layer] &&
            (!has_predictor || h->plan.predictor[layer]);
 }

@@ -88,7 +88,7 @@ static void count_share(const struct tsffn_hybrid * h, struct tsffn_gpu_share * 
     for (int64_t i = 0; i < h->plan.n_layer; ++i) {
         const struct tsffn_layer * layer = &h->layers[i];
         share->predictors += h->plan.predictor[i];
-        share->n_predictors += layer->ffns[0].fc1.data != NULL;
+        share->n_predictors += tsffn_has_predictor(layer);
         share->n_neurons += (uint64_t)(layer->n_ffns * layer->n_ff);
         for (int64_t e = 0; e < layer->n_ffns; ++e) {
             share->neurons += (uint64_t)h->plan.range[i * layer->n_ffns + e].end;

@@ -72,7 +72,7 @@ static bool find_kernels(const struct making * m, char * error, size_t error_siz
     for (int64_t i = 0; i < m->plan->n_layer; ++i) {
         char reason[256];
         const struct tsffn_range * none = ranges_of(m, i);
-        const bool has_predictor = m->layers[i].ffns[0].fc1.data != NULL;
+        const bool has_predictor = tsffn_has_predictor(&m->layers[i]);
         m->plan->has_kernels[i] = m->module->layer_bytes(&m->layers[i], none, false, reason, sizeof(reason)) != 0;
         if (!m->plan->has_kernels[i]) {
             tsffn_fail(error, error_size, "%s", reason);

@@ -52,13 +52,18 @@ static struct tsffn_loaded * new_loaded(struct tsffn_model * model) {
             .n_ffns = n_ffns,
             .ffns = loaded->ffns + i * n_ffns,
             .activation = model->activation,
+            .form = model->form,
+            .input_bits = model->input_bits,
             .pred_scale = model->pred_scale[i],
             .threshold = model->threshold[i],
             .on_when_equal = model->on_when_equal,
         };
         for (int64_t e = 0; e < n_ffns; ++e) {
-            layer->ffns[e].fc1 = model->predictors[i * n_ffns + e].fc1;
-            layer->ffns[e].fc2 = model->predictors[i * n_ffns + e].fc2;
+            const struct tsffn_predictor * predictor = &model->predictors[i * n_ffns + e];
+            layer->ffns[e].fc1 = predictor->fc1;
+            layer->ffns[e].fc2 = predictor->fc2;
+            layer->ffns[e].fc3 = predictor->fc3;
+            layer->ffns[e].thresholds = predictor->thresholds;
         }
         for (int part = 0; part < TSFFN_N_PARTS; ++part) {
             loaded->weights[i * TSFFN_N_PARTS + part] =

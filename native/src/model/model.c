@@ -14,13 +14,17 @@
 static _Thread_local struct tsffn_model * armed_by_thread;
 static _Atomic(struct tsffn_model *) armed_for_process;
 
-static bool resolve_sparsity(const struct tsffn_identity * id, const char * model_path, struct tsffn_model * model,
-                             char * error, size_t error_size) {
-    const bool has_predictor = strcmp(id->predictor_kind, "none") != 0;
+// Predictors may be made for a model that was converted without any.
+static bool resolve_sparsity(const struct tsffn_identity * id, const char * model_path, const char * sidecar_path,
+                             struct tsffn_model * model, char * error, size_t error_size) {
+    const bool has_predictor =
+        strcmp(id->predictor_kind, "none") != 0 || sidecar_path != NULL || tsffn_has_sidecar_beside(model_path);
     if (model->sparsity.kind == TSFFN_SPARSITY_PREDICTOR && !has_predictor) {
-        return tsffn_fail(error, error_size,
-                          "%s: the model has no predictor; run with exact sparsity, or convert with --predictor",
-                          model_path);
+        return tsffn_fail(
+            error, error_size,
+            "%s: the model has no predictor; run with exact sparsity, or convert with --predictor, or make one "
+            "with tsconv predictor",
+            model_path);
     }
     if (model->sparsity.kind == TSFFN_SPARSITY_DEFAULT) {
         tsffn_parse_sparsity("", has_predictor ? "predictor" : "exact", &model->sparsity, error, error_size);
@@ -80,7 +84,7 @@ struct tsffn_model * tsffn_model_open(const char * model_path, const char * side
         model->path = strdup(model_path);
         ok = model->path != NULL || tsffn_fail(error, error_size, "out of memory");
         ok = ok && tsffn_read_model_file(&file, model, &id) && allocate(model, error, error_size) &&
-             resolve_sparsity(&id, model_path, model, error, error_size);
+             resolve_sparsity(&id, model_path, sidecar_path, model, error, error_size);
         model->fd = tsffn_gguf_take_fd(&file);
         tsffn_gguf_close(&file);
     }

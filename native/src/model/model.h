@@ -9,10 +9,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-// The predictor of one layer, or of one expert of it; data NULL in exact mode.
+// The predictor of one layer, or of one expert of it, as in ffn/layer.h; nothing in exact mode.
 struct tsffn_predictor {
-    struct tsffn_weights fc1; // [rank][n_embd]
-    struct tsffn_weights fc2; // [n_ff][rank]
+    struct tsffn_weights fc1, fc2, fc3;
+    const float * thresholds;
 };
 
 struct tsffn_region;
@@ -51,6 +51,8 @@ struct tsffn_model {
     size_t sidecar_size;
     int sidecar_fd;
     struct tsffn_predictor * predictors; // [n_layer][max(1, n_expert)]
+    enum tsffn_predictor_form form;      // of all predictors
+    int input_bits;                      // of what they are multiplied with, for weights of bits1 and bits2
     const float ** pred_scale;           // [n_layer] -> [n_embd] or NULL
     float * threshold;                   // [n_layer]
     bool on_when_equal;
@@ -64,6 +66,11 @@ struct tsffn_model {
     pthread_mutex_t profile_mutex;    // held while a call adds to the profile
     uint64_t * profile;               // [n_layer][profile_per_layer], see profile.c; NULL when it is off
     size_t profile_per_layer;
+    struct {
+        int32_t first, end; // layers
+        tsffn_record_fn record;
+        void * user;
+    } recording; // changes only while nothing computes
 };
 
 struct tsffn_model * tsffn_model_retain(struct tsffn_model * model);
@@ -90,6 +97,11 @@ void tsffn_model_count_single(struct tsffn_model * model, int64_t layer);
 // tsffn_model_unlock_profile.
 bool tsffn_model_lock_profile(struct tsffn_model * model, int64_t layer, struct tsffn_profile * profile);
 void tsffn_model_unlock_profile(struct tsffn_model * model);
+
+// Whether activations of a layer are to be recorded.
+static inline bool tsffn_model_records(const struct tsffn_model * model, int64_t layer) {
+    return model->recording.record != NULL && layer >= model->recording.first && layer < model->recording.end;
+}
 
 // Adds what the neurons of one computation cost that were not in memory.
 struct tsffn_cache_counts;

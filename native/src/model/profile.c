@@ -1,4 +1,5 @@
-// Activation statistics of a model: one struct tsffn_profile per layer, over one block of memory.
+// Activation statistics of a model: one struct tsffn_profile per layer, over one block of memory. And who is told of
+// activations.
 #include "model.h"
 
 #include <stdlib.h>
@@ -39,6 +40,17 @@ bool tsffn_model_profile(struct tsffn_model * model, bool on) {
     model->profile = values;
     model->profile_per_layer = per_layer;
     pthread_mutex_unlock(&model->profile_mutex);
+    return true;
+}
+
+bool tsffn_model_record(struct tsffn_model * model, int32_t first, int32_t end, tsffn_record_fn record, void * user) {
+    if (model == NULL || (record != NULL && (first < 0 || first >= end || end > model->n_layer))) {
+        return false;
+    }
+    model->recording.first = first;
+    model->recording.end = end;
+    model->recording.record = record;
+    model->recording.user = user;
     return true;
 }
 

@@ -4,6 +4,9 @@
 
 #include "model_file.h"
 
+// Whether there is NAME.predictor.gguf beside NAME.gguf.
+bool tsffn_has_sidecar_beside(const char * model_path);
+
 // Opens, checks and maps the sidecar of a model that was read; path NULL looks for NAME.predictor.gguf beside
 // NAME.gguf.
 bool tsffn_load_sidecar(struct tsffn_model * model, const char * model_path, const char * sidecar_path,

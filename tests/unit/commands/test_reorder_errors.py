@@ -26,6 +26,7 @@ from support.synthetic import SHAPES, random_tensors, save
 from tsconv import convert
 from tsconv.commands.reorder import reorder
 from tsconv.errors import TsconvError
+from tsconv.format.forms import KEY as FORM
 from tsconv.format.header import read_header
 from tsconv.stats.counts import Stats
 
@@ -172,8 +173,16 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "is the sidecar of another model than",
     ),
     "sidecar version": (
-        lambda m: replace(sidecar_of(m), keys={VERSION: 4}),
-        f"m.predictor.gguf: bad {VERSION}: expected 1 or 2 or 3, found 4",
+        lambda m: replace(sidecar_of(m), keys={VERSION: 5}),
+        f"m.predictor.gguf: bad {VERSION}: expected 1 or 2 or 3 or 4, found 5",
+    ),
+    "sidecar form": (
+        lambda m: replace(sidecar_of(m), keys={VERSION: 4, LAYOUT: "rows", FORM: "forest"}),
+        f"m.predictor.gguf: bad {FORM}: expected 'mlp' or 'linear' or 'gate' or 'gate_up', found 'forest'",
+    ),
+    "sidecar form before version 4": (
+        lambda m: replace(sidecar_of(m), keys={FORM: "gate"}),
+        f"m.predictor.gguf: bad {FORM}: expected nothing before version 4, found 'gate'",
     ),
     "layout": (
         lambda m: replace(sidecar_of(m), keys={LAYOUT: "panels8"}),

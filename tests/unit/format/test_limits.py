@@ -38,6 +38,7 @@ IN_PYTHON = {
     "MODEL_VERSION": (max(layouts.MODEL_VERSIONS),),
     "SIDECAR_VERSION": (max(layouts.SIDECAR_VERSIONS),),
     "Q3_NL_VERSION": (layouts.Q3_NL_VERSION,),
+    "FORM_VERSION": (layouts.FORM_VERSION,),
     "MAX_LAYERS": (config.MAX_LAYERS,),
     "MAX_EXPERTS": (config.MAX_EXPERTS,),
     "MAX_DIM": (config.MAX_DIM,),

@@ -304,6 +304,8 @@ const struct tsffn_kernels tsffn_kernels_amx = {
             [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_amx,
             [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_amx,
             [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_amx,
+            [TSFFN_FORMAT_BITS1] = tsffn_panel_bits1_avx512popcnt,
+            [TSFFN_FORMAT_BITS2] = tsffn_panel_bits2_avx512popcnt,
         },
     .gemm = &tsffn_gemm_amx,
 };

@@ -280,6 +280,72 @@ void tsffn_panel_q3_nl_avx2(int64_t n, const void * panel, int n_x, const void *
     panel_of_q3_nl(n, panel, n_x, x, s, asks);
 }
 
+// BITS1, BITS2: set bits of each nibble from a table, of a lane's four bytes added in 16 bits, whose 8 bits of
+// activations are at most 255 * 16.
+static inline __m256i count_bits(__m256i v) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, //
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
+    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+    return _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
+}
+
+// sum_l 2^l popcount(w xor planes[l]) of eight rows, in 32 bits.
+TSFFN_INLINED __m256i differing(__m256i w, const uint32_t * planes, int n_planes) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int l = n_planes - 1; l >= 0; --l) {
+        const __m256i differ = _mm256_xor_si256(w, _mm256_set1_epi32((int)planes[l]));
+        sum = _mm256_add_epi16(_mm256_add_epi16(sum, sum), count_bits(differ));
+    }
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
+TSFFN_INLINED void panel_of_planes(int n_bits, int n_planes, int64_t n, const uint8_t * panel, const void * x,
+                                   float * s, const struct tsffn_asks * asks) {
+    const uint32_t * planes = tsffn_bits_words(x);
+    const int64_t n_blocks = n / TSFFN_BLOCK_SIZE;
+    struct tsffn_asking asking = tsffn_asking_begin(asks, n_blocks);
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t b = 0; b < n_blocks; ++b, planes += n_planes) {
+        tsffn_asking_step(&asking);
+        for (int k = 0; k < n_bits; ++k, panel += TSFFN_PANEL_ROWS * sizeof(uint32_t)) {
+            for (int half = 0; half < 2; ++half) {
+                const __m256i w = _mm256_loadu_si256((const __m256i *)panel + half);
+                const __m256i differ = differing(w, planes, n_planes);
+                sums[half] = _mm256_add_epi32(sums[half], _mm256_slli_epi32(differ, k));
+            }
+        }
+    }
+    const __m256i most = _mm256_set1_epi32(tsffn_bits_most(n_bits, n_planes, n));
+    for (int half = 0; half < 2; ++half) {
+        const __m256i sum = _mm256_sub_epi32(most, _mm256_slli_epi32(sums[half], 1));
+        _mm256_storeu_ps(s + 8 * half, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(tsffn_bits_scale(x))));
+    }
+}
+
+// One vector after the other: a panel stays in the cache.
+TSFFN_INLINED void panel_of_bits(int n_bits, int64_t n, const uint8_t * panel, int n_x, const void * const * x,
+                                 float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    for (int t = 0; t < n_x; ++t, asks = NULL) {
+        if (tsffn_bits_planes(x[t]) == 1) {
+            panel_of_planes(n_bits, 1, n, panel, x[t], s[t], asks);
+        } else {
+            panel_of_planes(n_bits, tsffn_bits_planes(x[t]), n, panel, x[t], s[t], asks);
+        }
+    }
+}
+
+void tsffn_panel_bits1_avx2(int64_t n, const void * panel, int n_x, const void * const * x,
+                            float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    panel_of_bits(1, n, panel, n_x, x, s, asks);
+}
+
+void tsffn_panel_bits2_avx2(int64_t n, const void * panel, int n_x, const void * const * x,
+                            float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    panel_of_bits(2, n, panel, n_x, x, s, asks);
+}
+
 const struct tsffn_kernels tsffn_kernels_avx2 = {
     .isa = TSFFN_ISA_AVX2,
     .name = "avx2",
@@ -312,5 +378,7 @@ const struct tsffn_kernels tsffn_kernels_avx2 = {
             [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_avx2,
             [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_avx2,
             [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_avx2,
+            [TSFFN_FORMAT_BITS1] = tsffn_panel_bits1_avx2,
+            [TSFFN_FORMAT_BITS2] = tsffn_panel_bits2_avx2,
         },
 };

@@ -81,5 +81,7 @@ const struct tsffn_kernels tsffn_kernels_avxvnni = {
             [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_avxvnni,
             [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_avxvnni,
             [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_avxvnni,
+            [TSFFN_FORMAT_BITS1] = tsffn_panel_bits1_avx2,
+            [TSFFN_FORMAT_BITS2] = tsffn_panel_bits2_avx2,
         },
 };

@@ -86,3 +86,40 @@ void tsffn_convert_u14(const float * x, void * converted, int64_t n) {
         }
     }
 }
+
+// Bit k of each of 8 bytes, the first byte's lowest.
+static inline uint32_t plane_of_bytes(const uint8_t * bytes, int k) {
+    uint64_t eight = 0;
+    for (int j = 0; j < 8; ++j) {
+        eight |= (uint64_t)bytes[j] << 8 * j;
+    }
+    return (uint32_t)((eight >> k & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+}
+
+void tsffn_convert_bits(const float * x, void * converted, int64_t n, int n_bits) {
+    const int32_t most = (1 << n_bits) - 1;
+    const float max = largest(x, n, true);
+    const float d = n_bits == 1 ? 1.0f : max / (float)most;
+    const float scale = max > 0.0f ? 0.5f * (float)most / max : 0.0f;
+    const float middle = 0.5f * (float)most;
+    const int32_t planes = n_bits;
+    memcpy(converted, &d, sizeof(d));
+    memcpy((char *)converted + sizeof(d), &planes, sizeof(planes));
+    uint32_t * words = (uint32_t *)((char *)converted + TSFFN_BITS_HEADER);
+    for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, words += n_bits) {
+        float shifted[TSFFN_BLOCK_SIZE];
+        int32_t q[TSFFN_BLOCK_SIZE];
+        uint8_t u[TSFFN_BLOCK_SIZE]; // (x / d + most) / 2
+        for (int k = 0; k < TSFFN_BLOCK_SIZE; ++k) {
+            shifted[k] = x[j + k] * scale + middle;
+        }
+        round_block(shifted, 1.0f, q);
+        for (int k = 0; k < TSFFN_BLOCK_SIZE; ++k) {
+            u[k] = (uint8_t)(n_bits == 1 ? x[j + k] >= 0.0f : q[k] & most);
+        }
+        for (int k = 0; k < n_bits; ++k) {
+            words[k] = ~(plane_of_bytes(u, k) | plane_of_bytes(u + 8, k) << 8 | plane_of_bytes(u + 16, k) << 16 |
+                         plane_of_bytes(u + 24, k) << 24);
+        }
+    }
+}

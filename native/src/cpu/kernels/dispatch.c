@@ -60,8 +60,10 @@ static int machine_has(enum tsffn_isa isa) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case TSFFN_ISA_AVX512VNNI:
         return machine_has(TSFFN_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
+    case TSFFN_ISA_AVX512POPCNT:
+        return machine_has(TSFFN_ISA_AVX512VNNI) && __builtin_cpu_supports("avx512vpopcntdq");
     case TSFFN_ISA_AMX:
-        return machine_has(TSFFN_ISA_AVX512VNNI) && machine_has_amx();
+        return machine_has(TSFFN_ISA_AVX512POPCNT) && machine_has_amx();
     default:
         return 0;
     }
@@ -77,8 +79,11 @@ static int machine_has(enum tsffn_isa isa) {
 static const struct tsffn_kernels * const tiers[TSFFN_ISA_COUNT] = {
     [TSFFN_ISA_REF] = &tsffn_kernels_ref,
 #if defined(TSFFN_HAVE_X86)
-    [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,     [TSFFN_ISA_AVXVNNI] = &tsffn_kernels_avxvnni,
-    [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512, [TSFFN_ISA_AVX512VNNI] = &tsffn_kernels_avx512vnni,
+    [TSFFN_ISA_AVX2] = &tsffn_kernels_avx2,
+    [TSFFN_ISA_AVXVNNI] = &tsffn_kernels_avxvnni,
+    [TSFFN_ISA_AVX512] = &tsffn_kernels_avx512,
+    [TSFFN_ISA_AVX512VNNI] = &tsffn_kernels_avx512vnni,
+    [TSFFN_ISA_AVX512POPCNT] = &tsffn_kernels_avx512popcnt,
     [TSFFN_ISA_AMX] = &tsffn_kernels_amx,
 #elif defined(TSFFN_HAVE_NEON)
     [TSFFN_ISA_NEON] = &tsffn_kernels_neon,

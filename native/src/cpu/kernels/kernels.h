@@ -15,6 +15,8 @@
 //                                       w_j = d * ((q_{j-16} >> 4) - 8)  j >= 16
 // and one that only panels know (panels.h), for a matrix whose every row is read, as the predictor's second is:
 //   Q3_NL: f16 d of a row; then for each 32 weights uint8 scales; uint8 q[3][4];                   13 bytes + 2 per row
+//   BITS1: uint32 b[1];  w_j = 1 - 2 (bit j of b[0])                                                4 bytes
+//   BITS2: uint32 b[2];  w_j = 1 - 2 (bit j of b[0]) + 2 (1 - 2 (bit j of b[1])): -3, -1, 1 or 3    8 bytes
 enum tsffn_format {
     TSFFN_FORMAT_F32,
     TSFFN_FORMAT_F16,
@@ -23,10 +25,13 @@ enum tsffn_format {
     TSFFN_FORMAT_Q4_0,
     TSFFN_ROW_FORMAT_COUNT, // the formats above have row kernels
     TSFFN_FORMAT_Q3_NL = TSFFN_ROW_FORMAT_COUNT,
+    TSFFN_FORMAT_BITS1,
+    TSFFN_FORMAT_BITS2,
     TSFFN_FORMAT_COUNT,
 };
 
-// Formats of the activations: f32 for the float formats, 16-bit integers for the block formats, 14 bits for Q3_NL.
+// Formats of the activations: f32 for the float formats, 16-bit integers for the block formats, 14 bits for Q3_NL, 1 to
+// 8 bits for BITS1 and BITS2.
 //   I16: x_j = d * q_j, d = max |x| / 32639 of the whole vector, q = 256 hi + lo with signed bytes hi and lo:
 //        float d; 60 bytes of padding; int16 q[n]; int8 hi[n]; int8 lo[n]; int32 sums[n / 32], of q over each block;
 //        and for each 128 columns, taken as 4 blocks of 16 + 16, 256 bytes for dot products of Q4_0 with VNNI:
@@ -35,12 +40,17 @@ enum tsffn_format {
 // products of at most 128 * 32639, which an int32 holds.
 //   U14: x_j = d * q_j, x_j >= 0, d = max x / 16383, q = 128 hi + lo with hi and lo from 0 to 127:
 //        float d; 60 bytes of padding; uint8 hi[n]; uint8 lo[n]
+//   BITS: x_j = d * q_j, q = sum_k 2^k (1 - 2 (bit j of b[k])), an odd number, for P bits k = 0 to P - 1:
+//        float d; int32 P; 56 bytes of padding; for each 32 columns uint32 b[P]
+//        P = 1: the sign alone, d = 1. Else d = max |x| / (2^P - 1), q the odd number below which x_j / d is by less
+//        than 2, at most 2^P - 1
 // Of activations behind a ReLU no sign is kept; so they can be the unsigned factor of VPDPBUSD, the weights the signed
 // one, and 16 products with weights of at most 15 fit 16 bits.
 enum tsffn_x_format {
     TSFFN_X_F32,
     TSFFN_X_I16,
     TSFFN_X_U14,
+    TSFFN_X_BITS,
 };
 enum {
     TSFFN_I16_MAX = 32639, // 127 * 256 + 127
@@ -51,12 +61,20 @@ enum {
     TSFFN_U14_MAX = 16383, // 127 * 128 + 127
     TSFFN_U14_HEADER = 64,
     TSFFN_U14_BLOCK_BYTES = 32 * 2,
+    TSFFN_BITS_HEADER = 64,
+    TSFFN_BITS_MAX_BLOCK_BYTES = TSFFN_BITS_MAX_INPUT * 4,
 };
 
 static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
-    return format == TSFFN_FORMAT_Q3_NL                                 ? TSFFN_X_U14
-           : format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0 ? TSFFN_X_I16
-                                                                        : TSFFN_X_F32;
+    return format == TSFFN_FORMAT_Q3_NL                                   ? TSFFN_X_U14
+           : format == TSFFN_FORMAT_BITS1 || format == TSFFN_FORMAT_BITS2 ? TSFFN_X_BITS
+           : format == TSFFN_FORMAT_Q8_0 || format == TSFFN_FORMAT_Q4_0   ? TSFFN_X_I16
+                                                                          : TSFFN_X_F32;
+}
+
+// Bits of a weight of BITS1 or BITS2.
+static inline int tsffn_weight_bits(enum tsffn_format format) {
+    return format == TSFFN_FORMAT_BITS1 ? 1 : 2;
 }
 
 #define TSFFN_Q8_0_BYTES 34
@@ -64,13 +82,14 @@ static inline enum tsffn_x_format tsffn_x_format(enum tsffn_format format) {
 
 enum tsffn_isa {
     TSFFN_ISA_REF,
-    TSFFN_ISA_AVX2,       // AVX2, FMA, F16C
-    TSFFN_ISA_AVXVNNI,    // and AVX-VNNI
-    TSFFN_ISA_AVX512,     // AVX-512 F, BW, DQ, VL
-    TSFFN_ISA_AVX512VNNI, // and VNNI
-    TSFFN_ISA_AMX,        // and AMX: panels, dense products (gemm.h)
-    TSFFN_ISA_NEON,       // AArch64
-    TSFFN_ISA_NEONDOT,    // and the dot-product extension of ARMv8.2
+    TSFFN_ISA_AVX2,         // AVX2, FMA, F16C
+    TSFFN_ISA_AVXVNNI,      // and AVX-VNNI
+    TSFFN_ISA_AVX512,       // AVX-512 F, BW, DQ, VL
+    TSFFN_ISA_AVX512VNNI,   // and VNNI
+    TSFFN_ISA_AVX512POPCNT, // and VPOPCNTDQ
+    TSFFN_ISA_AMX,          // and AMX: panels, dense products (gemm.h)
+    TSFFN_ISA_NEON,         // AArch64
+    TSFFN_ISA_NEONDOT,      // and the dot-product extension of ARMv8.2
     TSFFN_ISA_COUNT,
 };
 
@@ -121,6 +140,24 @@ static inline size_t tsffn_u14_bytes(int64_t n) {
     return TSFFN_U14_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_U14_BLOCK_BYTES;
 }
 void tsffn_convert_u14(const float * x, void * converted, int64_t n);
+
+static inline float tsffn_bits_scale(const void * activations) {
+    return *(const float *)activations;
+}
+
+static inline int tsffn_bits_planes(const void * activations) {
+    return ((const int32_t *)activations)[1];
+}
+
+static inline const uint32_t * tsffn_bits_words(const void * activations) {
+    return (const uint32_t *)((const char *)activations + TSFFN_BITS_HEADER);
+}
+
+// Bytes of n activations in BITS format with the most bits, n a multiple of 32; and those activations, of n_bits bits.
+static inline size_t tsffn_bits_bytes(int64_t n) {
+    return TSFFN_BITS_HEADER + (size_t)n / TSFFN_BLOCK_SIZE * TSFFN_BITS_MAX_BLOCK_BYTES;
+}
+void tsffn_convert_bits(const float * x, void * converted, int64_t n, int n_bits);
 
 enum { TSFFN_CACHE_LINE = 64 };
 

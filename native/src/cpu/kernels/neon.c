@@ -413,6 +413,52 @@ void tsffn_panel_q3_nl_neon(int64_t n, const void * panel, int n_x, const void *
     }
 }
 
+// BITS1, BITS2: bits of bytes (CNT), of a lane's four added in 16 bits, whose 8 bits of activations are at most 255
+// * 16.
+static inline uint32x4_t differing(uint32x4_t w, const uint32_t * planes, int n_planes) {
+    uint16x8_t sum = vdupq_n_u16(0);
+    for (int l = n_planes - 1; l >= 0; --l) {
+        const uint32x4_t differ = veorq_u32(w, vdupq_n_u32(planes[l]));
+        sum = vaddq_u16(vaddq_u16(sum, sum), vpaddlq_u8(vcntq_u8(vreinterpretq_u8_u32(differ))));
+    }
+    return vpaddlq_u16(sum);
+}
+
+static inline void panel_of_bits(int n_bits, int64_t n, const void * panel, int n_x, const void * const * x,
+                                 float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    const int64_t n_blocks = n / TSFFN_BLOCK_SIZE;
+    for (int t = 0; t < n_x; ++t, asks = NULL) {
+        const int n_planes = tsffn_bits_planes(x[t]);
+        const uint32_t *w = panel, *planes = tsffn_bits_words(x[t]);
+        uint32x4_t sums[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
+        struct tsffn_asking asking = tsffn_asking_begin(asks, n_blocks);
+        for (int64_t b = 0; b < n_blocks; ++b, planes += n_planes) {
+            tsffn_asking_step(&asking);
+            for (int k = 0; k < n_bits; ++k, w += TSFFN_PANEL_ROWS) {
+                for (int i = 0; i < 4; ++i) {
+                    const uint32x4_t differ = differing(vld1q_u32(w + 4 * i), planes, n_planes);
+                    sums[i] = vaddq_u32(sums[i], vshlq_u32(differ, vdupq_n_s32(k)));
+                }
+            }
+        }
+        const int32x4_t most = vdupq_n_s32(tsffn_bits_most(n_bits, n_planes, n));
+        for (int i = 0; i < 4; ++i) {
+            const int32x4_t sum = vsubq_s32(most, vshlq_n_s32(vreinterpretq_s32_u32(sums[i]), 1));
+            vst1q_f32(s[t] + 4 * i, vmulq_n_f32(vcvtq_f32_s32(sum), tsffn_bits_scale(x[t])));
+        }
+    }
+}
+
+void tsffn_panel_bits1_neon(int64_t n, const void * panel, int n_x, const void * const * x,
+                            float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    panel_of_bits(1, n, panel, n_x, x, s, asks);
+}
+
+void tsffn_panel_bits2_neon(int64_t n, const void * panel, int n_x, const void * const * x,
+                            float (*s)[TSFFN_PANEL_ROWS], const struct tsffn_asks * asks) {
+    panel_of_bits(2, n, panel, n_x, x, s, asks);
+}
+
 const struct tsffn_kernels tsffn_kernels_neon = {
     .isa = TSFFN_ISA_NEON,
     .name = "neon",
@@ -437,5 +483,7 @@ const struct tsffn_kernels tsffn_kernels_neon = {
             [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_neon,
             [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_neon,
             [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_neon,
+            [TSFFN_FORMAT_BITS1] = tsffn_panel_bits1_neon,
+            [TSFFN_FORMAT_BITS2] = tsffn_panel_bits2_neon,
         },
 };

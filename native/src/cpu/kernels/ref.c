@@ -189,6 +189,37 @@ void tsffn_panel_q3_nl_ref(int64_t n, const void * panel, int n_x, const void * 
     }
 }
 
+static void panel_of_bits(int n_bits, int64_t n, const void * panel, int n_x, const void * const * x,
+                          float (*s)[TSFFN_PANEL_ROWS]) {
+    for (int t = 0; t < n_x; ++t) {
+        const int n_planes = tsffn_bits_planes(x[t]);
+        for (int i = 0; i < TSFFN_PANEL_ROWS; ++i) {
+            const uint32_t *w = (const uint32_t *)panel + i, *planes = tsffn_bits_words(x[t]);
+            int32_t differ = 0;
+            for (int64_t j = 0; j < n; j += TSFFN_BLOCK_SIZE, planes += n_planes) {
+                for (int k = 0; k < n_bits; ++k, w += TSFFN_PANEL_ROWS) {
+                    for (int l = 0; l < n_planes; ++l) {
+                        differ += __builtin_popcount(*w ^ planes[l]) << (k + l);
+                    }
+                }
+            }
+            s[t][i] = (float)(tsffn_bits_most(n_bits, n_planes, n) - 2 * differ) * tsffn_bits_scale(x[t]);
+        }
+    }
+}
+
+void tsffn_panel_bits1_ref(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                           const struct tsffn_asks * asks) {
+    (void)asks;
+    panel_of_bits(1, n, panel, n_x, x, s);
+}
+
+void tsffn_panel_bits2_ref(int64_t n, const void * panel, int n_x, const void * const * x, float (*s)[TSFFN_PANEL_ROWS],
+                           const struct tsffn_asks * asks) {
+    (void)asks;
+    panel_of_bits(2, n, panel, n_x, x, s);
+}
+
 const struct tsffn_kernels tsffn_kernels_ref = {
     .isa = TSFFN_ISA_REF,
     .name = "ref",
@@ -213,5 +244,7 @@ const struct tsffn_kernels tsffn_kernels_ref = {
             [TSFFN_FORMAT_Q8_0] = tsffn_panel_q8_0_ref,
             [TSFFN_FORMAT_Q4_0] = tsffn_panel_q4_0_ref,
             [TSFFN_FORMAT_Q3_NL] = tsffn_panel_q3_nl_ref,
+            [TSFFN_FORMAT_BITS1] = tsffn_panel_bits1_ref,
+            [TSFFN_FORMAT_BITS2] = tsffn_panel_bits2_ref,
         },
 };
