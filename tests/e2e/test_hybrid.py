@@ -293,7 +293,7 @@ print(json.dumps({"rows": rows}))
 
 
 def resident(model: Path, sparsity: str, *layers: int, **env: str) -> list[dict[str, Any]]:
-    env = {"TSCONV_GPU_BACKEND": str(fake_gpu.library()), "TSFFN_CUDA_SHARE": "1"} | env
+    env = {"TSCONV_GPU_BACKEND": str(fake_gpu.library()), "TSFFN_CUDA_SHARE": "1", "TSFFN_CUDA_PREFILL": "0"} | env
     return python(RESIDENT, model, sparsity, *layers, **env)["rows"]
 
 
@@ -474,7 +474,7 @@ nothing = logits_of(path, vram_budget=whole)
 print(json.dumps({"nmse": float(tiny.nmse(logits, reference)), "complaint": complaint, "used": used,
                   "limit": whole * 3 // 5, "neurons": share.neurons, "nothing": [nothing[2], nothing[3]]}))
 """
-    found = python(program, tiny.converted(MODELS["dense"], "f16"))
+    found = python(program, tiny.converted(MODELS["dense"], "f16"), TSFFN_CUDA_PREFILL="0")
     assert found["nmse"] <= MAX_NMSE and found["complaint"] is None
     assert found["limit"] * 3 // 4 <= found["used"] <= found["limit"] and found["neurons"] > 0
     assert found["nothing"][0] is None and "out of memory" in found["nothing"][1]
