@@ -12,7 +12,7 @@ from support import q3_nl as expected_q3_nl
 from tsconv.errors import TsconvError
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures, together
-from tsconv.predictor.train.fit import adamw_
+from tsconv.predictor.train.fit import adam_
 from tsconv.predictor.train.ranks import Layout, candidates, choose_ranks
 from tsconv.predictor.train.record import groups
 from tsconv.predictor.train.rounding import Types
@@ -70,7 +70,7 @@ def test_adam_is_pytorchs():
         gradient = torch.randn(5, 3)
         p.grad = gradient.clone()
         optimizer.step()
-        adamw_([q], [gradient], [m], [v], step, 0.01)
+        adam_([q], [gradient], [m], [v], step, 0.01)
         torch.testing.assert_close(q, p.detach(), rtol=1e-5, atol=1e-6)
 
 

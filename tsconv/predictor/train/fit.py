@@ -1,4 +1,4 @@
-"""Training of one FFN's predictor: fc2 . relu(fc1 . x) - b, with AdamW.
+"""Training of one FFN's predictor: fc2 . relu(fc1 . x) - b, with Adam.
 
 The last epochs compute with the matrices as they will be stored, and pass derivatives through the rounding as if it
 were not there (straight-through estimator, Bengio et al. 2013). What happens is a function of the samples, the options
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ MIN_BATCH, MAX_BATCH = 128, 1024  # rows of a step,
 STEPS = 32  # of which an epoch of few samples has so many
 MAX_VALUES = 1 << 22  # of h that are looked at together where nothing is trained
 HELD_ROWS = 16_384  # that results are judged by, at most
-RATE = 0.11  # of AdamW, over sqrt(n_embd)
+RATE = 0.11  # of Adam, over sqrt(n_embd)
 WARM_UP = 50  # steps
 LAST_RATE = 0.02  # share of the rate that is left at the end
 ROUNDED_SHARE = 1 / 3  # of the epochs compute with rounded matrices
@@ -66,11 +66,12 @@ class State:
 
     Attributes:
         parameters: fc1 [r, n_embd], fc2 [n_ff, r], b [n_ff].
-        means, squares: AdamW's running means of derivatives and of their squares.
+        means, squares: Adam's running means of derivatives and of their squares.
         step, epoch: done.
         price, typical: of tsconv.predictor.train.objective.
         rounds: whether the phase with rounded matrices has begun.
         best: the fewest neurons per token that reach the target so far; best_since: epochs without fewer.
+        ended: whether nothing is to be gained any more.
         kept: the stored predictor of `best`.
     """
 
@@ -85,7 +86,7 @@ class State:
     best: float = math.inf
     best_since: int = 0
     kept: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None = None
-    ended: bool = field(default=False)
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,12 @@ class Fit:
         state, recipe = self.state, self.recipe
         first_rounded = recipe.epochs - max(1, round(recipe.epochs * ROUNDED_SHARE))
         while state.epoch < recipe.epochs and not state.ended:
-            if not state.rounds and state.epoch >= first_rounded:
+            if not state.rounds and (state.epoch >= first_rounded or state.best_since >= PATIENCE):
                 self._begin_rounding()
             self._epoch()
             state.epoch += 1
             figures = self._judge()
-            if state.best_since >= PATIENCE:
-                if state.rounds:
-                    state.ended = True
-                else:
-                    first_rounded = state.epoch
+            state.ended = state.rounds and state.best_since >= PATIENCE
             epoch(state, figures)
         assert state.kept is not None
         stored = Stored(*state.kept)
@@ -207,7 +204,7 @@ class Fit:
             self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
 
     def _step(self, x: Tensor, q: Tensor) -> None:
-        """A step of AdamW on the mean over the rows of the objective."""
+        """A step of Adam on the mean over the rows of the objective."""
         fc1, fc2, b = self._computed_with()
         hidden = (x @ fc1.T).relu_()
         slope = objective.slope_((hidden @ fc2.T).sub_(b), q).div_(len(x))
@@ -216,7 +213,7 @@ class Fit:
         state = self.state
         state.step += 1
         rate = RATE / math.sqrt(x.shape[1]) * self._share(state.step)
-        adamw_(state.parameters, gradients, state.means, state.squares, state.step, rate)
+        adam_(state.parameters, gradients, state.means, state.squares, state.step, rate)
         state.parameters[2].clamp_(min=MIN_BIAS)
 
     def _share(self, step: int) -> float:
@@ -276,8 +273,9 @@ class Fit:
         curve = self._curve(stored)
         threshold = curve.threshold(recipe.missed)
         figures = curve.at(threshold)
-        reached = figures.predicted if figures.missed <= recipe.missed else math.inf
-        if reached < state.best or (stored is not None and state.kept is None):
+        # where no threshold reaches it, what misses least is best
+        reached = figures.predicted if figures.missed <= recipe.missed else self.held.n_ff * (1 + figures.missed)
+        if reached < state.best:
             state.best, state.best_since = reached, 0
             if stored is not None:
                 divided = recipe.types.divided(stored, threshold)
@@ -308,7 +306,7 @@ class Fit:
         return curve
 
 
-def adamw_(
+def adam_(
     parameters: list[Tensor],
     gradients: list[Tensor],
     means: list[Tensor],
