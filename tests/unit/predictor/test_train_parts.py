@@ -55,6 +55,15 @@ def test_shares():
     torch.testing.assert_close(objective.shares(h, down, 2.0), torch.tensor([[2.0, 2.0], [0.02, 0.0], [0.0, 0.0]]))
 
 
+def test_tokens_that_add_nothing():
+    """They have no part in the median, and no weight that is not a number."""
+    h, down = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1e-3], [0.0, 2.0]]), torch.tensor([4.0, 1.0])
+    typical = objective.typical_energy(h, down)
+    assert typical == pytest.approx(1e-6)
+    assert torch.isfinite(objective.shares(h, down, typical)).all()
+    assert objective.typical_energy(torch.zeros(3, 2), down) == 1.0
+
+
 def test_the_price_of_what_may_be_missed():
     e = torch.tensor([0.0, 1.0, 2.0, 3.0, 94.0])
     assert objective.price_of(e, 0.02) == 2.0  # 1 of 100 is left out, 1 + 2 would be too much

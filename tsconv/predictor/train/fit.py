@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tsconv.errors import TsconvError
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures
 from tsconv.predictor.train.rounding import MIN_BIAS, THRESHOLD, Stored, Types
@@ -138,7 +139,7 @@ class Fit:
         """Trains to the end. `epoch` is called with the state behind each epoch, and what it reached.
 
         Raises:
-            TsconvError: samples that cannot be read.
+            TsconvError: samples that cannot be read; training that diverges.
         """
         state, recipe = self.state, self.recipe
         first_rounded = recipe.epochs - max(1, round(recipe.epochs * ROUNDED_SHARE))
@@ -162,7 +163,7 @@ class Fit:
         recipe, n_embd, n_ff = self.recipe, self.trained.n_embd, self.trained.n_ff
         x, h = self._some_rows()
         values = self.values[torch.from_numpy(h).to(self.device).int()]
-        typical = float((values.square() * self.down).sum(dim=1).median())
+        typical = objective.typical_energy(values, self.down)
         e = objective.shares(values, self.down, typical)
         if start is None:
             generator = torch.Generator().manual_seed(self._seed(-2))
@@ -284,7 +285,7 @@ class Fit:
             state.best_since += 1
         b = state.parameters[2]
         shift = float(np.clip(float((b * (threshold - 1)).median()), -MAX_SHIFT, MAX_SHIFT)) if state.epoch > 1 else 0.0
-        state.price = float(np.clip(state.price * math.exp(shift), 1e-12, 1))
+        state.price = float(np.clip(state.price * math.exp(shift), 1e-12, 1e12))
         b.add_(shift).clamp_(min=MIN_BIAS)
         return figures
 
@@ -302,6 +303,8 @@ class Fit:
         for x, h in self.held.batches(MAX_VALUES // self.held.n_ff, blocks):
             inputs, e = self._tensors(x, h)
             logits = (inputs @ fc1.T).relu_() @ fc2.T
+            if not bool(torch.isfinite(logits).all()):
+                raise TsconvError("training diverged: logits are not finite", where=self.trained.path.name)
             curve.add(logits.cpu().numpy(), e.cpu().numpy(), h)
         return curve
 
