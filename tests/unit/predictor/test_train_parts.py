@@ -12,7 +12,7 @@ from support import q3_nl as expected_q3_nl
 from tsconv.errors import TsconvError
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures, together
-from tsconv.predictor.train.fit import adamw_
+from tsconv.predictor.train.fit import adam_
 from tsconv.predictor.train.ranks import Layout, candidates, choose_ranks
 from tsconv.predictor.train.record import groups
 from tsconv.predictor.train.rounding import Types
@@ -55,6 +55,15 @@ def test_shares():
     torch.testing.assert_close(objective.shares(h, down, 2.0), torch.tensor([[2.0, 2.0], [0.02, 0.0], [0.0, 0.0]]))
 
 
+def test_tokens_that_add_nothing():
+    """They have no part in the median, and no weight that is not a number."""
+    h, down = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1e-3], [0.0, 2.0]]), torch.tensor([4.0, 1.0])
+    typical = objective.typical_energy(h, down)
+    assert typical == pytest.approx(1e-6)
+    assert torch.isfinite(objective.shares(h, down, typical)).all()
+    assert objective.typical_energy(torch.zeros(3, 2), down) == 1.0
+
+
 def test_the_price_of_what_may_be_missed():
     e = torch.tensor([0.0, 1.0, 2.0, 3.0, 94.0])
     assert objective.price_of(e, 0.02) == 2.0  # 1 of 100 is left out, 1 + 2 would be too much
@@ -70,7 +79,7 @@ def test_adam_is_pytorchs():
         gradient = torch.randn(5, 3)
         p.grad = gradient.clone()
         optimizer.step()
-        adamw_([q], [gradient], [m], [v], step, 0.01)
+        adam_([q], [gradient], [m], [v], step, 0.01)
         torch.testing.assert_close(q, p.detach(), rtol=1e-5, atol=1e-6)
 
 

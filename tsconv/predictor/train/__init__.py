@@ -1,4 +1,4 @@
 """Predictors trained on what a model computes on a text.
 
-record -> samples -> fit (objective, rounding) -> result; calibrate chooses thresholds, ranks chooses ranks.
+trainer -> record -> samples -> fit (objective, rounding, calibrate) -> work -> sidecar; ranks chooses ranks.
 """

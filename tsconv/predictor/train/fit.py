@@ -1,4 +1,4 @@
-"""Training of one FFN's predictor: fc2 . relu(fc1 . x) - b, with AdamW.
+"""Training of one FFN's predictor: fc2 . relu(fc1 . x) - b, with Adam.
 
 The last epochs compute with the matrices as they will be stored, and pass derivatives through the rounding as if it
 were not there (straight-through estimator, Bengio et al. 2013). What happens is a function of the samples, the options
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tsconv.errors import TsconvError
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures
 from tsconv.predictor.train.rounding import MIN_BIAS, THRESHOLD, Stored, Types
@@ -27,7 +28,7 @@ MIN_BATCH, MAX_BATCH = 128, 1024  # rows of a step,
 STEPS = 32  # of which an epoch of few samples has so many
 MAX_VALUES = 1 << 22  # of h that are looked at together where nothing is trained
 HELD_ROWS = 16_384  # that results are judged by, at most
-RATE = 0.11  # of AdamW, over sqrt(n_embd)
+RATE = 0.11  # of Adam, over sqrt(n_embd)
 WARM_UP = 50  # steps
 LAST_RATE = 0.02  # share of the rate that is left at the end
 ROUNDED_SHARE = 1 / 3  # of the epochs compute with rounded matrices
@@ -66,11 +67,12 @@ class State:
 
     Attributes:
         parameters: fc1 [r, n_embd], fc2 [n_ff, r], b [n_ff].
-        means, squares: AdamW's running means of derivatives and of their squares.
+        means, squares: Adam's running means of derivatives and of their squares.
         step, epoch: done.
         price, typical: of tsconv.predictor.train.objective.
         rounds: whether the phase with rounded matrices has begun.
         best: the fewest neurons per token that reach the target so far; best_since: epochs without fewer.
+        ended: whether nothing is to be gained any more.
         kept: the stored predictor of `best`.
     """
 
@@ -85,7 +87,7 @@ class State:
     best: float = math.inf
     best_since: int = 0
     kept: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None = None
-    ended: bool = field(default=False)
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,21 +139,17 @@ class Fit:
         """Trains to the end. `epoch` is called with the state behind each epoch, and what it reached.
 
         Raises:
-            TsconvError: samples that cannot be read.
+            TsconvError: samples that cannot be read; training that diverges.
         """
         state, recipe = self.state, self.recipe
         first_rounded = recipe.epochs - max(1, round(recipe.epochs * ROUNDED_SHARE))
         while state.epoch < recipe.epochs and not state.ended:
-            if not state.rounds and state.epoch >= first_rounded:
+            if not state.rounds and (state.epoch >= first_rounded or state.best_since >= PATIENCE):
                 self._begin_rounding()
             self._epoch()
             state.epoch += 1
             figures = self._judge()
-            if state.best_since >= PATIENCE:
-                if state.rounds:
-                    state.ended = True
-                else:
-                    first_rounded = state.epoch
+            state.ended = state.rounds and state.best_since >= PATIENCE
             epoch(state, figures)
         assert state.kept is not None
         stored = Stored(*state.kept)
@@ -165,7 +163,7 @@ class Fit:
         recipe, n_embd, n_ff = self.recipe, self.trained.n_embd, self.trained.n_ff
         x, h = self._some_rows()
         values = self.values[torch.from_numpy(h).to(self.device).int()]
-        typical = float((values.square() * self.down).sum(dim=1).median())
+        typical = objective.typical_energy(values, self.down)
         e = objective.shares(values, self.down, typical)
         if start is None:
             generator = torch.Generator().manual_seed(self._seed(-2))
@@ -207,7 +205,7 @@ class Fit:
             self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
 
     def _step(self, x: Tensor, q: Tensor) -> None:
-        """A step of AdamW on the mean over the rows of the objective."""
+        """A step of Adam on the mean over the rows of the objective."""
         fc1, fc2, b = self._computed_with()
         hidden = (x @ fc1.T).relu_()
         slope = objective.slope_((hidden @ fc2.T).sub_(b), q).div_(len(x))
@@ -216,7 +214,7 @@ class Fit:
         state = self.state
         state.step += 1
         rate = RATE / math.sqrt(x.shape[1]) * self._share(state.step)
-        adamw_(state.parameters, gradients, state.means, state.squares, state.step, rate)
+        adam_(state.parameters, gradients, state.means, state.squares, state.step, rate)
         state.parameters[2].clamp_(min=MIN_BIAS)
 
     def _share(self, step: int) -> float:
@@ -276,8 +274,9 @@ class Fit:
         curve = self._curve(stored)
         threshold = curve.threshold(recipe.missed)
         figures = curve.at(threshold)
-        reached = figures.predicted if figures.missed <= recipe.missed else math.inf
-        if reached < state.best or (stored is not None and state.kept is None):
+        # where no threshold reaches it, what misses least is best
+        reached = figures.predicted if figures.missed <= recipe.missed else self.held.n_ff * (1 + figures.missed)
+        if reached < state.best:
             state.best, state.best_since = reached, 0
             if stored is not None:
                 divided = recipe.types.divided(stored, threshold)
@@ -286,7 +285,7 @@ class Fit:
             state.best_since += 1
         b = state.parameters[2]
         shift = float(np.clip(float((b * (threshold - 1)).median()), -MAX_SHIFT, MAX_SHIFT)) if state.epoch > 1 else 0.0
-        state.price = float(np.clip(state.price * math.exp(shift), 1e-12, 1))
+        state.price = float(np.clip(state.price * math.exp(shift), 1e-12, 1e12))
         b.add_(shift).clamp_(min=MIN_BIAS)
         return figures
 
@@ -304,11 +303,13 @@ class Fit:
         for x, h in self.held.batches(MAX_VALUES // self.held.n_ff, blocks):
             inputs, e = self._tensors(x, h)
             logits = (inputs @ fc1.T).relu_() @ fc2.T
+            if not bool(torch.isfinite(logits).all()):
+                raise TsconvError("training diverged: logits are not finite", where=self.trained.path.name)
             curve.add(logits.cpu().numpy(), e.cpu().numpy(), h)
         return curve
 
 
-def adamw_(
+def adam_(
     parameters: list[Tensor],
     gradients: list[Tensor],
     means: list[Tensor],

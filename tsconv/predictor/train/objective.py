@@ -2,7 +2,7 @@
 
 Neuron i adds h_i * down_i to the output of its FFN for a token t. Leaving it out costs the token the share
 
-    e_ti = w_t (h_ti |down_i|)^2,  w_t = 1 / sqrt(E max(E_t, E)),  E_t = sum_i (h_ti |down_i|)^2,  E = median of E_t
+    e_ti = w_t (h_ti |down_i|)^2,  w_t = 1 / sqrt(E max(E_t, E)),  E_t = sum_i (h_ti |down_i|)^2,  E = median of E_t > 0
 
 Trained models have a few tokens whose activations are hundreds of times those of others, as a rule the first ones of a
 text, which others then attend to (Sun et al., "Massive Activations in Large Language Models", 2024). By energy alone
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 
 def token_weights(energies: Tensor, typical: float) -> Tensor:
     """w_t [n] of the energies E_t [n] of tokens, `typical` being E."""
-    typical = max(typical, 1e-30)
-    return (energies.clamp(min=typical) * typical).rsqrt_()
+    return energies.clamp(min=typical).rsqrt_().mul_(typical**-0.5)
+
+
+def typical_energy(h: Tensor, down: Tensor) -> float:
+    """E of h [n, n_ff] and |down_i|^2 [n_ff]; 1 where no neuron is active."""
+    energies = (h.square() * down).sum(dim=1)
+    energies = energies[energies > 0]
+    return float(energies.median()) if len(energies) else 1.0
 
 
 def shares(h: Tensor, down: Tensor, typical: float) -> Tensor:
