@@ -20,8 +20,8 @@ from tsconv.format.pair import read_model, sidecar_path
 from tsconv.format.rows import ffn_rows
 from tsconv.format.types import parse_type
 from tsconv.predictor import sidecar
-from tsconv.predictor.build import calibrate, kinds
-from tsconv.predictor.build.record import Recorded, group_of, record
+from tsconv.predictor.from_weights import calibrate, kinds
+from tsconv.predictor.from_weights.record import Recorded, group_of, record
 from tsconv.runtime.model import SparseLlama, load
 from tsconv.signals import sigterm_exits
 from tsconv.transform import bits
@@ -117,7 +117,7 @@ def build(
 
     Args:
         model: `NAME.gguf`; one with predictors of its own keeps them unless they are replaced by `out` and `force`.
-        kind: of KINDS (tsconv.predictor.build.kinds).
+        kind: of KINDS (tsconv.predictor.from_weights.kinds).
         out: the sidecar; default NAME.predictor.gguf beside the model.
         type_: of quant: "bits1", "bits2" or a type that `convert` knows; of svd: such a type. Defaults: DEFAULT_TYPES.
         both: of quant: up beside gate, twice the bytes. Default: it is not.
@@ -125,7 +125,7 @@ def build(
         input_bits: of x beside bits1 and bits2, 1 to 8. Defaults: DEFAULT_INPUT_BITS.
         calib: text on which each neuron's margin is chosen, see tsconv.stats.text.corpus.open_corpus. None: all are 0.
         n_tokens: of that text; fewer where it is shorter.
-        target_miss: share of the FFN's output that margins may miss on it (tsconv.predictor.build.calibrate).
+        target_miss: share of the FFN's output that margins may miss on it (tsconv.predictor.from_weights.calibrate).
         n_threads: as for tsconv.load.
         force: replace an existing sidecar.
         progress: called with (layers done, layers).
