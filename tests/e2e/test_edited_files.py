@@ -292,7 +292,7 @@ def test_q3_nl_in_a_sidecar_of_version_2(tmp_path):
     ("of_sidecar", "edit", "expected"),
     [
         (False, {VERSION: 3}, "bad turbosparse.format_version: expected 1 or 2, found 3"),
-        (True, {VERSION: 2}, "bad turbosparse.format_version: expected 3, found 2"),
+        (True, {VERSION: 2}, "bad turbosparse.format_version: expected 3 or 4, found 2"),
         (
             False,
             {"turbosparse.predictor.kind": "inside"},
