@@ -556,7 +556,7 @@ static void run_tiers(const struct operation * op, enum tsffn_format format, enu
 static void run_all(void) {
     static const int one = 1;
     for (enum pattern pattern = CACHED; pattern <= SPARSE; ++pattern) {
-        for (int format = 0; format < TSFFN_FORMAT_COUNT; ++format) {
+        for (int format = 0; format < N_FORMATS; ++format) {
             const bool rows_only = pattern == SPARSE && format >= TSFFN_ROW_FORMAT_COUNT; // which it has not
             if (rows_only || !is_listed(options.types, format_names[format])) {
                 continue;

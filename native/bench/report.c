@@ -4,7 +4,7 @@
 #include <string.h>
 #include <sys/utsname.h>
 
-const char * const format_names[TSFFN_FORMAT_COUNT] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q3_nl"};
+const char * const format_names[N_FORMATS] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q3_nl"};
 
 // The processor's name as the operating system gives it, or its architecture.
 static const char * cpu_name(void) {

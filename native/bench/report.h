@@ -32,7 +32,8 @@ struct report {
     int n_results;
 };
 
-extern const char * const format_names[TSFFN_FORMAT_COUNT];
+enum { N_FORMATS = TSFFN_FORMAT_Q3_NL + 1 }; // that are measured, the first ones
+extern const char * const format_names[N_FORMATS];
 
 void print_markdown(const struct report * report);
 void print_json(const struct report * report);

@@ -92,6 +92,7 @@ struct faulty {
     struct tsffn_reader * inner;
     enum fault fault;
     unsigned n;
+    uint8_t n_interrupted[256]; // how often in a row the read of an id was
 };
 static enum fault fault_of_next;
 static const char * kind_of_next;
@@ -113,7 +114,10 @@ static int finish_faulty(struct tsffn_reader * reader, struct tsffn_read_result 
     const int found = f->inner->kind->finish(f->inner, results, f->fault == FULL ? 1 : n);
     for (int k = 0; k < found; ++k) {
         f->n += 1;
-        if (f->fault == INTERRUPTED && f->n % 3 == 0) {
+        uint8_t * n_interrupted = &f->n_interrupted[results[k].id];
+        const bool interrupts = f->fault == INTERRUPTED && f->n % 3 == 0 && *n_interrupted < 4; // the cache tries more
+        *n_interrupted = interrupts ? *n_interrupted + 1 : 0;
+        if (interrupts) {
             results[k].n = f->n % 2 == 0 ? -EINTR : -EAGAIN;
         } else if (f->fault == SHORT && f->n % 5 == 0) {
             results[k].n /= 2;

@@ -141,17 +141,24 @@ def test_the_mask_is_what_the_matrices_say(made):
 
 
 def test_it_keeps_its_promise(made):
-    """The held-out share that is missed is the one asked for, and no layer computes everything for it."""
+    """The held-out share that is missed is the one asked for, and no layer computes everything for it.
+
+    Experts that see 200 tokens of this short text may learn too little for that: a note says so.
+    """
     name, _, result = made
     n_layer, n_ff = (6, 512) if name == NAMES[0] else (3, 192)
     assert len(result.layers) == n_layer
     for layer in result.layers:
-        assert layer.figures.missed <= 0.01 and layer.rank == 32
+        assert layer.rank == 32
         assert layer.figures.predicted < 0.8 * n_ff
     assert result.n_bytes == result.outfile.stat().st_size > sum(layer.n_bytes for layer in result.layers)
     assert not result.outfile.with_name(f"{result.outfile.name}.work").exists()
     assert any("part of its function" in note for note in result.notes)
-    assert not any("miss more than" in note for note in result.notes)
+    beyond = sum(part.missed > 0.01 * 1.001 for layer in result.layers for part in layer.experts)
+    told = [note for note in result.notes if "miss more than" in note]
+    assert [note.split(" predictors")[0] for note in told] == ([f"{beyond} of {n_layer * 8}"] if beyond else [])
+    assert name == NAMES[1] or beyond == 0
+    assert beyond < n_layer * 8 / 3
 
 
 def test_a_token_sees_nearly_the_same_model(made):
@@ -345,6 +352,7 @@ def test_another_training_in_the_folder(tmp_path):
     with subprocess.Popen([*tiny.TSCONV, *map(str, options)], stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stderr is not None and process.stderr.readline().startswith(b"layer 0")
         process.send_signal(signal.SIGINT)
+        process.communicate()  # it says so before it ends
     assert process.returncode == 130
     line = refused(*options[2:], "--seed", 1)
     assert "a training with other options was begun here: seed: expected 1, found 0" in line
