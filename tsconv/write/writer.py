@@ -168,8 +168,9 @@ class OutputFiles:
 
     Two files cannot be renamed at once. What holds at every moment, whenever the process or the machine stops: the old
     files are all in place, or all new ones are on the disk, whole and under their final names but for the model, which
-    may still be NAME.gguf.part beside its sidecar. `pair_id` keeps readers from taking the old model for the sidecar's
-    own, and the next OutputFiles of these names renames the model before it does anything else.
+    may still be NAME.gguf.part beside its sidecar, or, where it has none, beside an old model whose sidecar is gone
+    already. `pair_id` keeps readers from taking the old model for the sidecar's own, and the next OutputFiles of these
+    names renames the model before it does anything else.
 
     Args:
         files: what will be written; the model first, then its sidecar.
@@ -212,16 +213,14 @@ class OutputFiles:
             model, *others = self.files
             for file in others:
                 _rename(file.part, file.path)
+            gone = [path for path in self.obsolete if _remove(path)]  # they belong to the model that is replaced
             try:
                 _rename(model.part, model.path)
             except OutputError as error:
-                if others:
-                    model.release()  # its sidecar is in place: without the model all would be lost
+                if others or gone:
+                    model.release()  # what belonged to the old model is not there any more: all would be lost
                     raise OutputError(f"{error}; the new model is {model.part}") from None
                 raise
-            for path in self.obsolete:  # belongs to the model that was replaced
-                with _reported(path):
-                    path.unlink(missing_ok=True)
             for file in self.files:
                 file.release()
         return sizes
@@ -239,7 +238,7 @@ class OutputFiles:
 
 
 def _end_cut_short_commit(model: StreamedFile, sidecar: Path) -> None:
-    """Renames the model of a commit that was cut short when only the sidecar had been renamed."""
+    """Renames the model of a commit that was cut short when only the sidecar had been renamed, or removed."""
     if not _is_cut_short(model, sidecar):
         return
     try:
@@ -254,19 +253,34 @@ def _end_cut_short_commit(model: StreamedFile, sidecar: Path) -> None:
 
 
 def _is_cut_short(model: StreamedFile, sidecar: Path) -> bool:
-    return (
-        (pair_id := _pair_id(model.part)) is not None
-        and pair_id == _pair_id(sidecar)
-        and pair_id != _pair_id(model.path)
-    )
+    pair_id, kind = _pair_id(model.part), "turbosparse.predictor.kind"
+    if pair_id is None or pair_id == _pair_id(model.path):
+        return False
+    if sidecar.exists():
+        return pair_id == _pair_id(sidecar)
+    return _key(model.part, kind) == "none" and _key(model.path, kind) not in (None, "none")
 
 
 def _pair_id(path: Path) -> object:
-    """`turbosparse.pair_id` of a whole file; None when there is no such file or it is something else."""
+    return _key(path, "turbosparse.pair_id")
+
+
+def _key(path: Path, key: str) -> object:
+    """A key of a whole file; None when there is no such file or it is something else."""
     try:
-        return read_header(path).keys.get("turbosparse.pair_id") if path.exists() else None
+        return read_header(path).keys.get(key) if path.exists() else None
     except (ModelFileError, OSError):
         return None
+
+
+def _remove(path: Path) -> bool:
+    """Whether there was such a file."""
+    with _reported(path):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+    return True
 
 
 def _part_of(path: Path) -> Path:
