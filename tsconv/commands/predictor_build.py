@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from tsconv.checkpoint.config import MAX_DIM
-from tsconv.errors import HubError, OutputError, TsconvError
+from tsconv.errors import HubError, TsconvError
 from tsconv.format import forms
 from tsconv.format.header import Header
 from tsconv.format.order import dimension, shape_of
@@ -140,7 +140,7 @@ def build(
     header = read_model(path)
     wanted = _wanted(header, kind, type_, both, rank, input_bits)
     target = Path(out) if out is not None else sidecar_path(path)
-    _check_target(target, path, force)
+    sidecar.check_target(target, path, force)
     if not 0 < target_miss < 1:
         raise TsconvError("share that may be missed", expected="above 0 and below 1", found=target_miss)
     n_layer, n_ffn, n_ff = shape_of(header)
@@ -229,16 +229,6 @@ def _wanted(
             )
     n_bits = (input_bits or DEFAULT_INPUT_BITS[kind]) if is_bits else None
     return Kind(kind, found, bool(both) or kind == "sign", rank, n_bits)
-
-
-def _check_target(target: Path, model: Path, force: bool) -> None:
-    """Before anything is computed. Raises OutputError."""
-    if not target.name.endswith(".gguf"):
-        raise OutputError("bad name of the output", where=target, expected="a name that ends in .gguf")
-    if target.exists() and target.samefile(model):
-        raise OutputError("the output is the model itself", where=target, fix="name another with --out")
-    if target.exists() and not force:
-        raise OutputError("exists", where=target, fix="name another with --out, or replace it with --force")
 
 
 def _gate_and_up(header: Header, layer: int, ffn: int) -> tuple[Floats, Floats]:

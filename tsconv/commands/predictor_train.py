@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsconv.errors import OutputError, TsconvError
+from tsconv.errors import TsconvError
 from tsconv.extras import require
 from tsconv.format.header import Header
 from tsconv.format.pair import read_model, read_sidecar, sidecar_path
 from tsconv.format.types import DEFAULTS, parse_predictor_type, predictor_matrix_type
 from tsconv.machine.limits import usable_cores
+from tsconv.predictor.sidecar import check_target
 from tsconv.predictor.train import sidecar
 from tsconv.predictor.train.calibrate import Figures, together
 from tsconv.predictor.train.fit import use_threads
@@ -132,7 +133,7 @@ def train(
     path = Path(model)
     header = read_model(path)
     target = Path(out) if out is not None else sidecar_path(path)
-    _check_target(target, path, force)
+    check_target(target, path, force)
     _check_device(device)
     shape = Shape.of(header)
     kinds = _types(header, outtype)
@@ -185,15 +186,6 @@ def train(
 
 
 # ---- what is asked for
-
-
-def _check_target(target: Path, model: Path, force: bool) -> None:
-    from tsconv.write.writer import check_output, refuse_inputs
-
-    if target.suffix != ".gguf":
-        raise OutputError("bad name of the output", where=target, expected="a name that ends in .predictor.gguf")
-    refuse_inputs([target], [model])
-    check_output(target, force)
 
 
 def _check_device(device: str) -> None:

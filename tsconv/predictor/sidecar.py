@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from tsconv.errors import OutputError
 from tsconv.format import forms, layouts
 from tsconv.format.header import Header
 from tsconv.format.keys import ARCHITECTURE
@@ -18,7 +19,7 @@ from tsconv.format.order import shape_of
 from tsconv.format.pair import SHARED
 from tsconv.format.types import takes_panels
 from tsconv.transform.panels import to_panels
-from tsconv.write.writer import OutputFiles, StreamedFile
+from tsconv.write.writer import OutputFiles, StreamedFile, check_output, refuse_inputs
 
 # What a sidecar says as its model does, where the model says it.
 COPIED = ("general.name", "general.license", "turbosparse.source.repo", "turbosparse.source.revision", *SHARED)
@@ -55,6 +56,14 @@ class Decision:
     input_bits: int | None = None
 
 
+def check_target(target: Path, model: Path, force: bool) -> None:
+    """Before anything is computed. Raises OutputError for a sidecar that could not be written."""
+    if target.suffix != ".gguf":
+        raise OutputError("bad name of the output", where=target, expected="a name that ends in .predictor.gguf")
+    refuse_inputs([target], [model])
+    check_output(target, force)
+
+
 def write(
     path: Path,
     model: Header,
@@ -77,7 +86,7 @@ def write(
     n_layer, n_ffn, _ = shape_of(model)
     is_moe = bool(model.keys.get("llama.expert_count"))
     file = StreamedFile(path, ARCHITECTURE)
-    _add_keys(file.header, model, decision)
+    add_keys(file.header, model, decision, layouts.FORM_VERSION)
     for layer in range(n_layer):
         for e in range(n_ffn):
             for tensor in shapes:
@@ -93,15 +102,17 @@ def write(
         return output.commit()[0]
 
 
-def _add_keys(header: gguf.GGUFWriter, model: Header, decision: Decision) -> None:
+def add_keys(header: gguf.GGUFWriter, model: Header, decision: Decision, version: int) -> None:
+    """All keys of a sidecar of `version`; the form is one from FORM_VERSION on."""
     header.add_type("predictor")
     for key in COPIED:
         if key in model.keys:
             header.add_key_value(key, model.keys[key], model.types[key].kind, model.types[key].element)
-    header.add_uint32("turbosparse.format_version", layouts.FORM_VERSION)
+    header.add_uint32("turbosparse.format_version", version)
     header.add_string(layouts.PREDICTOR.key, layouts.PREDICTOR.other)
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    header.add_string(forms.KEY, decision.form.name)
+    if version >= layouts.FORM_VERSION:
+        header.add_string(forms.KEY, decision.form.name)
     header.add_string("turbosparse.predictor.input", "normed")
     if decision.ranks is not None:
         header.add_array("turbosparse.predictor.rank", decision.ranks)

@@ -20,8 +20,7 @@
 
 enum {
     // Up to so many rows every thread of the sparse FFN converts the activations for itself: shared, their lines go
-    // from
-    // core to core, and two more barriers are waited for (docs/notes/2026-11-28-threads.md).
+    // from core to core, and two more barriers are waited for (docs/notes/2026-11-28-threads.md).
     COPIED_ROWS = 4,
 };
 

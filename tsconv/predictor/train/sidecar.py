@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType
 
 from tsconv.errors import ModelFileError
 from tsconv.format import forms, layouts, order
 from tsconv.format.header import Header, TensorEntry
 from tsconv.format.keys import ARCHITECTURE
-from tsconv.format.pair import SHARED, layout_of
+from tsconv.format.pair import layout_of
 from tsconv.format.types import takes_panels
+from tsconv.predictor.sidecar import Decision, add_keys
 from tsconv.predictor.train.rounding import MIN_BIAS, THRESHOLD, Stored, Types, dequantize
 from tsconv.transform import q3_nl
 from tsconv.transform.panels import from_panels, to_panels
@@ -23,12 +23,8 @@ from tsconv.transform.quantize import row_bytes
 from tsconv.write.writer import OutputFiles, StreamedFile
 
 Floats = npt.NDArray[np.float32]
+MATRICES = ("fc1", "fc2")
 STEEPNESS = 3.0  # standard deviation that logits without a bias are given: a training unit is a factor of e in the odds
-
-
-def matrix_name(layer: int, ffn: int, n_expert: int, matrix: int) -> str:
-    """Of fc1 (1) or fc2 (2)."""
-    return f"blk.{layer}.ffn_pred_fc{matrix}{f'.{ffn}' if n_expert else ''}.weight"
 
 
 def read_ranks(sidecar: Header) -> list[int]:
@@ -66,7 +62,9 @@ def read_matrices(sidecar: Header, layer: int, ffn: int) -> tuple[Floats, Floats
     forms.check_is_mlp(sidecar)
     n_expert = sidecar.keys.get("llama.expert_count", 0)
     tensors = {tensor.name: tensor for tensor in sidecar.tensors}
-    fc1, fc2 = (_matrix(sidecar, tensors, matrix_name(layer, ffn, n_expert, k)) for k in (1, 2))
+    fc1, fc2 = (
+        _matrix(sidecar, tensors, forms.tensor_name(layer, what, ffn if n_expert else None)) for what in MATRICES
+    )
     return fc1, fc2
 
 
@@ -120,28 +118,16 @@ def write(
     n_expert, n_embd = model.keys.get("llama.expert_count", 0), model.keys["llama.embedding_length"]
     has_q3_nl = any(q3_nl.KIND in (kinds.fc1, kinds.fc2) for kinds in types)
     file = StreamedFile(path, ARCHITECTURE)
-    header = file.header
-    header.add_type("predictor")
-    for key in ("general.name", "general.license", "turbosparse.source.repo", "turbosparse.source.revision", *SHARED):
-        if key in model.keys:
-            kind = model.types[key]
-            header.add_key_value(key, model.keys[key], kind.kind, kind.element)
-    header.add_uint32("turbosparse.format_version", layouts.Q3_NL_VERSION if has_q3_nl else layouts.LAYOUT_VERSION)
-    header.add_string(layouts.PREDICTOR.key, layouts.PREDICTOR.other)
-    header.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    header.add_string("turbosparse.predictor.input", "normed")
-    header.add_array("turbosparse.predictor.rank", list(ranks))
-    header.add_key_value(
-        "turbosparse.predictor.threshold", [threshold] * n_layer, GGUFValueType.ARRAY, GGUFValueType.FLOAT32
-    )
-    header.add_string("turbosparse.predictor.comparison", "gt")
-    header.add_string("turbosparse.predictor.training", about)
+    decision = Decision(forms.MLP, [threshold] * n_layer, about, ranks=list(ranks))
+    add_keys(file.header, model, decision, layouts.Q3_NL_VERSION if has_q3_nl else layouts.LAYOUT_VERSION)
     jobs: list[tuple[str, npt.NDArray[np.uint8], GGMLQuantizationType]] = []
     for layer, rank in enumerate(ranks):
         for ffn in range(n_ffn):
             stored, kinds = predictors[layer][ffn], types[layer]
-            for k, rows, kind, width in ((1, stored.fc1, kinds.fc1, n_embd), (2, stored.fc2, kinds.fc2, rank)):
-                name = matrix_name(layer, ffn, n_expert, k)
+            for what, rows, kind, width in zip(
+                MATRICES, (stored.fc1, stored.fc2), (kinds.fc1, kinds.fc2), (n_embd, rank), strict=True
+            ):
+                name = forms.tensor_name(layer, what, ffn if n_expert else None)
                 n_cols = row_bytes(kind, width) if kind == q3_nl.KIND else width
                 file.declare(name, (len(rows), n_cols), kind, rows.nbytes)
                 jobs.append((name, rows, kind))
