@@ -16,12 +16,29 @@ def signals_wait() -> Iterator[None]:
     For steps of which none may be left out, and around thread pools: an exception inside a pool or a future could leave
     one of its locks held, and the pool's shutdown would wait for ever for a thread that waits for that lock.
     """
+    with _waiting((signal.SIGINT, signal.SIGTERM)):
+        yield
+
+
+@contextlib.contextmanager
+def calling_c() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that Python handles take effect on leaving, when they come while inside.
+
+    For calls of C that may call Python back: what a handler raises in a callback is lost. Nothing is later for it, as
+    Python handles signals neither before C calls back nor before it returns. SIGTERM that ends the process does so.
+    """
+    with _waiting([n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))]):
+        yield
+
+
+@contextlib.contextmanager
+def _waiting(numbers: Sequence[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     came: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in numbers}
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -97,8 +98,32 @@ def test_what_a_recorder_raises_is_raised():
 
     with pytest.raises(KeyError, match="mine"), LayersContext(model, 8) as layers, model.recording(range(1), fails):
         layers.compute([1, 2, 3])
+    with LayersContext(model, 8) as layers, pytest.raises(KeyError), model.recording(range(1), fails) as check:
+        check()
+        layers.compute([1, 2, 3])
+        check()
+        pytest.fail("was raised before")
     with pytest.raises(tsconv.errors.BackendError, match="layers to record"), model.recording(range(7, 9), fails):
         pass
+    model.close()
+
+
+def test_ctrl_c_while_activations_are_recorded():
+    """It comes while the backend computes, whose next step is to call Python."""
+    model = tsconv.load(tiny.converted(), sparsity="exact", n_threads=1)
+    begun = threading.Event()
+
+    def interrupt():
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    recording = model.recording(range(6), lambda *_: begun.set())
+    with LayersContext(model, 512) as layers, recording, pytest.raises(KeyboardInterrupt):
+        layers.compute([1, *range(20, 531)])
+        thread.join()
+    thread.join()
     model.close()
 
 

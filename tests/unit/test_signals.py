@@ -1,15 +1,19 @@
-"""Signals that come while the main thread holds a lock that the threads of a pool wait for."""
+"""Signals that come while the main thread holds a lock that the threads of a pool wait for, or while C calls back."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from support.synthetic import SHAPES, random_tensors, save
+from tsconv.signals import calling_c
 
 TIMEOUT_S = 60  # some seconds beside other programs; what hangs hangs for ever
 
@@ -101,3 +105,40 @@ def test_measuring_the_disk_ends(place: str, out: Path) -> None:
     assert (code, stdout) == (130, "")
     assert stderr.endswith("\ninterrupted\n") and "disk: " in stderr and "GPU" not in stderr
     assert list((cache / "tsconv").iterdir()) == []
+
+
+def test_ctrl_c_in_a_callback_is_not_lost() -> None:
+    """C sorts, and Python compares: what is raised in there would be told to nobody."""
+    begun, came, seen = threading.Event(), threading.Event(), 0
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        came.set()
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_int))
+    def compare(a, b) -> int:
+        nonlocal seen
+        seen += 1
+        begun.set()
+        came.wait()
+        return a[0] - b[0]
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    numbers = (ctypes.c_int * 100)(*range(100, 0, -1))
+    with pytest.raises(KeyboardInterrupt), calling_c():
+        ctypes.CDLL(None).qsort(numbers, 100, ctypes.sizeof(ctypes.c_int), compare)
+    thread.join()
+    assert list(numbers) == list(range(1, 101)) and seen > 100
+
+
+def test_signals_without_a_handler_do_not_wait() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with calling_c():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

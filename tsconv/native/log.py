@@ -17,6 +17,7 @@ from typing import Any
 import llama_cpp
 
 from tsconv.errors import BackendError
+from tsconv.signals import calling_c
 
 GGML_LOG_LEVEL_ERROR = 4  # enum ggml_log_level (ggml.h)
 OWN = "tsffn: "  # begins every message of the native backend (native/src/ggml/log.c)
@@ -88,20 +89,21 @@ os.register_at_fork(after_in_child=_router.after_fork)
 @contextmanager
 def quiet_unless(verbose: bool) -> Iterator[list[str]]:
     """Unless `verbose`, keeps llama.cpp from logging in this thread while this holds; yields the list that its error
-    lines go into."""
+    lines go into. For calls of llama.cpp alone: signals wait, because it may call Python back, if only to log."""
     lines: list[str] = []
-    if verbose:
-        yield lines
-        return
-    entry = threading.get_ident(), lines
-    with _router.lock:
-        _router.install()
-        _router.collecting = [*_router.collecting, entry]
-    try:
-        yield lines
-    finally:
+    with calling_c():
+        if verbose:
+            yield lines
+            return
+        entry = threading.get_ident(), lines
         with _router.lock:
-            _router.collecting = [other for other in _router.collecting if other is not entry]
+            _router.install()
+            _router.collecting = [*_router.collecting, entry]
+        try:
+            yield lines
+        finally:
+            with _router.lock:
+                _router.collecting = [other for other in _router.collecting if other is not entry]
 
 
 @contextmanager

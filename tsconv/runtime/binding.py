@@ -256,13 +256,13 @@ class NativeModel:
         return squares
 
     @contextmanager
-    def recording(self, layers: range, record: Recorder) -> Iterator[None]:
+    def recording(self, layers: range, record: Recorder) -> Iterator[Callable[[], None]]:
         """While this holds, `record` is called each time an FFN of `layers` has been computed as a whole.
 
         It gets the layer; int32 [n_rows], the expert of each row, sorted; float32 x [n_rows, n_embd], what goes into
         gate and up; float32 h [n_rows, n_ff] = relu(gate . x) * relu(up . x) in the order of the file, 0 where the
-        neuron was left out. The arrays are views that end with the call. What it raises, if it does, is raised when
-        this ends; it is not called again then.
+        neuron was left out. The arrays are views that end with the call. When it raises something it is not called
+        again; the function that is yielded raises that, and so does leaving.
 
         Raises:
             BackendError: no such layers, or the model is closed.
@@ -284,13 +284,17 @@ class NativeModel:
         with self._opened() as handle:
             if not self._lib.tsffn_model_record(handle, layers.start, layers.stop, callback, None):
                 raise BackendError("layers to record", expected=f"some of 0 to {self.n_layer - 1}", found=layers)
+
+        def check() -> None:
+            if raised:
+                raise raised[0]
+
         try:
-            yield
+            yield check
         finally:
             with self._opened() as handle:
                 self._lib.tsffn_model_record(handle, 0, 0, None, None)
-        if raised:
-            raise raised[0]
+        check()
 
     @functools.cached_property
     def header(self) -> Header:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -266,19 +266,20 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         Raises:
             TsconvError: what `load_error` makes of its errors; the model is closed then.
         """
-        native, undo = self._native, ExitStack()
+        native, undo, errors = self._native, ExitStack(), list[str]()
         undo.callback(native.close)
         try:
-            with undo, native.armed(), quiet_unless(arguments["verbose"]) as errors:
+            with undo:
+                reading: AbstractContextManager[None] = nullcontext()
                 if self.budget is not None:
                     native.stream(self.budget.neurons)
-                    with loading_kept_weights(native, str(path)):
-                        super().__init__(FileName(path), **arguments)
+                    reading = loading_kept_weights(native, str(path))
                 else:
                     if preload is None:
                         preload = arguments.get("use_mmap", True) and fits_in_memory(native.file_bytes)
                     if preload:
                         native.cache_file(progress)
+                with native.armed(), reading, quiet_unless(arguments["verbose"]) as errors:
                     super().__init__(FileName(path), **arguments)
                 undo.pop_all()
         except (ValueError, MemoryError) as error:
@@ -512,7 +513,7 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         finally:
             self._native.profile(False)
 
-    def recording(self, layers: range, record: Recorder) -> AbstractContextManager[None]:
+    def recording(self, layers: range, record: Recorder) -> AbstractContextManager[Callable[[], None]]:
         """While this holds, `record` gets what the FFNs of `layers` compute; see `NativeModel.recording`."""
         return self._native.recording(layers, record)
 

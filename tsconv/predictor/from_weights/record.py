@@ -43,9 +43,10 @@ def record(model: SparseLlama, chunks: Sequence[Sequence[int]], layers: range, r
     Raises:
         BackendError: llama.cpp cannot compute.
     """
-    with LayersContext(model, max(map(len, chunks))) as context, model.recording(layers, recorded):
+    with LayersContext(model, max(map(len, chunks))) as context, model.recording(layers, recorded) as check:
         for chunk in chunks:
             context.compute(chunk)
+            check()
 
 
 def group_of(layer: int, n_layer: int, n_tokens: int, n_used: int, n_embd: int, n_ff: int) -> range:

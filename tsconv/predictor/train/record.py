@@ -41,10 +41,11 @@ def record(
     """
     files = SampleFiles(folder, layers, *shape)
     try:
-        with LayersContext(model, tokens.shape[1]) as context, model.recording(layers, files):
+        with LayersContext(model, tokens.shape[1]) as context, model.recording(layers, files) as check:
             for i, chunk in enumerate(tokens.tolist()):
                 files.split = HELD if i % HELD_EVERY == HELD_EVERY - 1 else TRAINED
                 context.compute(chunk)
+                check()
                 progress((i + 1) * len(chunk))
     finally:
         files.close()
