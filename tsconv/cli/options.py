@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsconv.cli.output import say
+from tsconv.predictor import TARGET_MISS
 
 if TYPE_CHECKING:
     from tsconv.runtime.model import SparseLlama
@@ -86,6 +87,13 @@ threads_option = click.option(
     type=click.IntRange(min=1),
     envvar="TSCONV_THREADS",
     help="Threads.  [env: TSCONV_THREADS; default: physical cores, as far as the CPU quota goes]",
+)
+target_miss_option = click.option(
+    "--target-miss",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=TARGET_MISS,
+    show_default=True,
+    help="Share of each FFN's output energy that may be missed, on text that thresholds are chosen on.",
 )
 predictor_option = click.option(
     "--predictor",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tsconv.cli.options import threads_option
+from tsconv.cli.options import target_miss_option, threads_option
 from tsconv.cli.output import echo, json_text, say
 
 
@@ -41,13 +41,7 @@ from tsconv.cli.output import echo, json_text, say
 @click.option(
     "--tokens", "n_tokens", type=click.IntRange(min=64), default=4096, show_default=True, help="Of that text."
 )
-@click.option(
-    "--target-miss",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.01,
-    show_default=True,
-    help="Share of the FFNs' output energy that margins may miss on that text.",
-)
+@target_miss_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace an existing sidecar.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.options import Size, threads_option
+from tsconv.cli.options import Size, target_miss_option, threads_option
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
@@ -57,13 +57,7 @@ class Rank(click.ParamType):
     help="Of the predictors' hidden layer. auto: each layer's own, after short trainings at several.",
 )
 @click.option("--budget", type=Size(), metavar="SIZE", help="Most that all predictors may take, with --rank auto.")
-@click.option(
-    "--target-miss",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.01,
-    show_default=True,
-    help="Share of each FFN's output energy that may be missed, on text that is held out.",
-)
+@target_miss_option
 @click.option("--outtype", metavar="TYPE", help="Type of the predictors.  [default: as tsconv convert chooses it]")
 @click.option("--refresh", is_flag=True, help="Begin with the predictors that the model has.")
 @click.option(

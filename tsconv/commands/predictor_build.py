@@ -19,7 +19,7 @@ from tsconv.format.order import dimension, shape_of
 from tsconv.format.pair import read_model, sidecar_path
 from tsconv.format.rows import ffn_rows
 from tsconv.format.types import parse_type
-from tsconv.predictor import sidecar
+from tsconv.predictor import TARGET_MISS, sidecar
 from tsconv.predictor.from_weights import calibrate, kinds
 from tsconv.predictor.from_weights.record import Recorded, group_of, record
 from tsconv.runtime.model import SparseLlama, load
@@ -108,7 +108,7 @@ def build(
     input_bits: int | None = None,
     calib: str | None = None,
     n_tokens: int = 4096,
-    target_miss: float = 0.01,
+    target_miss: float = TARGET_MISS,
     n_threads: int | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -13,6 +13,7 @@ from tsconv.format.header import Header
 from tsconv.format.pair import read_model, read_sidecar, sidecar_path
 from tsconv.format.types import DEFAULTS, parse_predictor_type, predictor_matrix_type
 from tsconv.machine.limits import usable_cores
+from tsconv.predictor import TARGET_MISS
 from tsconv.predictor.sidecar import check_target
 from tsconv.predictor.train import sidecar
 from tsconv.predictor.train.calibrate import Figures, together
@@ -24,7 +25,6 @@ from tsconv.transform.quantize import TYPES, type_name
 
 DEFAULT_TOKENS = 400_000
 DEFAULT_CHUNK = 512
-DEFAULT_MISS = 0.01
 DEFAULT_DISK = 20 << 30
 AUTO = "auto"
 
@@ -76,7 +76,7 @@ def train(
     *,
     rank: int | str = AUTO,
     budget: int | None = None,
-    target_miss: float = DEFAULT_MISS,
+    target_miss: float = TARGET_MISS,
     outtype: str | None = None,
     refresh: bool = False,
     predictor_path: str | Path | None = None,
@@ -234,7 +234,7 @@ def _beyond(ready: Sequence[Sequence[Ready]], target_miss: float) -> list[str]:
     if not beyond:
         return []
     return [
-        f"{len(beyond)} of {len(missed)} predictors miss more than {target_miss:.2%}, up to {max(beyond):.2%}:"
+        f"{len(beyond)} of {len(missed)} predictors miss more than {target_miss:.3%}, up to {max(beyond):.3%}:"
         " give more --tokens, more --epochs, or a higher --rank"
     ]
 

@@ -172,7 +172,7 @@ class Fit:
             fc2 = torch.randn(n_ff, recipe.rank, generator=generator) / math.sqrt(recipe.rank)
             parameters = [fc1, fc2, torch.full((n_ff,), FIRST_BIAS)]
         else:
-            parameters = [torch.from_numpy(np.ascontiguousarray(array, np.float32)).clone() for array in start]
+            parameters = [torch.from_numpy(np.array(array, np.float32, order="C")) for array in start]
         return State(
             parameters=parameters,
             means=[torch.zeros_like(p) for p in parameters],

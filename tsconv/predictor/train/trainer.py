@@ -220,7 +220,7 @@ class Trainer:
 def _line(fitted: Fitted, rank: int) -> str:
     f = fitted.figures
     return (
-        f"rank {rank}, {fitted.stored.n_bytes:,} bytes, missed {f.missed:.2%}, recall {f.recall:.1%}, precision"
+        f"rank {rank}, {fitted.stored.n_bytes:,} bytes, missed {f.missed:.3%}, recall {f.recall:.1%}, precision"
         f" {f.precision:.1%}, predicted/active {f.predicted / max(f.active, 1e-9):.2f}, {fitted.epochs} epochs"
     )
 
