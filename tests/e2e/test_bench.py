@@ -212,6 +212,9 @@ def test_generated_once(tmp_path, monkeypatch):
     assert kinds == {"Q8_0"}
     with pytest.raises(TsconvError, match="unknown predictor type 'q3'"):
         generated("small", 2, "q4_0", said.append, predictor_outtype="q3")
+    narrow = generated("small", 2, "q4_0", said.append, rank=64)
+    assert narrow.name == f"{stem}-rank64.gguf"
+    assert read_header(sidecar_of(narrow)).keys["turbosparse.predictor.rank"] == [64, 64]
     other = generated("small", 2, "q4_0", said.append, active=0.2, seed=3)
     assert other.name == f"{stem}-0.2-seed3.gguf"
     assert other.read_bytes()[-4096:] != path.read_bytes()[-4096:]  # weights, after the header with its random id

@@ -57,6 +57,7 @@ def generated(
     announce: Callable[[str], None],
     *,
     predictor_outtype: str | None = None,
+    rank: int | None = None,
     active: float | None = None,
     seed: int = 0,
 ) -> Path:
@@ -64,6 +65,7 @@ def generated(
 
     Args:
         predictor_outtype: type of the predictor's matrices; None: convert's default for `outtype`.
+        rank: of the predictors of all layers; None: as published.
         active: mean share of active neurons (`activity.ActiveWeights`); None: the preset's.
         seed: of the weights.
 
@@ -77,11 +79,14 @@ def generated(
     active = PRESETS[preset].active if active is None else active
     kind, default = predictor_types(outtype, predictor_outtype)
     options = f"-pred-{type_name(kind)}" if kind != default else ""
+    options += f"-rank{rank}" if rank is not None else ""
     options += (f"-{active:g}" if active != PRESETS[preset].active else "") + (f"-seed{seed}" if seed else "")
     path = folder / f"{preset}-{n_layer}-layers-{outtype}-g{GENERATION}{options}.gguf"
     if os.path.exists(path):
         return path
     shape = PRESETS[preset].shape(n_layer)
+    if rank is not None:
+        shape = dataclasses.replace(shape, ranks=(rank,) * n_layer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

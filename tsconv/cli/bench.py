@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tsconv.cli.options import gpu_options, ram_budget_option
+from tsconv.cli.options import Rank, gpu_options, ram_budget_option
 from tsconv.cli.output import echo, say
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "json", "jsonl", "csv")
 # What a suite decides itself.
-OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tests", "repetitions")
+OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "predictor_rank", "tests", "repetitions")
 
 
 @click.command("bench")
@@ -34,6 +34,12 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "tes
 @click.option("--layers", type=click.IntRange(1, 32), help="Layers of it.  [default: all]")
 @click.option("--outtype", metavar="TYPE", default="q4_0", show_default=True, help="Type of its weights.")
 @click.option("--predictor-outtype", metavar="TYPE", help="Type of its predictor.  [default: as tsconv convert]")
+@click.option(
+    "--predictor-rank",
+    type=Rank(),
+    metavar="R",
+    help="Rank of its predictor, as one that was trained may have.  [default: as published]",
+)
 @click.option(
     "--test",
     "tests",
@@ -81,6 +87,7 @@ def command(
     layers: int | None,
     outtype: str,
     predictor_outtype: str | None,
+    predictor_rank: int | None,
     tests: tuple[str, ...],
     repetitions: int,
     suite: str | None,
@@ -134,7 +141,8 @@ def command(
         parts = run_suite(suite, baselines=baselines, n_threads=n_threads, gpu=gpu, say=say, progress=progress)
     else:
         n_layer = layers or PRESETS[shape].n_layer
-        path = Path(model) if model else generated(shape, n_layer, outtype, say, predictor_outtype=predictor_outtype)
+        of_predictor: dict[str, Any] = {"predictor_outtype": predictor_outtype, "rank": predictor_rank}
+        path = Path(model) if model else generated(shape, n_layer, outtype, say, **of_predictor)
         options: dict[str, Any] = {"repetitions": repetitions, "gpu": gpu, "progress": progress}
         if clients is None:
             parts = iter([measure(path, workloads, baselines=baselines, n_threads=n_threads, **options)])

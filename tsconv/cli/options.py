@@ -36,6 +36,23 @@ class Size(click.ParamType):
         return n_bytes
 
 
+class Rank(click.ParamType):
+    """Of predictors: a multiple of 32, or with `auto` that word."""
+
+    name = "rank"
+
+    def __init__(self, auto: bool = False) -> None:
+        self.auto = auto
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value).strip().lower()
+        if self.auto and text == "auto":
+            return text
+        if not text.isdecimal() or not text.isascii() or not 1 <= int(text) <= 1 << 17 or int(text) % 32:
+            self.fail(f"{value!r} is {'neither auto nor' if self.auto else 'not'} a multiple of 32.", param, ctx)
+        return int(text)
+
+
 class SparsityText(click.ParamType):
     """'exact', 'topk:0.9', ...: as `tsconv.load` takes it."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tsconv.cli.options import Size, target_miss_option, threads_option
+from tsconv.cli.options import Rank, Size, target_miss_option, threads_option
 from tsconv.cli.output import echo, json_text, say
 from tsconv.cli.text import size, table
 
@@ -19,20 +19,6 @@ if TYPE_CHECKING:
     from tsconv.predictor.train.calibrate import Figures
 
 HEAD = ("layer", "expert", "rank", "bytes", "missed", "recall", "precision", "predicted/active", "predicted")
-
-
-class Rank(click.ParamType):
-    """'auto', or a number."""
-
-    name = "rank"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value).strip().lower()
-        if text == "auto":
-            return text
-        if not text.isdecimal() or not text.isascii() or not 1 <= int(text) <= 1 << 17 or int(text) % 32:
-            self.fail(f"{value!r} is neither auto nor a multiple of 32.", param, ctx)
-        return int(text)
 
 
 @click.command("train")
@@ -50,7 +36,7 @@ class Rank(click.ParamType):
 @click.option("--text-field", metavar="NAME", help="Column or field that holds the text.  [default: text]")
 @click.option(
     "--rank",
-    type=Rank(),
+    type=Rank(auto=True),
     metavar="auto|R",
     default="auto",
     show_default=True,
