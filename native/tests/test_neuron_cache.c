@@ -85,13 +85,14 @@ static struct tsffn_neuron_cache * open_cache(const struct file * file, uint64_t
 
 // ---- reads that do not go as they should
 
-enum fault { NONE, INTERRUPTED, SHORT, FULL, FAILING, N_FAULTS };
+enum fault { NONE, INTERRUPTED, SHORT, FULL, LATE, FAILING, N_FAULTS };
 
 struct faulty {
     struct tsffn_reader reader;
     struct tsffn_reader * inner;
     enum fault fault;
     unsigned n;
+    bool waited;                // of LATE: nothing has come that nobody has waited for
     uint8_t n_interrupted[256]; // how often in a row the read of an id was
 };
 static enum fault fault_of_next;
@@ -111,6 +112,10 @@ static int start_faulty(struct tsffn_reader * reader, const struct tsffn_read * 
 
 static int finish_faulty(struct tsffn_reader * reader, struct tsffn_read_result * results, int n) {
     struct faulty * f = (struct faulty *)reader;
+    if (f->fault == LATE && !f->waited) {
+        return 0;
+    }
+    f->waited = false;
     const int found = f->inner->kind->finish(f->inner, results, f->fault == FULL ? 1 : n);
     for (int k = 0; k < found; ++k) {
         f->n += 1;
@@ -129,8 +134,9 @@ static int finish_faulty(struct tsffn_reader * reader, struct tsffn_read_result 
 }
 
 static void wait_faulty(struct tsffn_reader * reader, int n) {
-    const struct faulty * f = (const struct faulty *)reader;
+    struct faulty * f = (struct faulty *)reader;
     f->inner->kind->wait(f->inner, n);
+    f->waited = true;
 }
 
 static const struct tsffn_reader_kind faulty_kind = {
@@ -393,6 +399,42 @@ static void test_expected(const struct file * file) {
     tsffn_neuron_cache_free(cache);
 }
 
+// A disk so slow that what was read ahead still comes when nobody expects it any more: a call that needs those slots
+// waits for them.
+static void test_late(const struct file * file) {
+    fault_of_next = LATE;
+    struct call call = {.file = file, .cache = open_cache(file, fewest_bytes(file))};
+    int32_t list[N_FF];
+    for (int32_t i = 0; i < N_FF; ++i) {
+        list[i] = i;
+    }
+    struct tsffn_cache_counts counts;
+    char error[256] = "";
+    for (int k = 0; k < 4; ++k) {
+        const struct tsffn_neurons others = tsffn_neuron_cache_neurons(call.cache, 1 + k / 2, k % 2);
+        tsffn_neuron_cache_begin(call.cache, k / 2, 1);
+        tsffn_neurons_expect(&others, list, N_FF);
+        CHECK(tsffn_neuron_cache_end(call.cache, &counts, error, sizeof(error)), "%s", error);
+    }
+    alarm(60); // what waits for ever ends
+    tsffn_neuron_cache_begin(call.cache, 0, 1);
+    struct tsffn_neurons needed[N_FFNS];
+    int64_t n[N_FFNS], room = 0;
+    for (int ffn = 0; ffn < N_FFNS; ++ffn, room -= N_FF) {
+        needed[ffn] = tsffn_neuron_cache_neurons(call.cache, 0, ffn);
+        room = ffn == 0 ? needed[ffn].memory->room(&needed[ffn]) : room;
+        n[ffn] = room < N_FF ? room : N_FF;
+        tsffn_neurons_announce(&needed[ffn], list, NULL, n[ffn]);
+    }
+    for (int ffn = 0; ffn < N_FFNS; ++ffn) {
+        look_at(&call, &needed[ffn], ffn, list, n[ffn]);
+        tsffn_neurons_release(&needed[ffn], list, n[ffn]);
+    }
+    CHECK(tsffn_neuron_cache_end(call.cache, &counts, error, sizeof(error)), "%s", error);
+    alarm(0);
+    tsffn_neuron_cache_free(call.cache);
+}
+
 // What something else computes makes room for the neurons behind it.
 static void test_left_out(const struct file * file) {
     enum { LEFT_OUT = N_FF / 2 };
@@ -559,6 +601,7 @@ int main(void) {
             }
             test_left_out(&file);
             test_expected(&file);
+            test_late(&file);
             test_failing(&file);
             test_what_stays(&file);
             remove_file(&file);

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType
 
 import tsconv
 from support.predictor_recipe import train_recipe
+from tsconv.commands.predictor_train import DEFAULT_CHUNK
 from tsconv.format.order import shape_of
 from tsconv.predictor.train import sidecar
 from tsconv.predictor.train.record import record, take_chunks
@@ -24,7 +25,6 @@ from tsconv.predictor.train.samples import HELD, TRAINED, open_samples
 from tsconv.stats.text.corpus import open_corpus
 from tsconv.transform import q3_nl
 
-CHUNK = 256
 TYPES = Types(GGMLQuantizationType.Q4_0, q3_nl.KIND)
 
 
@@ -32,7 +32,7 @@ def main(model: Path, out: Path, text: str, n_tokens: int, epochs: int, ranks: l
     llama = tsconv.load(model, sparsity="exact", n_ctx=1, n_batch=1)
     n_layer, n_ffn, n_ff = shape_of(llama.header)
     n_embd = llama.header.keys["llama.embedding_length"]
-    tokens = take_chunks(llama, open_corpus(text, 0), CHUNK, n_tokens, 0)
+    tokens = take_chunks(llama, open_corpus(text, 0), DEFAULT_CHUNK, n_tokens, 0)
     predictors = []
     with tempfile.TemporaryDirectory() as name:
         record(llama, tokens, range(n_layer), (n_ffn, n_embd, n_ff), Path(name))

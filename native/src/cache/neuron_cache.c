@@ -44,7 +44,7 @@ static void hold_missing(struct tsffn_neuron_cache * c, const int32_t * missing,
         while (!atomic_load(&c->failed) && (slot = tsffn_cache_take_slot(c)) == NOBODY) {
             tsffn_cache_ask(c, missing + begin, k - begin);
             begin = k;
-            pthread_cond_wait(&c->changed, &c->mutex); // until some are released
+            tsffn_cache_progress(c, true); // until some are released, or those have come that nobody holds any more
         }
         if (slot == NOBODY) {
             return;
