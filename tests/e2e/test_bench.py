@@ -177,6 +177,8 @@ def test_formats(rows, tmp_path):
         (("-t", "1,zwei"), "threads: expected numbers from 1 to 512, such as 2 or 1,2, found '1,zwei'"),
         (("--suite", "quick"), "--suite decides about --model itself"),
         (("--baseline", "sparse"), "llama.cpp-norepack"),
+        (("--predictor-rank", "33"), "'33' is not a multiple of 32"),
+        (("--active", "0.8"), "0<x<0.8"),
         (("--save", "nowhere/o.json"), "nowhere: folder of the output does not exist"),
         (("--compare", "nothing.json"), "cannot be read"),
         (("--compare", __file__), "not a result of tsconv bench"),

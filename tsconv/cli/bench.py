@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "json", "jsonl", "csv")
 # What a suite decides itself.
-OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "predictor_rank", "tests", "repetitions")
+OF_ONE_MODEL = (
+    *("model", "shape", "layers", "outtype", "predictor_outtype", "predictor_rank", "active"),
+    *("tests", "repetitions"),
+)
 
 
 @click.command("bench")
@@ -39,6 +42,11 @@ OF_ONE_MODEL = ("model", "shape", "layers", "outtype", "predictor_outtype", "pre
     type=Rank(),
     metavar="R",
     help="Rank of its predictor, as one that was trained may have.  [default: as published]",
+)
+@click.option(
+    "--active",
+    type=click.FloatRange(0, 0.8, min_open=True, max_open=True),
+    help="Mean share of its neurons (of each routed expert's) that a token activates.  [default: as published]",
 )
 @click.option(
     "--test",
@@ -88,6 +96,7 @@ def command(
     outtype: str,
     predictor_outtype: str | None,
     predictor_rank: int | None,
+    active: float | None,
     tests: tuple[str, ...],
     repetitions: int,
     suite: str | None,
@@ -141,8 +150,8 @@ def command(
         parts = run_suite(suite, baselines=baselines, n_threads=n_threads, gpu=gpu, say=say, progress=progress)
     else:
         n_layer = layers or PRESETS[shape].n_layer
-        of_predictor: dict[str, Any] = {"predictor_outtype": predictor_outtype, "rank": predictor_rank}
-        path = Path(model) if model else generated(shape, n_layer, outtype, say, **of_predictor)
+        wished: dict[str, Any] = {"predictor_outtype": predictor_outtype, "rank": predictor_rank, "active": active}
+        path = Path(model) if model else generated(shape, n_layer, outtype, say, **wished)
         options: dict[str, Any] = {"repetitions": repetitions, "gpu": gpu, "progress": progress}
         if clients is None:
             parts = iter([measure(path, workloads, baselines=baselines, n_threads=n_threads, **options)])
