@@ -110,7 +110,7 @@ def train(
         refresh: begin with the predictors that the model has, and keep their ranks unless `rank` is a number.
         predictor_path: those, when they are not beside it.
         n_tokens, chunk, text_field: as for `profile`.
-        epochs: passes through the samples at most; None: fewer, the more samples there are.
+        epochs: passes through the samples at most, several for one where they are few; None: fewer, the more there are.
         seed: of the text's order and of what is drawn.
         device: where torch computes: "cpu", "cuda", "cuda:1", ...
         work: folder for samples and what is ready; default OUT.work beside the sidecar. Removed at the end.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_BATCH, MAX_BATCH = 128, 1024  # rows of a step,
-STEPS = 32  # of which an epoch of few samples has so many
+STEPS = 32  # of which an epoch has so many at least: several passes through few samples
 MAX_VALUES = 1 << 22  # of h that are looked at together where nothing is trained
 HELD_ROWS = 16_384  # that results are judged by, at most
 RATE = 0.11  # of Adam, over sqrt(n_embd)
@@ -48,7 +48,7 @@ class Recipe:
         rank: of its hidden layer.
         types: it is stored in.
         missed: the share that its threshold may miss on held-out samples.
-        epochs: passes through the samples at most.
+        epochs: at most; each is a pass through the samples, or several where they are few.
         seed: of the first weights and of the order of the samples.
         device: where torch computes: "cpu", "cuda", ...
     """
@@ -133,7 +133,9 @@ class Fit:
         for name in ("parameters", "means", "squares"):
             setattr(self.state, name, [tensor.to(self.device) for tensor in getattr(self.state, name)])
         self.batch = max(MIN_BATCH, min(MAX_BATCH, trained.n // STEPS // BLOCK * BLOCK))
-        self.n_steps = recipe.epochs * -(-trained.n_blocks // (self.batch // BLOCK))
+        steps = -(-trained.n_blocks // (self.batch // BLOCK))
+        self.passes = max(1, STEPS // steps)
+        self.n_steps = recipe.epochs * self.passes * steps
 
     def run(self, epoch: Epoch = lambda state, figures: None) -> Fitted:
         """Trains to the end. `epoch` is called with the state behind each epoch, and what it reached.
@@ -200,9 +202,10 @@ class Fit:
 
     def _epoch(self) -> None:
         state = self.state
-        for x, h in self.trained.batches(self.batch, self._order(state.epoch)):
-            inputs, e = self._tensors(x, h)
-            self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
+        for n in range(state.epoch * self.passes, (state.epoch + 1) * self.passes):
+            for x, h in self.trained.batches(self.batch, self._order(n)):
+                inputs, e = self._tensors(x, h)
+                self._step(inputs, e.div_(state.price).clamp_(max=MAX_Q))
 
     def _step(self, x: Tensor, q: Tensor) -> None:
         """A step of Adam on the mean over the rows of the objective."""
