@@ -184,8 +184,9 @@ TSFFN_API bool tsffn_model_read_profile(const struct tsffn_model * model, int32_
 TSFFN_API bool tsffn_model_read_squares(const struct tsffn_model * model, int32_t layer, double * squares);
 
 // Recording of activations. `record` is called by the thread that computes, each time an FFN of a layer in [first, end)
-// has been computed as a whole, on the CPU. What it is given is valid during the call. NULL instead of `record` ends
-// it. Call this while nothing computes. False: no model, or no such layers.
+// has been computed as a whole, on the CPU. What it is given is valid during the call. Where it returns false, nothing
+// more of the batch is computed: llama_decode returns 2, and the tokens have not been added to the context. NULL
+// instead of `record` ends it. Call this while nothing computes. False: no model, or no such layers.
 struct tsffn_activations {
     int32_t layer;
     int64_t n_rows;       // tokens, times the routed experts of each, sorted by expert
@@ -194,7 +195,7 @@ struct tsffn_activations {
     const float * x;      // [n_rows][n_embd] what goes into gate and up
     const float * h;      // [n_rows][n_ff] relu(gate . x) * relu(up . x), 0 where the neuron was left out
 };
-typedef void (*tsffn_record_fn)(const struct tsffn_activations * activations, void * user);
+typedef bool (*tsffn_record_fn)(const struct tsffn_activations * activations, void * user);
 TSFFN_API bool tsffn_model_record(struct tsffn_model * model, int32_t first, int32_t end, tsffn_record_fn record,
                                   void * user);
 

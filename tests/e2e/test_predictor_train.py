@@ -91,6 +91,46 @@ def test_recorded_activations_are_pytorchs(name):
     assert all(layer in (1, 2) for layer, _ in found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_computed_behind_what_is_recorded(name):
+    """And what is recorded is the same, chunk after chunk, in a context that was stopped before."""
+    model = tsconv.load(tiny.converted(name), sparsity="exact", n_threads=2)
+    chunks = [[1, *range(20, 80)], [1, *range(90, 100)]]
+    seen: list[list[np.ndarray]] = []
+    for stops in (False, True):
+        rows: list[np.ndarray] = []
+        model.reset_ffn_stats()
+        with (
+            LayersContext(model, 64) as layers,
+            model.recording(range(2), lambda _, ffns, x, h: rows.extend((ffns.copy(), x.copy(), h.copy())), stops),  # noqa: B023
+        ):
+            for chunk in chunks:
+                layers.compute(chunk)
+        seen.append(rows)
+        used = 2 if name == NAMES[1] else 1
+        n = used * sum(map(len, chunks))
+        tokens = [layer["tokens"] for layer in model.ffn_stats()]
+        assert tokens == [n, n] + [0 if stops else n] * (len(tokens) - 2)
+    assert len(seen[0]) == len(seen[1]) == 2 * 2 * 3
+    for with_all, stopped in zip(*seen, strict=True):
+        np.testing.assert_array_equal(with_all, stopped)
+    assert model.token_logits([1, 2, 3]).shape[0] == 3  # whole again
+    model.close()
+
+
+def test_a_recorder_that_fails_stops_the_batch():
+    model = tsconv.load(tiny.converted(), sparsity="exact", n_threads=1)
+
+    def fails(*_):
+        raise KeyError("mine")
+
+    recording = model.recording(range(1, 2), fails, stops=True)
+    with pytest.raises(KeyError, match="mine"), LayersContext(model, 8) as layers, recording:
+        layers.compute([1, 2, 3])
+    assert [layer["tokens"] for layer in model.ffn_stats()] == [3, 3, 0, 0, 0, 0]
+    model.close()
+
+
 def test_what_a_recorder_raises_is_raised():
     model = tsconv.load(tiny.converted(), sparsity="exact", n_threads=1)
 

@@ -79,7 +79,7 @@ class Activations(ctypes.Structure):
     )
 
 
-RECORD = ctypes.CFUNCTYPE(None, ctypes.POINTER(Activations), ctypes.c_void_p)  # tsffn_record_fn
+RECORD = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Activations), ctypes.c_void_p)  # tsffn_record_fn
 
 
 class Placed(ctypes.Structure):

@@ -256,7 +256,7 @@ class NativeModel:
         return squares
 
     @contextmanager
-    def recording(self, layers: range, record: Recorder) -> Iterator[Callable[[], None]]:
+    def recording(self, layers: range, record: Recorder, stops: bool = False) -> Iterator[Callable[[], None]]:
         """While this holds, `record` is called each time an FFN of `layers` has been computed as a whole.
 
         It gets the layer; int32 [n_rows], the expert of each row, sorted; float32 x [n_rows, n_embd], what goes into
@@ -264,21 +264,26 @@ class NativeModel:
         neuron was left out. The arrays are views that end with the call. When it raises something it is not called
         again; the function that is yielded raises that, and so does leaving.
 
+        With `stops`, nothing of a batch is computed behind the last of the layers, or when something was raised. It is
+        not added to the context then, and llama_decode returns 2, as `LayersContext.compute` expects.
+
         Raises:
             BackendError: no such layers, or the model is closed.
         """
         raised: list[BaseException] = []
 
-        def told(address: Any, user: object) -> None:
+        def told(address: Any, user: object) -> bool:
             if raised:
-                return
+                return not stops
             try:
                 a = address.contents
                 x = np.ctypeslib.as_array(a.x, (a.n_rows, a.n_embd))
                 h = np.ctypeslib.as_array(a.h, (a.n_rows, a.n_ff))
                 record(a.layer, np.ctypeslib.as_array(a.ffn, (a.n_rows,)), x, h)
+                return not (stops and a.layer == layers.stop - 1)
             except BaseException as error:  # C has nothing to raise it to
                 raised.append(error)
+                return not stops
 
         callback = RECORD(told)
         with self._opened() as handle:

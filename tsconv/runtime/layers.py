@@ -18,6 +18,7 @@ from tsconv.native.threads import use_threads
 from tsconv.runtime.model import SparseLlama
 
 MAX_BATCH = 512  # tokens per call of llama_decode; llama.cpp's own default
+STOPPED = 2  # what that returns where a recorder had seen enough
 
 
 class LayersContext:
@@ -68,7 +69,9 @@ class LayersContext:
         for start in range(0, len(tokens), self._n_batch):
             self._batch.set_batch(tokens[start : start + self._n_batch], n_past=start, logits_all=True)
             with computing(self._where):
-                self._context.decode(self._batch)
+                code = llama_cpp.llama_decode(self._context.ctx, self._batch.batch)
+                if code not in (0, STOPPED):
+                    raise RuntimeError(f"llama_decode returned {code}")
 
     def close(self) -> None:
         """Frees the context."""

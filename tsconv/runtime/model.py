@@ -513,9 +513,11 @@ class SparseLlama(Offloading, llama_cpp.Llama):
         finally:
             self._native.profile(False)
 
-    def recording(self, layers: range, record: Recorder) -> AbstractContextManager[Callable[[], None]]:
+    def recording(
+        self, layers: range, record: Recorder, stops: bool = False
+    ) -> AbstractContextManager[Callable[[], None]]:
         """While this holds, `record` gets what the FFNs of `layers` compute; see `NativeModel.recording`."""
-        return self._native.recording(layers, record)
+        return self._native.recording(layers, record, stops)
 
     def _decode(self) -> None:
         with computing(self.model_path, self.verbose):

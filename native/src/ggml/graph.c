@@ -278,11 +278,9 @@ static enum ggml_status compute_here(struct tsffn_stream * stream, enum tsffn_op
     if (!read) {
         return GGML_STATUS_FAILED;
     }
-    if (records) {
-        tsffn_recorder_end(&stream->recorder, weight, call.n_rows);
-    }
     count_call(stream, weight, &call, start_ns, &counts);
-    return GGML_STATUS_SUCCESS;
+    const bool goes_on = !records || tsffn_recorder_end(&stream->recorder, weight, call.n_rows);
+    return goes_on ? GGML_STATUS_SUCCESS : GGML_STATUS_ABORTED;
 }
 
 // The FFN whose x and y are in the GPU's memory, with a hybrid that takes it. False: it is not computed.

@@ -34,7 +34,7 @@ bool tsffn_recorder_begin(struct tsffn_recorder * recorder, const struct tsffn_w
     return true;
 }
 
-void tsffn_recorder_end(const struct tsffn_recorder * recorder, const struct tsffn_weight * weight, int64_t n_rows) {
+bool tsffn_recorder_end(const struct tsffn_recorder * recorder, const struct tsffn_weight * weight, int64_t n_rows) {
     const struct tsffn_model * model = weight->model;
     const struct tsffn_activations activations = {
         .layer = (int32_t)weight->layer,
@@ -45,7 +45,7 @@ void tsffn_recorder_end(const struct tsffn_recorder * recorder, const struct tsf
         .x = recorder->x,
         .h = recorder->h,
     };
-    model->recording.record(&activations, model->recording.user);
+    return model->recording.record(&activations, model->recording.user);
 }
 
 void tsffn_recorder_free(struct tsffn_recorder * recorder) {

@@ -16,8 +16,8 @@ struct tsffn_recorder {
 // memory.
 bool tsffn_recorder_begin(struct tsffn_recorder * recorder, const struct tsffn_weight * weight, struct tsffn_row * rows,
                           const struct tsffn_call * call);
-// After it: tells of the n_rows rows.
-void tsffn_recorder_end(const struct tsffn_recorder * recorder, const struct tsffn_weight * weight, int64_t n_rows);
+// After it: tells of the n_rows rows. Returns whether to go on.
+bool tsffn_recorder_end(const struct tsffn_recorder * recorder, const struct tsffn_weight * weight, int64_t n_rows);
 
 void tsffn_recorder_free(struct tsffn_recorder * recorder);
 
