@@ -401,13 +401,15 @@ def test_bad_arguments(tmp_path):
     assert own.read_bytes() == before
     assert "neither auto nor a multiple of 32" in refused(model, "--out", out, "--rank", 33)
     assert "0<x<1" in refused(model, "--out", out, "--target-miss", 1)
+    assert "expected --budget 492kB or more, found 10,000 bytes" in refused(model, "--out", out, "--budget", "10kB")
+    assert "--budget with --rank auto" in refused(model, "--out", out, "--budget", "1MB", "--rank", 32)
     assert "the text is too short to train on" in refused(model, "--out", out, "--calib", short, "--chunk", 64)
     assert "no such" in refused(tmp_path / "none.gguf", "--out", out).lower()
     assert "not a converted model" in refused(own, "--out", out)
     assert "torch cannot compute on 'cuda:77'" in refused(model, "--out", out, "--device", "cuda:77")
     assert "unknown predictor type" in refused(model, "--out", out, "--outtype", "q9")
     assert "a name that ends in" in refused(model, "--out", tmp_path / "o")
-    assert not out.exists()
+    assert not list(tmp_path.glob("o.*"))
 
 
 def test_another_training_in_the_folder(tmp_path):

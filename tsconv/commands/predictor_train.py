@@ -18,6 +18,7 @@ from tsconv.predictor.sidecar import check_target
 from tsconv.predictor.train import sidecar
 from tsconv.predictor.train.calibrate import Figures, together
 from tsconv.predictor.train.fit import use_threads
+from tsconv.predictor.train.ranks import check_budget
 from tsconv.predictor.train.rounding import Types
 from tsconv.predictor.train.trainer import Count, Ready, Shape, Tell, Trainer, fit_types
 from tsconv.predictor.train.work import Work
@@ -121,7 +122,8 @@ def train(
         count: called with what is being done and how far it is.
 
     Raises:
-        TsconvError: no torch, no such device, a text that is too short, a folder of another training.
+        TsconvError: no torch, no such device, a budget that is too small, a text that is too short, a folder of another
+            training.
         ModelFileError: the model, or the predictors to begin with, are missing or damaged.
         OutputError: the output exists, or cannot be written; the disk is full. What is ready stays in the folder.
         HubError: the text cannot be reached.
@@ -138,6 +140,10 @@ def train(
     shape = Shape.of(header)
     kinds = _types(header, outtype)
     begin_with = _begin_with(path, predictor_path) if refresh else None
+    if budget is not None:
+        if rank != AUTO or refresh:
+            raise TsconvError("a budget chooses ranks", expected="--budget with --rank auto, without --refresh")
+        check_budget(shape.layout, lambda r: fit_types(kinds, r, shape), budget)
     n_threads = n_threads or usable_cores()
     use_threads(n_threads)
     corpus = open_corpus(calib, seed if Path(calib).exists() else None, text_field)

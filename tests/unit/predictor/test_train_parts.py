@@ -13,7 +13,7 @@ from tsconv.errors import TsconvError
 from tsconv.predictor.train import objective
 from tsconv.predictor.train.calibrate import Curve, Figures, together
 from tsconv.predictor.train.fit import adam_
-from tsconv.predictor.train.ranks import Layout, candidates, choose_ranks
+from tsconv.predictor.train.ranks import Layout, candidates, check_budget, choose_ranks
 from tsconv.predictor.train.record import groups
 from tsconv.predictor.train.rounding import Types
 from tsconv.predictor.train.samples import BLOCK, SampleFiles, Samples, codes_of, open_samples, values_of_codes
@@ -150,7 +150,7 @@ def test_a_divided_predictor(kind):
 
 
 def test_ranks_that_cost_least():
-    """With a loose budget each layer's own best, with a tight one the cheapest that fits; too tight is refused."""
+    """With a loose budget each layer's own best, with a tight one the cheapest that fits."""
     layout = Layout(n_layer=2, n_ffn=1, n_used=1, n_embd=64, n_ff=128, neuron_bytes=768)
     types = Types(F32, F32)
     size = {rank: layout.predictor_bytes(rank, types) for rank in (32, 64)}
@@ -163,8 +163,9 @@ def test_ranks_that_cost_least():
     assert choose_ranks([hard, easy], layout, lambda rank: types, None) == [64, 32]
     assert choose_ranks([hard, easy], layout, lambda rank: types, size[64] + size[32]) == [64, 32]
     assert choose_ranks([hard, easy], layout, lambda rank: types, 2 * size[32]) == [32, 32]
-    with pytest.raises(TsconvError, match="the budget is too small"):
-        choose_ranks([hard, easy], layout, lambda rank: types, 2 * size[32] - 1)
+    check_budget(layout, lambda rank: types, 2 * size[32])
+    with pytest.raises(TsconvError, match="too small for predictors of rank 32: expected --budget 50kB or more"):
+        check_budget(layout, lambda rank: types, 2 * size[32] - 1)
     assert candidates(4096) == [256, 512, 768, 1024, 1536, 2048] and candidates(128) == [32, 64, 96]
 
 

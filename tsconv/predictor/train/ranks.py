@@ -101,6 +101,18 @@ def _cut(state: State, rank: int) -> Start:
     return fc1[kept], fc2[:, kept], b
 
 
+def check_budget(layout: Layout, types_of: Callable[[int], Types], budget: int) -> None:
+    """Raises TsconvError where not even predictors of the lowest rank fit into the budget, in bytes."""
+    lowest = candidates(layout.n_embd)[0]
+    needed = layout.n_layer * layout.n_ffn * layout.predictor_bytes(lowest, types_of(lowest))
+    if budget < needed:
+        raise TsconvError(
+            f"the budget is too small for predictors of rank {lowest}",
+            expected=f"--budget {-(-needed // 1000)}kB or more",
+            found=f"{budget:,} bytes",
+        )
+
+
 def choose_ranks(
     probes: Sequence[dict[int, Figures]],
     layout: Layout,
@@ -112,21 +124,12 @@ def choose_ranks(
     Args:
         probes: of each layer.
         types_of: rank -> the types its matrices are stored in.
-        budget: bytes of all predictors, or None.
-
-    Raises:
-        TsconvError: not even the lowest ranks fit into the budget.
+        budget: bytes of all predictors, which `check_budget` took, or None.
     """
     ranks = sorted(probes[0])
     sizes = np.array([layout.predictor_bytes(rank, types_of(rank)) for rank in ranks])
     reads = np.array([[layout.read_bytes(probe[rank]) for rank in ranks] for probe in probes])
     cost, taken = layout.n_used * (sizes + reads), layout.n_ffn * sizes
-    if budget is not None and budget < layout.n_layer * taken.min():
-        raise TsconvError(
-            "the budget is too small for predictors of the lowest rank",
-            expected=f"--budget of at least {layout.n_layer * taken.min():,} bytes",
-            found=f"{budget:,}",
-        )
 
     def chosen(weight: float) -> npt.NDArray[np.int64]:
         return (cost + weight * taken).argmin(axis=1)

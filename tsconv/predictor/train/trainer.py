@@ -149,7 +149,7 @@ class Trainer:
                 self.count("trying ranks", n, shape.n_layer)
                 experts = [(*self._samples(n, e), energies[n][e]) for e in range(min(PROBE_EXPERTS, shape.n_ffn))]
                 probes.append(probe_ranks(experts, shape.n_embd, self.target_miss, self.seed, self.device))
-        ranks = choose_ranks(probes, layout, lambda r: fit_types(kinds, r, self.shape), budget)
+        ranks = choose_ranks(probes, layout, lambda r: fit_types(kinds, r, shape), budget)
         self.folder.forget_samples()
         self.folder.keep_ranks(ranks)
         return ranks

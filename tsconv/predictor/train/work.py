@@ -71,10 +71,14 @@ class Work:
     # ---- the text
 
     def tokens(self, make: Callable[[], npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-        """Those that are there, or what `make` makes."""
+        """Those that are there, or what `make` makes. Where it cannot the folder goes: nothing is in it."""
         path = self.path / "tokens.npy"
         if not path.exists():
-            tokens = make()
+            try:
+                tokens = make()
+            except TsconvError:
+                self.close()
+                raise
             self._write("tokens.npy", lambda file: np.save(file, tokens))
         return np.load(path)
 
