@@ -97,7 +97,8 @@ def command(
         options += ["--parallel", str(parallel)]
     url = f"http://{f'[{hosts[0]}]' if ':' in hosts[0] else hosts[0]}:{port}"
     command = prepare(serving, [*options, *ctx.meta[OTHERS]], api_key)
-    sys.exit(serve(command, url, lambda: say(f"serving {path} on {url}/v1 (Ctrl-C stops)")))
+    begin = "\n" if verbose else ""  # llama-server may be in the middle of a line of its log
+    sys.exit(serve(command, url, lambda: say(f"{begin}serving {path} on {url}/v1 (Ctrl-C stops)")))
 
 
 def _is_loopback(host: str) -> bool:
