@@ -24,8 +24,8 @@ def signals_wait() -> Iterator[None]:
 def calling_c() -> Iterator[None]:
     """Ctrl-C and SIGTERM that Python handles take effect on leaving, when they come while inside.
 
-    For calls of C that may call Python back: what a handler raises in a callback is lost. Nothing is later for it, as
-    Python handles signals neither before C calls back nor before it returns. SIGTERM that ends the process does so.
+    For calls of C that may call Python back: what a handler raises in a callback is lost. This delays nothing, as
+    Python handles no signals while C runs. A SIGTERM without a handler still ends the process at once.
     """
     with _waiting([n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))]):
         yield

@@ -419,11 +419,13 @@ static void test_late(const struct file * file) {
     alarm(60); // what waits for ever ends
     tsffn_neuron_cache_begin(call.cache, 0, 1);
     struct tsffn_neurons needed[N_FFNS];
-    int64_t n[N_FFNS], room = 0;
-    for (int ffn = 0; ffn < N_FFNS; ++ffn, room -= N_FF) {
+    for (int ffn = 0; ffn < N_FFNS; ++ffn) {
         needed[ffn] = tsffn_neuron_cache_neurons(call.cache, 0, ffn);
-        room = ffn == 0 ? needed[ffn].memory->room(&needed[ffn]) : room;
+    }
+    int64_t n[N_FFNS], room = needed[0].memory->room(&needed[0]);
+    for (int ffn = 0; ffn < N_FFNS; ++ffn) {
         n[ffn] = room < N_FF ? room : N_FF;
+        room -= n[ffn];
         tsffn_neurons_announce(&needed[ffn], list, NULL, n[ffn]);
     }
     for (int ffn = 0; ffn < N_FFNS; ++ffn) {

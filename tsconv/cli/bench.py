@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 FORMATS = ("md", "json", "jsonl", "csv")
 # What a suite decides itself.
 OF_ONE_MODEL = (
-    *("model", "shape", "layers", "outtype", "predictor_outtype", "predictor_rank", "active"),
-    *("tests", "repetitions"),
+    "model",
+    "shape",
+    "layers",
+    "outtype",
+    "predictor_outtype",
+    "predictor_rank",
+    "active",
+    "tests",
+    "repetitions",
 )
 
 

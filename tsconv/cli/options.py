@@ -110,7 +110,7 @@ target_miss_option = click.option(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=TARGET_MISS,
     show_default=True,
-    help="Share of each FFN's output energy that may be missed, on text that thresholds are chosen on.",
+    help="Share of each FFN's output energy that may be missed on the text that thresholds are chosen on.",
 )
 predictor_option = click.option(
     "--predictor",

@@ -141,9 +141,7 @@ def train(
     kinds = _types(header, outtype)
     begin_with = _begin_with(path, predictor_path) if refresh else None
     if budget is not None:
-        if rank != AUTO or refresh:
-            raise TsconvError("a budget chooses ranks", expected="--budget with --rank auto, without --refresh")
-        check_budget(shape.layout, lambda r: fit_types(kinds, r, shape), budget)
+        _check_budget(budget, rank, refresh, shape, kinds)
     n_threads = n_threads or usable_cores()
     use_threads(n_threads)
     corpus = open_corpus(calib, seed if Path(calib).exists() else None, text_field)
@@ -192,6 +190,12 @@ def train(
 
 
 # ---- what is asked for
+
+
+def _check_budget(budget: int, rank: int | str, refresh: bool, shape: Shape, kinds: Types) -> None:
+    if rank != AUTO or refresh:
+        raise TsconvError("a budget chooses ranks", expected="--budget with --rank auto, without --refresh")
+    check_budget(shape.layout, lambda r: fit_types(kinds, r, shape), budget)
 
 
 def _check_device(device: str) -> None:

@@ -29,6 +29,10 @@ class LayersContext:
         llama: outlives this.
         n_ctx: the longest sequence, in tokens.
 
+    Attributes:
+        one_batch: whether every sequence is computed in one batch. Then `llama.recording` may stop it: a second batch
+            would need the first one's keys and values.
+
     Raises:
         BackendError: llama.cpp could not make the context.
     """
@@ -42,7 +46,7 @@ class LayersContext:
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cb_eval = load_backend().stop_before_output
-        self._n_batch = params.n_batch
+        self._n_batch, self.one_batch = params.n_batch, n_ctx <= MAX_BATCH
         try:
             with llama._guard.alone(changes=False), quiet_unless(False) as errors:
                 self._context = LlamaContext(model=llama._model, params=params, verbose=False)

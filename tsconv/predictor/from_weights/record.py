@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tsconv.runtime.layers import MAX_BATCH, LayersContext
+from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 
 Floats = npt.NDArray[np.float32]
@@ -43,9 +43,10 @@ def record(model: SparseLlama, chunks: Sequence[Sequence[int]], layers: range, r
     Raises:
         BackendError: llama.cpp cannot compute.
     """
-    longest = max(map(len, chunks))
-    recording = model.recording(layers, recorded, stops=longest <= MAX_BATCH)
-    with LayersContext(model, longest) as context, recording as check:
+    with (
+        LayersContext(model, max(map(len, chunks))) as context,
+        model.recording(layers, recorded, stops=context.one_batch) as check,
+    ):
         for chunk in chunks:
             context.compute(chunk)
             check()

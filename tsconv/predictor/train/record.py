@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tsconv.errors import TsconvError
 from tsconv.predictor.train.samples import HELD, HELD_EVERY, TRAINED, SampleFiles
-from tsconv.runtime.layers import MAX_BATCH, LayersContext
+from tsconv.runtime.layers import LayersContext
 from tsconv.runtime.model import SparseLlama
 from tsconv.stats.text.chunks import chunks
 from tsconv.stats.text.corpus import Corpus
@@ -40,10 +40,11 @@ def record(
         BackendError: llama.cpp cannot compute.
     """
     files = SampleFiles(folder, layers, *shape)
-    stops = tokens.shape[1] <= MAX_BATCH  # a second batch of a chunk would need the first one's keys and values
-    recording = model.recording(layers, files, stops)
     try:
-        with LayersContext(model, tokens.shape[1]) as context, recording as check:
+        with (
+            LayersContext(model, tokens.shape[1]) as context,
+            model.recording(layers, files, stops=context.one_batch) as check,
+        ):
             for i, chunk in enumerate(tokens.tolist()):
                 files.split = HELD if i % HELD_EVERY == HELD_EVERY - 1 else TRAINED
                 context.compute(chunk)
